@@ -1,0 +1,115 @@
+"""Every error that topotune raises on purpose.
+
+The tree::
+
+    TopotuneError                  caught once, at the command line
+    +-- UserError                  the input or the environment must change: exit code 2
+    |   +-- ConfigError            a search file, config or option; names place, value, rule, fix
+    |   +-- UnknownNameError       a name that no registry knows; lists the known and the nearest
+    |   +-- PluginError            "package.module:Name" does not load or has the wrong type
+    |   +-- DataUnavailableError   a data set is neither on disk nor downloadable
+    |   +-- ResourceError          more devices than there are, or a folder that cannot be written
+    |   +-- SearchFolderError      a results folder that is missing, foreign or in use
+    +-- RunError                   the input was fine, the run was not: exit code 1
+        +-- CheckpointError        a checkpoint is unreadable or belongs to another trial
+        +-- DivergedError          training left the finite numbers or its energy bound
+        +-- SpoolError             the write-ahead spool cannot be written
+        +-- TrackingError          the tracking server refused what it was sent
+        +-- VerificationError      an exported config did not reproduce its recorded metric
+
+A message names the place, the value, the rule and the fix, in that order.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TopotuneError(Exception):
+    """Base of all deliberate errors; its text is shown to the user as it is."""
+
+    exit_code = 1
+
+
+class UserError(TopotuneError):
+    """The input or the environment must change before a retry can succeed."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration value breaks a rule.
+
+    Args:
+        place: where the value stands, such as ``space.yaml:12: space.lr``.
+        problem: the rule that is broken, with the value that breaks it.
+        fix: what to write instead; may be empty.
+    """
+
+    def __init__(self, place: str, problem: str, fix: str = "") -> None:
+        self.place, self.problem, self.fix = place, problem, fix
+        super().__init__(f"{place}: {problem}" + (f". {fix}" if fix else ""))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, str]]:
+        return type(self), (self.place, self.problem, self.fix)
+
+
+class UnknownNameError(UserError):
+    """A name is not in the registry that it was looked up in."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        self.kind, self.name, self.known, self.hint = kind, name, tuple(known), hint
+        super().__init__(f"unknown {kind} {name!r}" + did_you_mean(name, self.known, hint))
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, tuple[str, ...], str]]:
+        return type(self), (self.kind, self.name, self.known, self.hint)
+
+
+class PluginError(UserError):
+    """An import path does not lead to an object of the expected kind."""
+
+
+class DataUnavailableError(UserError):
+    """A data set is not on disk and cannot be downloaded."""
+
+
+class ResourceError(UserError):
+    """The machine does not have what the configuration asks for."""
+
+
+class SearchFolderError(UserError):
+    """A results folder is missing, belongs to another search, or is in use."""
+
+
+class RunError(TopotuneError):
+    """The input was accepted and the run failed."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint is unreadable, damaged, or belongs to another trial."""
+
+
+class DivergedError(RunError):
+    """Training produced a non-finite number or left its energy bound; the text is the cause."""
+
+
+class SpoolError(RunError):
+    """The write-ahead spool of metrics cannot be written."""
+
+
+class TrackingError(RunError):
+    """The tracking server answered and refused the data."""
+
+
+class VerificationError(RunError):
+    """A second training of an exported config did not give the recorded metric."""
+
+
+def did_you_mean(name: str, known: Iterable[str], hint: str = "") -> str:
+    """The tail of a message about an unknown name: the nearest known one, then all of them."""
+    options = sorted(known)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    text = f"; did you mean {near[0]!r}?" if near else ""
+    text += f" (known: {', '.join(options)})" if options else ""
+    return text + (f" {hint}" if hint else "")

@@ -1,0 +1,69 @@
+"""Load a user's object by import path, ``package.module:Name``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from topotune.errors import PluginError, did_you_mean
+
+T = TypeVar("T")
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a name is an import path and not a registry key."""
+    return ":" in name
+
+
+def load_object(path: str) -> object:
+    """Import ``package.module:Name`` and return the object.
+
+    The current directory is importable, as it is for ``python -m``.
+
+    Raises:
+        PluginError: the path has no colon, the module does not import (its own error is quoted),
+            or the module has no such name.
+    """
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        raise PluginError(
+            f"import path {path!r}: expected the form 'package.module:Name', "
+            "such as 'my_tasks:Rings'"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise PluginError(
+            f"import path {path!r}: module {module_name!r} does not import: "
+            f"{type(error).__name__}: {error}. Modules are looked up in the current directory "
+            f"({here}) and in the environment"
+        ) from error
+    try:
+        found: object = getattr(module, attribute)
+    except AttributeError:
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise PluginError(
+            f"import path {path!r}: module {module_name!r} has no {attribute!r}"
+            + did_you_mean(attribute, names)
+        ) from None
+    return found
+
+
+def load_class(path: str, base: type[T]) -> type[T]:
+    """Import a class by path and check that it derives from ``base``.
+
+    Raises:
+        PluginError: as :func:`load_object`, or the object is not a subclass of ``base``.
+    """
+    found = load_object(path)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(
+            f"import path {path!r}: expected a subclass of {base.__module__}.{base.__qualname__}, "
+            f"got {found!r}"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Leaderboard, plots and export; reads records only."""
