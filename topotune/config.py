@@ -1,0 +1,287 @@
+"""The search file as frozen models: what is legal, before anything is built.
+
+``topotune schema`` prints the JSON schema of :class:`SearchConfig`. Names of parameters in
+``fixed``, ``space`` and ``warm_start`` share one namespace: a bare name (``lr``, ``eta``) is a
+keyword argument of the method, ``model.X`` of the model, ``task.X`` of the task and ``train.X``
+of the training loop (:class:`topotune.records.TrainOptions`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from topotune.config_space import Frozen, Param, Scalar
+from topotune.errors import did_you_mean
+from topotune.records import Value
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+PARAM_NAME = re.compile(r"(?:(?:model|task|train)\.)?[A-Za-z_][A-Za-z0-9_]*")
+
+
+class TaskConfig(Frozen):
+    """What is learnt.
+
+    Attributes:
+        name: a built-in task or ``package.module:Class``.
+        options: keyword arguments of the task.
+        data_dir: where data sets lie or are downloaded to.
+        download: whether missing data may be downloaded.
+        split_seed: seed of the train / validation / test split; keep it equal between searches
+            that are compared.
+    """
+
+    name: str
+    options: dict[str, Value] = Field(default_factory=dict)
+    data_dir: str | None = None
+    download: bool = True
+    split_seed: int = Field(default=0, ge=0)
+
+
+class ModelConfig(Frozen):
+    """Which of the task's models; no name means the task's default."""
+
+    name: str | None = None
+    options: dict[str, Value] = Field(default_factory=dict)
+
+
+class Objective(Frozen):
+    """A metric of the last epoch (or of the trial) and where it should go."""
+
+    metric: str
+    direction: Literal["maximize", "minimize"]
+
+
+class Bound(Frozen):
+    """A constraint on a metric: at most ``max``, at least ``min``."""
+
+    max: float | None = None
+    min: float | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.max is None and self.min is None:
+            raise ValueError("a constraint needs max or min, such as {max: 1.2}")
+        return self
+
+
+SAMPLERS = ("tpe", "gp", "cmaes", "nsga2", "random", "grid", "qmc")
+PRUNERS = ("asha", "hyperband", "median", "none")
+
+
+def _by_name(value: object) -> object:
+    """A bare name stands for a block with that name and default options."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _known(kind: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}")
+    return name
+
+
+class SamplerConfig(Frozen):
+    """Who proposes the next trial.
+
+    Attributes:
+        name: tpe, gp, cmaes, nsga2, random, grid or qmc.
+        startup_trials: random trials before a model-based sampler (tpe, gp, cmaes) takes over.
+    """
+
+    name: str = "tpe"
+    startup_trials: int = Field(default=10, ge=1)
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        return _known("sampler", name, SAMPLERS)
+
+
+class PrunerConfig(Frozen):
+    """Who stops a trial early.
+
+    Attributes:
+        name: asha (asynchronous successive halving), hyperband, median or none.
+        min_epochs: no trial is stopped before it has trained this many epochs.
+        reduction_factor: asha and hyperband keep one trial in this many at each rung.
+        startup_trials: median waits for this many finished trials.
+    """
+
+    name: str = "asha"
+    min_epochs: int = Field(default=1, ge=1)
+    reduction_factor: int = Field(default=3, ge=2)
+    startup_trials: int = Field(default=5, ge=1)
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        return _known("pruner", "asha" if name == "successive_halving" else name, PRUNERS)
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: object) -> object:
+    """Seconds from a number or from text such as "90s", "20m", "1.5h", "2d"."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smhd])", value.strip())
+        if found is None:
+            raise ValueError(
+                f"expected seconds or a number with s, m, h or d, such as 20m (got {value!r})"
+            )
+        return float(found[1]) * _UNITS[found[2]]
+    return value
+
+
+Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
+class Budget(Frozen):
+    """When the search ends: at the first limit that is reached.
+
+    Attributes:
+        trials: trials that are started at most.
+        epochs: epochs of a trial that nothing stops.
+        wall_clock: time of the search, all sessions together.
+        device_seconds: the ledger: time that trials held a device (a GPU, or their CPU slot),
+            summed over all trials, failed, pruned and repeated work included.
+        max_failures: how often a trial is restarted after its worker died, from its last epoch.
+    """
+
+    trials: int | None = Field(default=None, ge=1)
+    epochs: int = Field(default=5, ge=1)
+    wall_clock: Seconds | None = None
+    device_seconds: Seconds | None = None
+    max_failures: int = Field(default=2, ge=0)
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.trials is None and self.wall_clock is None and self.device_seconds is None:
+            raise ValueError("a search needs an end: give trials, wall_clock or device_seconds")
+        return self
+
+
+class Resources(Frozen):
+    """What one trial holds, and how many run at once.
+
+    Attributes:
+        cpus: CPU cores (and torch threads) a trial.
+        gpus: GPUs a trial, fractions allowed; "auto": 1 if Ray sees any, else 0.
+        concurrency: trials at once; "auto": as many as the resources hold.
+    """
+
+    cpus: int = Field(default=1, ge=1)
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
+    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+
+
+class TrainConfig(Frozen):
+    """The training loop; see :class:`topotune.records.TrainOptions`."""
+
+    batch_size: int = Field(default=64, ge=1)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    grad_clip: float | None = Field(default=None, gt=0)
+
+
+class OverheadConfig(Frozen):
+    """How the cost over Adam is measured; see :class:`topotune.records.OverheadOptions`."""
+
+    blocks: int = Field(default=9, ge=0, le=1000)
+    steps: int = Field(default=8, ge=1, le=1000)
+    warmup: int = Field(default=3, ge=0, le=1000)
+
+
+class TrackingConfig(Frozen):
+    """Where MLflow lives; no uri means MLFLOW_TRACKING_URI, else the embedded store."""
+
+    uri: str | None = None
+    experiment: str = "topotune"
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class SearchConfig(Frozen):
+    """A search file.
+
+    Attributes:
+        name: names the results folder; letters, digits, ``.``, ``_`` and ``-``.
+        description: a sentence for the dashboard.
+        task, model, train: what is trained and how.
+        method: the optimizer: topological_adam, adam, adamw, sgd, nadam or an import path.
+        fixed: parameters with one value; a conditional parameter that is off falls back to these.
+        space: parameters that are searched.
+        warm_start: points that are tried first.
+        objective: one objective, or a list of them.
+        constraints: metric name to bound; a trial that breaks one is never "best".
+        seed: seed of the sampler and, hashed with the trial number, of each trial.
+    """
+
+    name: str
+    description: str = ""
+    task: Annotated[TaskConfig, BeforeValidator(_by_name)]
+    model: Annotated[ModelConfig, BeforeValidator(_by_name)] = ModelConfig()
+    method: str
+    train: TrainConfig = TrainConfig()
+    fixed: dict[str, Value] = Field(default_factory=dict)
+    space: dict[str, Param]
+    warm_start: tuple[dict[str, Scalar | None], ...] = ()
+    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    constraints: dict[str, Bound] = Field(default_factory=dict)
+    sampler: Annotated[SamplerConfig, BeforeValidator(_by_name)] = SamplerConfig()
+    pruner: Annotated[PrunerConfig, BeforeValidator(_by_name)] = PrunerConfig()
+    budget: Budget
+    resources: Resources = Resources()
+    overhead: OverheadConfig = OverheadConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    keep_checkpoints: int = Field(default=10, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not SAFE_NAME.fullmatch(name):
+            raise ValueError(
+                f"must be 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or "
+                f"digit (got {name!r})"
+            )
+        return name
+
+    @field_validator("space")
+    @classmethod
+    def _some_space(cls, space: dict[str, Param]) -> dict[str, Param]:
+        if not space:
+            raise ValueError("at least one parameter must be searched")
+        return space
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_pruner(cls, data: object) -> object:
+        """With several objectives there is no one curve to prune by: the default is none."""
+        if isinstance(data, dict) and "pruner" not in data:
+            objective = data.get("objective")
+            if isinstance(objective, list | tuple) and len(objective) > 1:
+                return {**data, "pruner": "none"}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        from topotune.config_rules import check_search
+
+        check_search(self)
+        return self
+
+    def with_budget(self, **changes: object) -> SearchConfig:
+        """A copy whose budget differs, validated again."""
+        data = self.model_dump()
+        data["budget"].update(changes)
+        return SearchConfig.model_validate(data)
+
+
+def json_schema() -> Mapping[str, Any]:
+    """The JSON schema of a search file."""
+    return SearchConfig.model_json_schema()

@@ -1,0 +1,197 @@
+"""Rules of a search file that involve more than one block; each raises ValueError.
+
+A message begins with the key that it is about, so that the file reader can find its line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from topotune.errors import did_you_mean
+from topotune.records import Value
+
+if TYPE_CHECKING:
+    from topotune.config import SearchConfig
+    from topotune.config_space import Param
+
+
+class RuleError(ValueError):
+    """A broken rule and the path of the key that it is about."""
+
+    def __init__(self, path: tuple[str | int, ...], problem: str) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(problem)
+
+
+def check_search(config: SearchConfig) -> None:
+    """All rules across blocks.
+
+    Raises:
+        RuleError: the first broken rule.
+    """
+    _check_names(config)
+    _check_conditions(config.space)
+    for index, point in enumerate(config.warm_start):
+        _check_point(config.space, point, ("warm_start", index))
+    metrics = [objective.metric for objective in config.objective]
+    for index, metric in enumerate(metrics):
+        if metric in metrics[:index]:
+            raise RuleError(("objective",), f"metric {metric!r} stands twice")
+    for name, bound in config.constraints.items():
+        if bound.min is not None and bound.max is not None and bound.min > bound.max:
+            raise RuleError(
+                ("constraints", name), f"min must not be above max ({bound.min} > {bound.max})"
+            )
+        if name.startswith("overhead_") and config.overhead.blocks == 0:
+            raise RuleError(
+                ("constraints", name), "needs the overhead measurement, but overhead.blocks is 0"
+            )
+    _check_sampler(config)
+    _check_pruner(config)
+
+
+def _check_names(config: SearchConfig) -> None:
+    from topotune.config import PARAM_NAME, TrainConfig
+
+    train_names = set(TrainConfig.model_fields)
+    for block, names in (("fixed", config.fixed), ("space", config.space)):
+        for name in names:
+            if not PARAM_NAME.fullmatch(name):
+                raise RuleError(
+                    (block, name),
+                    f"parameter name {name!r} must be a name such as lr, or one with the prefix "
+                    "model., task. or train., such as model.hidden",
+                )
+            scope, _, leaf = name.rpartition(".")
+            if scope == "train" and leaf not in train_names:
+                raise RuleError(
+                    (block, name), f"unknown train option {leaf!r}{did_you_mean(leaf, train_names)}"
+                )
+
+
+def _check_conditions(space: Mapping[str, Param]) -> None:
+    for name, param in space.items():
+        for parent, wanted in param.when.items():
+            place = ("space", name, "when", parent)
+            if parent not in space:
+                raise RuleError(
+                    place,
+                    f"condition on unknown parameter {parent!r}"
+                    + did_you_mean(parent, (other for other in space if other != name)),
+                )
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if not holds(space[parent], value):
+                    raise RuleError(place, f"{parent} never takes the value {value!r}")
+    sampling_order(space)
+
+
+def sampling_order(space: Mapping[str, Param]) -> list[str]:
+    """Parameter names, each after those that its condition reads, else in file order.
+
+    Raises:
+        RuleError: conditions form a circle.
+    """
+    done: list[str] = []
+    left = list(space)
+    while left:
+        ready = [name for name in left if all(parent in done for parent in space[name].when)]
+        if not ready:
+            raise RuleError(
+                ("space", left[0], "when"), f"conditions form a circle among {', '.join(left)}"
+            )
+        done.append(ready[0])
+        left.remove(ready[0])
+    return done
+
+
+def is_active(param: Param, chosen: Mapping[str, Value]) -> bool:
+    """Whether a parameter's condition holds; an inactive parent is no match."""
+    return all(
+        parent in chosen
+        and any(
+            same(chosen[parent], value)
+            for value in (wanted if isinstance(wanted, list) else [wanted])
+        )
+        for parent, wanted in param.when.items()
+    )
+
+
+def same(left: Value, right: Value) -> bool:
+    """Equality that keeps True and 1 apart."""
+    return left == right and isinstance(left, bool) == isinstance(right, bool)
+
+
+def holds(param: Param, value: Value) -> bool:
+    """Whether ``value`` is one that the parameter can take."""
+    if param.type == "categorical":
+        return any(same(choice, value) for choice in param.choices)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if param.type == "int" and not float(value).is_integer():
+        return False
+    if not param.low <= value <= param.high:
+        return False
+    if param.step is None:
+        return True
+    steps = (value - param.low) / param.step
+    return abs(steps - round(steps)) < 1e-8
+
+
+def describe(param: Param) -> str:
+    """A parameter's range in a few words, such as ``float 1e-05 to 0.1, log``."""
+    if param.type == "categorical":
+        return "one of " + ", ".join(str(choice) for choice in param.choices)
+    text = f"{param.type} {param.low:g} to {param.high:g}"
+    text += ", log" if param.log else ""
+    return text + (f", step {param.step:g}" if param.step not in (None, 1) else "")
+
+
+def _check_point(
+    space: Mapping[str, Param], point: Mapping[str, Value], place: tuple[str | int, ...]
+) -> None:
+    for name, value in point.items():
+        if name not in space:
+            raise RuleError(
+                (*place, name), f"unknown parameter {name!r}{did_you_mean(name, space)}"
+            )
+        if not holds(space[name], value):
+            raise RuleError(
+                (*place, name), f"{value!r} is outside {name}'s range ({describe(space[name])})"
+            )
+
+
+def _check_sampler(config: SearchConfig) -> None:
+    sampler, space = config.sampler.name, config.space
+    if sampler == "grid":
+        for name, param in space.items():
+            if param.when:
+                raise RuleError(("space", name, "when"), "the grid sampler takes no conditions")
+            if param.type == "float" and param.step is None:
+                raise RuleError(
+                    ("space", name), "the grid sampler needs a step for a float parameter"
+                )
+            if param.type == "int" and param.log:
+                raise RuleError(
+                    ("space", name), "the grid sampler takes no log scale; list choices instead"
+                )
+    if sampler == "cmaes":
+        if len(config.objective) > 1:
+            raise RuleError(("sampler",), "cmaes takes one objective; use tpe or nsga2 for several")
+        if config.constraints:
+            raise RuleError(("sampler",), "cmaes takes no constraints; use tpe, gp or nsga2")
+
+
+def _check_pruner(config: SearchConfig) -> None:
+    if len(config.objective) > 1 and config.pruner.name != "none":
+        raise RuleError(
+            ("pruner",),
+            f"pruning compares one number, and there are {len(config.objective)} objectives; "
+            "write pruner: none",
+        )
+    if config.pruner.name != "none" and config.pruner.min_epochs > config.budget.epochs:
+        raise RuleError(
+            ("pruner", "min_epochs"),
+            f"must not be above budget.epochs ({config.pruner.min_epochs} > "
+            f"{config.budget.epochs}), or nothing is ever pruned",
+        )
