@@ -1,0 +1,121 @@
+"""``export`` and ``train``: take the best out of a search, and train a config again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, print_json
+from topotune.errors import RunError
+
+
+def export(
+    name: Annotated[str, typer.Argument(help="The search's name.")],
+    top: Annotated[int, typer.Option(min=1, help="How many of the best.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder; default topotune-exports/NAME.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Train each again and compare exactly.")
+    ] = False,
+    register: Annotated[
+        str | None, typer.Option(help="Also register the best under this model name.")
+    ] = None,
+    alias: Annotated[str, typer.Option(help="Alias of the registered version.")] = "best",
+    force: Annotated[bool, typer.Option("--force", help="Replace earlier exports.")] = False,
+    results_dir: ResultsDir = DEFAULT_RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Write config, metrics, weights and model card of the best trials."""
+    from topotune.search.exports import export_top
+    from topotune.search.folder import SearchFolder
+
+    exported = export_top(
+        SearchFolder.open(results_dir, name),
+        top,
+        out if out is not None else Path("topotune-exports") / name,
+        check=verify,
+        register=register,
+        alias=alias,
+        force=force,
+        note=(lambda text: None) if as_json else typer.echo,
+    )
+    if as_json:
+        print_json(
+            [
+                {
+                    "trial": one.number,
+                    "folder": str(one.paths.folder),
+                    "test": one.test,
+                    "verified": one.verification is not None and one.verification.exact,
+                    "version": one.version,
+                }
+                for one in exported
+            ]
+        )
+        return
+    for one in exported:
+        figures = ", ".join(f"{metric} {value:.4f}" for metric, value in one.test.items())
+        typer.echo(f"trial {one.number}: {figures}")
+        if one.verification is not None:
+            found = one.verification
+            how = "exactly" if found.exact else f"within {abs(found.difference):.2g}"
+            typer.echo(
+                f"trial {one.number}: verified, {found.metric} {found.reproduced!r} reproduced "
+                f"{how} on {found.device}"
+            )
+        if one.version is not None:
+            typer.echo(f"trial {one.number}: registered as {register} version {one.version}")
+    typer.echo(f"\nTrain one again:\n  topotune train {exported[0].paths.config}")
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A config that 'export' or 'best' wrote.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep checkpoints and the step trace here, and resume.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the config's.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where data sets lie.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train one resolved config without a search; test metrics at the end."""
+    import dataclasses
+    import logging
+
+    from topotune.configfile import load_spec
+    from topotune.records import EpochReport, Outcome
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    spec = load_spec(config)
+    changes = {"seed": seed, "data_dir": data_dir, "device": device}
+    spec = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    from topotune.trial import evaluate_test, open_trial, run_to_end
+
+    def show(report: EpochReport) -> None:
+        if not as_json:
+            typer.echo(_epoch_line(report, spec.epochs))
+
+    run = open_trial(spec, folder=folder)
+    result = run_to_end(run, show)
+    test = evaluate_test(spec, run.weights()) if result.outcome is Outcome.COMPLETE else {}
+    if as_json:
+        print_json({**result.to_dict(), "test": test})
+    else:
+        overhead = result.metrics.get("overhead_vs_adam")
+        if overhead is not None:
+            typer.echo(f"overhead_vs_adam {overhead:.3f}")
+        for metric, value in test.items():
+            typer.echo(f"{metric} {value:.4f}")
+    if result.outcome is not Outcome.COMPLETE:
+        raise RunError(f"{config}: training ended {result.outcome}: {result.reason}")
+
+
+def _epoch_line(report: object, epochs: int) -> str:
+    from topotune.records import EpochReport
+
+    assert isinstance(report, EpochReport)
+    wanted = [n for n in report.metrics if n.startswith(("train_", "val_"))]
+    wanted += [n for n in ("energy", "topo_ratio", "step_time_ms") if n in report.metrics]
+    figures = "  ".join(f"{name} {report.metrics[name]:.4g}" for name in wanted)
+    return f"epoch {report.epoch}/{epochs}  {figures}"

@@ -1,0 +1,62 @@
+"""The ``topotune`` command: registers the command groups and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import typer
+
+from topotune import __version__
+from topotune.cli import bench, deliver, doctor, inspect, run, validate
+from topotune.errors import TopotuneError
+
+EPILOG = (
+    "Exit codes: 0 done; 1 a run failed; 2 the input or the environment must change; "
+    "130 interrupted, resumable with 'topotune resume NAME'."
+)
+
+app = typer.Typer(
+    name="topotune",
+    help="Distributed hyperparameter search for physics-inspired training.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    *(run.search, run.resume, run.extend),
+    *(inspect.status, inspect.best, inspect.dashboard, inspect.sync),
+    *(deliver.export, deliver.train),
+    *(validate.check, validate.schema, validate.tasks, doctor.doctor),
+)
+for _command in _COMMANDS:
+    app.command()(_command)
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"topotune {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Entry point: runs the app; our errors become one line on stderr and an exit code."""
+    try:
+        app()
+    except TopotuneError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("aborted\n")
+        sys.exit(130)

@@ -1,0 +1,33 @@
+"""Options that several commands share, and how text is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEFAULT_RESULTS = Path("topotune-results")
+
+ResultsDir = Annotated[
+    Path, typer.Option("--results-dir", help="Where searches lie.", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
+
+
+def print_json(data: Any) -> None:
+    """Strict JSON on standard output."""
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def console() -> Console:
+    """A console on standard output; wide where nobody looks, so that no line is cut."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=200)

@@ -1,0 +1,165 @@
+"""``search``, ``resume`` and ``extend``: run a search and print how it came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, console, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from topotune.config import SearchConfig
+    from topotune.search.driver import SearchReport
+    from topotune.search.view import Listener
+
+INTERRUPTED = 130
+
+
+def search(
+    file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
+    results_dir: ResultsDir = DEFAULT_RESULTS,
+    name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Another number of trials.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Another number of epochs.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Where data sets lie.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow server; default MLFLOW_TRACKING_URI, else embedded.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a new search to its end: leaderboard, best config, next commands."""
+    from topotune.configfile import parse_search, read_yaml
+
+    data, lines = read_yaml(file)
+    changes = {
+        ("name",): name,
+        ("budget", "trials"): trials,
+        ("budget", "epochs"): epochs,
+        ("task", "data_dir"): data_dir,
+        ("tracking", "uri"): tracking_uri,
+    }
+    config = parse_search(_changed(data, changes), str(file), lines)
+    from topotune.search import driver
+
+    _finish(
+        config,
+        lambda listener: driver.start(
+            config, file.read_text(encoding="utf-8"), results_dir, listener
+        ),
+        results_dir,
+        as_json,
+    )
+
+
+def resume(
+    name: Annotated[str, typer.Argument(help="The search's name.")],
+    results_dir: ResultsDir = DEFAULT_RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a search that was stopped or killed; finished epochs are not repeated."""
+    _again(name, results_dir, 0, as_json)
+
+
+def extend(
+    name: Annotated[str, typer.Argument(help="The search's name.")],
+    trials: Annotated[int, typer.Option(min=1, help="How many trials more.")],
+    results_dir: ResultsDir = DEFAULT_RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Add trials to a search, finished or not."""
+    _again(name, results_dir, trials, as_json)
+
+
+def _again(name: str, results_dir: Path, trials: int, as_json: bool) -> None:
+    from topotune.search import driver
+    from topotune.search.folder import SearchFolder
+
+    config = SearchFolder.open(results_dir, name).config()
+    _finish(
+        config,
+        lambda listener: driver.resume(results_dir, name, listener, trials),
+        results_dir,
+        as_json,
+    )
+
+
+def _changed(data: object, changes: Mapping[tuple[str, ...], object]) -> object:
+    """The file's data with options of the command line put over it."""
+    if not isinstance(data, dict):
+        return data
+    for path, value in changes.items():
+        if value is None:
+            continue
+        block = data
+        for key in path[:-1]:
+            inner = block.get(key, {})
+            inner = {"name": inner} if isinstance(inner, str) else inner
+            if not isinstance(inner, dict):
+                break
+            block[key] = inner
+            block = inner
+        else:
+            block[path[-1]] = value
+    return data
+
+
+def _finish(
+    config: SearchConfig,
+    work: Callable[[Listener], SearchReport],
+    results_dir: Path,
+    as_json: bool,
+) -> None:
+    """Run with something to watch, print the outcome, exit with its code."""
+    import logging
+
+    from topotune.cli.live import listener_for
+    from topotune.search.view import SilentListener
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    if as_json:
+        report = work(SilentListener())
+        print_json(_as_data(report))
+    else:
+        with listener_for(config.objective[0].metric) as listener:
+            report = work(listener)
+        _print(report, results_dir)
+    if not report.finished:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _as_data(report: SearchReport) -> dict[str, object]:
+    return {
+        **report.board.to_dict(),
+        "finished": report.finished,
+        "reason": report.reason,
+        "folder": str(report.folder.root),
+        "tracking": report.tracking,
+    }
+
+
+def _print(report: SearchReport, results_dir: Path) -> None:
+    from topotune.cli.boards import print_best, print_board
+
+    out = console()
+    where = "" if results_dir == DEFAULT_RESULTS else f" --results-dir {results_dir}"
+    name = report.config.name
+    out.print()
+    print_board(out, report.board, limit=10)
+    print_best(out, report.board)
+    out.print(report.tracking, markup=False)
+    out.print(f"Results: {report.folder.root}", markup=False)
+    if not report.finished:
+        out.print(f"\nNot finished ({report.reason}). To go on:", markup=False)
+        out.print(f"  topotune resume {name}{where}", markup=False)
+        return
+    out.print("\nNext:")
+    out.print(f"  topotune dashboard {name}{where}        # look at it in MLflow", markup=False)
+    out.print(
+        f"  topotune export {name} --top 3 --verify{where}  # configs, weights, model cards",
+        markup=False,
+    )
+    out.print(f"  topotune extend {name} --trials 20{where}       # search on", markup=False)

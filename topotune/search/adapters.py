@@ -1,0 +1,136 @@
+"""What Ray Tune asks for, answered by the Book: a Searcher, a TrialScheduler and a Callback.
+
+Thin on purpose: no decision is taken here. Ray swallows no exception of a callback, it ends the
+experiment; so an error of ours is kept in the book, the search drains, and the driver raises it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from topotune.errors import TopotuneError
+from topotune.search.book import Book, Progress, Turn
+from topotune.search.study import Handout
+
+T = TypeVar("T")
+
+NUMBER = "number"
+PAYLOAD = "payload"
+
+
+def guarded(book: Book, call: Callable[[], T], otherwise: T) -> T:
+    """The call's value; one of our errors goes into the book and drains the search instead."""
+    try:
+        return call()
+    except TopotuneError as error:
+        book.fatal = book.fatal or error
+        return otherwise
+
+
+class StudySearcher(Searcher):
+    """Hands the book's trials to Tune and tells the book when Tune is done with one.
+
+    Args:
+        book: the search's books.
+        trial_config: the config that a worker gets for a handout.
+    """
+
+    def __init__(self, book: Book, trial_config: Callable[[Handout], dict[str, Any]]) -> None:
+        super().__init__()
+        self._book, self._trial_config = book, trial_config
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        """A trial's config, None to be asked again later, or Searcher.FINISHED."""
+        over: Handout | Turn = Turn.END
+        turn = guarded(self._book, self._book.next, over)
+        if isinstance(turn, Handout):
+            self._numbers[trial_id] = turn.number
+            return self._trial_config(turn)
+        return None if turn is Turn.WAIT else Searcher.FINISHED
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Take the last result in, then close the trial."""
+        number = self._numbers.pop(trial_id, None)
+        if number is None or number not in self._book.live:
+            return
+        if result and PAYLOAD in result and not error:
+            progress = Progress.from_json(result[PAYLOAD])
+            guarded(self._book, lambda: self._book.progress(number, progress), False)
+        retries = self._book.config.budget.max_failures
+        cause = f"its worker died {retries + 1} times" if error else ""
+        guarded(self._book, lambda: self._book.end(number, cause), None)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the study is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore: the study is the state."""
+
+
+class StudyScheduler(FIFOScheduler):
+    """Stops a trial when the book says so; trials start in the order they were handed out."""
+
+    def __init__(self, book: Book) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._book = book
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """CONTINUE or STOP after a worker's step."""
+        number = trial.config[NUMBER]
+        if number not in self._book.live:
+            return TrialScheduler.STOP
+        progress = Progress.from_json(result[PAYLOAD])
+        go_on = guarded(self._book, lambda: self._book.progress(number, progress), False)
+        return TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP
+
+
+class Clock(Callback):
+    """Keeps the ledger running and calls ``pulse`` on every turn of Tune's event loop."""
+
+    def __init__(self, book: Book, pulse: Callable[[], None]) -> None:
+        self._book, self._pulse = book, pulse
+
+    def _tick(self) -> None:
+        guarded(self._book, lambda: self._book.ledger.tick(self._book.holding), None)
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """The trial holds its device from now on."""
+        self._tick()
+        self._book.holding.add(trial.config[NUMBER])
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Its worker died; it holds nothing until it starts again."""
+        self._tick()
+        self._book.holding.discard(trial.config[NUMBER])
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """The device is free."""
+        self._tick()
+        self._book.holding.discard(trial.config[NUMBER])
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """The device is free."""
+        self._tick()
+        self._book.holding.discard(trial.config[NUMBER])
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Charge the time and let the driver look around."""
+        self._tick()
+        self._pulse()

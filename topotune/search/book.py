@@ -1,0 +1,255 @@
+"""The decisions of a search, without Ray: what runs next, what stops, how each trial ended.
+
+The Ray adapters and the driver call this object from one thread. It holds only what can be
+rebuilt from the study, the ledger and the trials' folders.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from topotune.config import SearchConfig
+from topotune.errors import ConfigError, TopotuneError, did_you_mean
+from topotune.records import (
+    EpochReport,
+    Outcome,
+    TrialSpec,
+    TrialSummary,
+    pack_metrics,
+    unpack_metrics,
+)
+from topotune.search.ledger import Ledger
+from topotune.search.study import Handout, StudyStore
+from topotune.search.view import RunningTrial, SearchView
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a worker sends after each step: reports that may repeat, and perhaps the end."""
+
+    reports: tuple[EpochReport, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    reason: str = ""
+
+    def to_json(self) -> str:
+        """Strict JSON."""
+        return json.dumps(
+            {
+                "reports": [report.to_dict() for report in self.reports],
+                "metrics": pack_metrics(self.metrics),
+                "outcome": self.outcome,
+                "reason": self.reason,
+            },
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Progress:
+        """The inverse of :meth:`to_json`."""
+        data: dict[str, Any] = json.loads(text)
+        return cls(
+            tuple(EpochReport.from_dict(report) for report in data["reports"]),
+            unpack_metrics(data["metrics"]),
+            Outcome(data["outcome"]) if data["outcome"] else None,
+            data["reason"],
+        )
+
+
+class Turn(Enum):
+    """The answer to "what next": wait for a slot, or nothing is left."""
+
+    WAIT = "wait"
+    END = "end"
+
+
+@dataclass
+class _Live:
+    spec: TrialSpec
+    params: Mapping[str, Any]
+    epoch: int = 0
+    value: float = math.nan
+    metrics: dict[str, float] = field(default_factory=dict)
+    verdict: tuple[Outcome, str] | None = None
+    left_running: bool = False
+
+
+class Book:
+    """Keeps the search's books.
+
+    Args:
+        config: the search.
+        store: its study.
+        ledger: its device seconds.
+        concurrency: trials at once.
+        ended: called with the row of each trial that ended.
+        finished: rows of trials that had ended before.
+    """
+
+    def __init__(
+        self,
+        config: SearchConfig,
+        store: StudyStore,
+        ledger: Ledger,
+        concurrency: int,
+        ended: Callable[[TrialSummary], None],
+        finished: list[TrialSummary],
+    ) -> None:
+        self.config, self.store, self.ledger = config, store, ledger
+        self.concurrency, self._ended = concurrency, ended
+        self.live: dict[int, _Live] = {}
+        self.holding: set[int] = set()
+        self.stopping = ""
+        self.fatal: TopotuneError | None = None
+        self._counts = Counter(row.state for row in finished)
+        self._best: TrialSummary | None = None
+        for row in finished:
+            self._consider(row)
+        self._session_started = time.monotonic()
+        self._session_ended = 0
+
+    def next(self) -> Handout | Turn:
+        """The next trial to run, or why there is none now."""
+        if self.stopping or self.fatal or self._over_budget():
+            return Turn.END
+        if len(self.live) >= self.concurrency:
+            return Turn.WAIT
+        handout = self.store.next()
+        if handout is None:
+            return Turn.END
+        self.live[handout.number] = _Live(handout.spec, self.store.params(handout.number))
+        return handout
+
+    def stop(self, reason: str) -> None:
+        """Hand out nothing more; trials in flight stop after their epoch and stay resumable."""
+        self.stopping = self.stopping or reason
+
+    def _over_budget(self) -> str:
+        """Which limit of time is reached; empty while none is."""
+        budget = self.config.budget
+        if budget.wall_clock is not None and self.ledger.wall_seconds >= budget.wall_clock:
+            return f"budget.wall_clock of {budget.wall_clock:g} s is used up"
+        if budget.device_seconds is not None:
+            spent = self.ledger.device_seconds
+            if spent >= budget.device_seconds:
+                return f"budget.device_seconds of {budget.device_seconds:g} is used up"
+        return ""
+
+    def progress(self, number: int, progress: Progress) -> bool:
+        """Take a worker's step in; whether the trial may go on."""
+        live = self.live[number]
+        for report in progress.reports:
+            if report.epoch > live.epoch and live.verdict is None:
+                self._take(number, live, report, progress.metrics)
+        live.metrics.update(progress.metrics)
+        if live.verdict is None and progress.outcome is not None:
+            live.verdict = (progress.outcome, progress.reason)
+        if live.verdict is not None:
+            return False
+        if self.stopping or self.fatal:
+            live.left_running = True
+            return False
+        if over := self._over_budget():
+            live.verdict = (Outcome.PRUNED, over)
+            return False
+        return True
+
+    def _take(
+        self, number: int, live: _Live, report: EpochReport, extra: Mapping[str, float]
+    ) -> None:
+        live.epoch = report.epoch
+        live.metrics.update(report.metrics)
+        live.metrics.update(extra)
+        for objective in self.config.objective:
+            value = live.metrics.get(objective.metric)
+            if value is None:
+                names = sorted(live.metrics)
+                reason = f"metric {objective.metric!r} was not reported"
+                live.verdict = (Outcome.FAILED, reason)
+                self.fatal = ConfigError(
+                    "objective.metric",
+                    f"the trials report no {objective.metric!r}"
+                    + did_you_mean(objective.metric, names),
+                )
+                return
+            if not math.isfinite(value):
+                reason = f"{objective.metric} is {value} after epoch {report.epoch}"
+                live.verdict = (Outcome.DIVERGED, reason)
+                return
+        live.value = live.metrics[self.config.objective[0].metric]
+        self.store.report(number, report)
+        if report.epoch < live.spec.epochs and self.store.should_prune(number):
+            reason = f"{self.config.pruner.name} after epoch {report.epoch} of {live.spec.epochs}"
+            live.verdict = (Outcome.PRUNED, reason)
+
+    def end(self, number: int, error: str = "") -> TrialSummary | None:
+        """A trial gave its slot back; its row, or None if it stays running for a resume.
+
+        Args:
+            number: the trial.
+            error: why its worker is gone for good; empty if it ended by itself.
+        """
+        live = self.live.pop(number, None)
+        self.holding.discard(number)
+        if live is None:
+            return None
+        if live.verdict is None and not error and (live.left_running or self.stopping):
+            return None
+        outcome, reason = live.verdict or (Outcome.FAILED, error or "the worker ended early")
+        if outcome is Outcome.COMPLETE and live.epoch < live.spec.epochs:
+            outcome, reason = Outcome.FAILED, f"ended after epoch {live.epoch} without a reason"
+        seconds = self.ledger.trials.get(number, 0.0)
+        row = self.store.finish(number, outcome, reason, live.metrics, live.epoch, seconds)
+        self._counts[row.state] += 1
+        self._session_ended += 1
+        self._consider(row)
+        self._ended(row)
+        return row
+
+    def _consider(self, row: TrialSummary) -> None:
+        """Keep the best by the first objective among complete rows that break no constraint."""
+        if row.state != Outcome.COMPLETE or row.violated or not row.values:
+            return
+        if math.isnan(row.values[0]):
+            return
+        sign = 1.0 if self.config.objective[0].direction == "maximize" else -1.0
+        if self._best is None or sign * row.values[0] > sign * self._best.values[0]:
+            self._best = row
+
+    def view(self, phase: str, waiting: str = "", tracking: str = "") -> SearchView:
+        """A snapshot to show."""
+        running = tuple(
+            RunningTrial(
+                number, live.epoch, None if math.isnan(live.value) else live.value, live.params
+            )
+            for number, live in self.live.items()
+        )
+        return SearchView(
+            name=self.config.name,
+            phase=phase,
+            counts={**self._counts, "RUNNING": len(self.live)},
+            total=self.config.budget.trials,
+            epochs=self.config.budget.epochs,
+            best=self._best,
+            running=running,
+            device_seconds=self.ledger.device_seconds,
+            wall_seconds=self.ledger.wall_seconds,
+            eta_seconds=self._eta(),
+            waiting=waiting,
+            tracking=tracking,
+            headline=self.config.objective[0].metric,
+        )
+
+    def _eta(self) -> float | None:
+        left = self.store.left
+        if not self._session_ended or left is None:
+            return None
+        pace = (time.monotonic() - self._session_started) / self._session_ended
+        return pace * (left + len(self.live) / 2)

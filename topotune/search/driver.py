@@ -1,0 +1,173 @@
+"""Start, resume or extend a search: assemble the parts, run them, and put everything away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from topotune import __version__
+from topotune.config import SearchConfig
+from topotune.errors import ConfigError, TopotuneError
+from topotune.records import TrialSummary
+from topotune.results.leaderboard import Leaderboard
+from topotune.search.folder import Lease, SearchFolder
+from topotune.search.preflight import check_writable, fit_resources, preflight
+from topotune.search.session import RaySession
+from topotune.search.view import Listener
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """How a session of a search ended.
+
+    Attributes:
+        folder: the search's folder.
+        config: the search.
+        board: the leaderboard.
+        finished: nothing is left to do within the budget.
+        reason: why it ended early; empty otherwise.
+        tracking: one line: what was recorded, what is stored, what still waits.
+    """
+
+    folder: SearchFolder
+    config: SearchConfig
+    board: Leaderboard
+    finished: bool
+    reason: str
+    tracking: str
+
+
+def start(
+    config: SearchConfig,
+    source: str,
+    results_dir: Path,
+    listener: Listener,
+    address: str = "local",
+) -> SearchReport:
+    """Run a new search to its end.
+
+    Args:
+        config: the search.
+        source: the search file's text, kept with the results.
+        results_dir: where the search's folder is made.
+        listener: who watches.
+        address: the Ray cluster; "local" starts one of its own.
+
+    Raises:
+        UserError: the search cannot start as it is; nothing is written then.
+        RunError: it was running and had to end; what it has done is kept.
+    """
+    SearchFolder.check_free(results_dir, config)
+    check_writable(results_dir)
+    listener.note("checking the search: task, model and method at the ends of every range")
+    preflight(config)
+    with RaySession(address, listener) as ray_session:
+        gpus, concurrency = fit_resources(config, *ray_session.size())
+        folder = SearchFolder.create(results_dir, config, source)
+        with Lease(folder.lock):
+            return _run(folder, config, listener, ray_session, gpus, concurrency)
+
+
+def resume(
+    results_dir: Path,
+    name: str,
+    listener: Listener,
+    extra_trials: int = 0,
+    address: str = "local",
+) -> SearchReport:
+    """Continue a search where it was left, with ``extra_trials`` more than it had.
+
+    Raises:
+        UserError: there is no such search, or another process drives it.
+        RunError: as :func:`start`.
+    """
+    folder = SearchFolder.open(results_dir, name)
+    with Lease(folder.lock):
+        config = folder.config()
+        if extra_trials:
+            config = extended(config, extra_trials)
+        preflight(config)
+        with RaySession(address, listener) as ray_session:
+            gpus, concurrency = fit_resources(config, *ray_session.size())
+            folder.save(config)
+            return _run(folder, config, listener, ray_session, gpus, concurrency)
+
+
+def extended(config: SearchConfig, trials: int) -> SearchConfig:
+    """The search with a larger budget of trials; limits of time grow in proportion.
+
+    Raises:
+        ConfigError: the search has no limit of trials to extend, or is a grid.
+    """
+    before = config.budget.trials
+    if before is None:
+        raise ConfigError("budget.trials", "this search has no limit of trials to extend")
+    if config.sampler.name == "grid":
+        raise ConfigError("sampler", "a grid has a fixed set of points and cannot be extended")
+    factor = (before + trials) / before
+    scaled = {
+        name: None if value is None else value * factor
+        for name in ("wall_clock", "device_seconds")
+        if (value := getattr(config.budget, name)) is not None
+    }
+    return config.with_budget(trials=before + trials, **scaled)
+
+
+def _run(
+    folder: SearchFolder,
+    config: SearchConfig,
+    listener: Listener,
+    ray_session: RaySession,
+    gpus: float,
+    concurrency: int,
+) -> SearchReport:
+    """One session of a search on a running Ray."""
+    from topotune.search.book import Book
+    from topotune.search.execute import execute
+    from topotune.search.ledger import Ledger
+    from topotune.search.pulse import Pulse
+    from topotune.search.recorder import Recorder
+    from topotune.search.retention import Retention
+    from topotune.search.shipping import Shipping
+    from topotune.search.signals import Interrupts
+    from topotune.search.study import StudyStore, summaries
+
+    ledger = Ledger(folder.ledger, devices=gpus or 1.0)
+    store = StudyStore(folder, config, gpus)
+    before = summaries(folder, config, ledger.trials)
+    recorder = Recorder(folder, config)
+    retention = Retention(folder, config, before)
+
+    def ended(row: TrialSummary) -> None:
+        recorder.ended(row)
+        retention.ended(row)
+        listener.ended(row)
+
+    book = Book(config, store, ledger, concurrency, ended, before)
+    with Shipping(folder, config, listener) as shipping, Interrupts(book, listener) as interrupts:
+        recorder.start(
+            {
+                "topotune.version": __version__,
+                "topotune.task": config.task.name,
+                "topotune.method": config.method,
+                "topotune.folder": str(folder.root),
+            }
+        )
+        recorder.recover(before)
+        pulse = Pulse(book, listener, ray_session, shipping, config, gpus)
+        failure: TopotuneError | None = None
+        try:
+            execute(folder, config, book, pulse, gpus, interrupts)
+        except TopotuneError as error:
+            failure = error
+        ledger.save()
+        failure = book.fatal or failure
+        reason = str(failure) if failure else book.stopping
+        done = not failure and not book.stopping and not book.live
+        outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")
+        listener.tick(book.view("done", tracking=shipping.line()))
+        board = recorder.close(outcome, reason)
+        tracking = shipping.close()
+    if failure:
+        raise failure
+    return SearchReport(folder, config, board, done, reason, tracking)

@@ -1,0 +1,79 @@
+"""Ray Tune, told what to run by the book."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from topotune.config import SearchConfig
+from topotune.errors import RunError
+from topotune.search.book import Book
+from topotune.search.folder import SearchFolder
+from topotune.search.pulse import Pulse
+from topotune.search.signals import Interrupts
+
+
+def execute(
+    folder: SearchFolder,
+    config: SearchConfig,
+    book: Book,
+    pulse: Pulse,
+    gpus: float,
+    interrupts: Interrupts,
+) -> None:
+    """Let Ray Tune execute what the book hands out.
+
+    Raises:
+        RunError: Ray itself failed.
+    """
+    from ray import tune
+    from ray.exceptions import RayError
+    from ray.tune import Stopper
+    from ray.tune.error import TuneError
+
+    from topotune.search.adapters import Clock, StudyScheduler, StudySearcher
+    from topotune.search.worker import TrialActor, trial_config
+
+    class Overdue(Stopper):
+        """Cuts trials short that did not reach an epoch's end while draining."""
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return pulse.overdue()
+
+    resources = {"cpu": config.resources.cpus, "gpu": gpus}
+    # Tune insists on a folder; nothing that it writes there is ever read.
+    with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(TrialActor, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=StudySearcher(
+                    book, lambda handout: trial_config(handout.number, handout.spec, folder.root)
+                ),
+                scheduler=StudyScheduler(book),
+                num_samples=-1,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name=config.name,
+                storage_path=scratch,
+                failure_config=tune.FailureConfig(max_failures=config.budget.max_failures),
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),
+                callbacks=[Clock(book, pulse)],
+                stop=Overdue(),
+                verbose=0,
+            ),
+        )
+        interrupts.install()
+        try:
+            tuner.fit()
+        except (TuneError, RayError) as error:
+            text = " ".join(str(error).split())[:500]
+            raise RunError(
+                f"Ray ended the search: {text}. What is finished is kept; 'topotune resume "
+                f"{config.name}' continues"
+            ) from error

@@ -1,0 +1,171 @@
+"""Export the best trials of a search: choose, take or retrain the weights, write, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topotune.errors import CheckpointError, SearchFolderError, TrackingError
+from topotune.records import EpochReport, Outcome, OverheadOptions, TrialResult, TrialSpec
+from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
+from topotune.results.leaderboard import top
+from topotune.search.folder import SearchFolder
+from topotune.search.recorder import leaderboard, objectives
+from topotune.search.shipping import open_store
+from topotune.tracking.registry import register_model
+
+_log = logging.getLogger(__name__)
+
+GPU_TOLERANCE = 5e-3
+"""Accepted difference of a verified metric off the CPU, where kernels sum in varying order."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported trial.
+
+    Attributes:
+        number: the trial.
+        paths: its files.
+        test: metrics on the test split, opened now for the first time.
+        verification: the second training's comparison, if asked for.
+        version: its version in the model registry, if asked for.
+    """
+
+    number: int
+    paths: ExportPaths
+    test: dict[str, float]
+    verification: Verification | None
+    version: str | None
+
+
+def export_top(
+    folder: SearchFolder,
+    count: int,
+    out: Path,
+    *,
+    check: bool = False,
+    register: str | None = None,
+    alias: str = "best",
+    force: bool = False,
+    note: Callable[[str], None],
+) -> list[Exported]:
+    """Export the best ``count`` trials; the first of them also goes into the registry.
+
+    Args:
+        folder: the search.
+        count: how many; fewer if fewer finished.
+        out: folder that gets a sub-folder a trial.
+        check: train each config again and compare the recorded objectives exactly.
+        register: name in MLflow's model registry for the best one.
+        alias: alias of that version.
+        force: replace earlier, different exports.
+        note: told what happens, one line at a time.
+
+    Raises:
+        SearchFolderError: no trial has finished within the constraints.
+        VerificationError: a config did not reproduce its metric; what was written stays.
+        TrackingError: the registry refused.
+    """
+    config = folder.config()
+    board = leaderboard(folder, config)
+    best = top(board.trials, [o.direction for o in config.objective], count)
+    if not best:
+        raise SearchFolderError(
+            f"{folder.root}: no trial finished within the constraints, so there is nothing to "
+            f"export ({board.summary})"
+        )
+    exported = []
+    for rank, row in enumerate(best, start=1):
+        spec = TrialSpec.from_dict(row.spec)
+        weights, history = _weights(spec, folder.trial(row.number), note)
+        from topotune.trial import evaluate_test
+
+        test = evaluate_test(spec, weights)
+        paths = export_config(
+            row,
+            rank,
+            objectives=objectives(config),
+            out=out,
+            weights=weights,
+            provenance=_provenance(folder, spec, len(board.trials)),
+            history=history,
+            test_metrics=test,
+            force=force,
+        )
+        note(f"rank {rank}: trial {row.number} -> {paths.folder}")
+        verification = None
+        if check:
+            note(f"rank {rank}: training trial {row.number} again to verify it")
+            verification = _verify(spec, dict(row.metrics), config.objective[0].metric)
+        exported.append(Exported(row.number, paths, test, verification, None))
+    if register is not None:
+        exported[0] = _register(folder, exported[0], register, alias)
+    return exported
+
+
+def _weights(
+    spec: TrialSpec, folder: Path, note: Callable[[str], None]
+) -> tuple[dict[str, Any], tuple[EpochReport, ...]]:
+    """Weights and history of a trial: from its checkpoint, or trained again if that is gone."""
+    from topotune.trial import load_history, load_weights, open_trial
+
+    try:
+        return load_weights(spec, folder), load_history(spec, folder)
+    except CheckpointError as error:
+        note(f"{folder.name}: trained again, because {error}")
+    run = open_trial(_without_overhead(spec))
+    for _ in run.reports():
+        pass
+    run.finish(Outcome.COMPLETE)
+    return run.weights(), run.history
+
+
+def _without_overhead(spec: TrialSpec) -> TrialSpec:
+    return dataclasses.replace(spec, overhead=OverheadOptions(blocks=0))
+
+
+def _verify(spec: TrialSpec, recorded: dict[str, float], metric: str) -> Verification:
+    from topotune.trial import run_trial
+
+    again: TrialResult = run_trial(_without_overhead(spec))
+    return verify(recorded, again.metrics, metric, spec.device, tolerance=GPU_TOLERANCE)
+
+
+def _provenance(folder: SearchFolder, spec: TrialSpec, trials: int) -> Provenance:
+    from topotune.train.process import provenance, resolve_device
+
+    found = provenance(resolve_device(spec.device))
+    packages = {
+        name.removeprefix("version."): value
+        for name, value in found.items()
+        if name.startswith("version.")
+    }
+    return Provenance(
+        search=folder.name,
+        search_id=folder.search_id,
+        trials=trials,
+        code_version=packages.pop("topotune"),
+        packages=packages,
+        device=f"{found['device']} ({found['device_name']}, {spec.threads} threads)",
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _register(folder: SearchFolder, best: Exported, name: str, alias: str) -> Exported:
+    store = open_store(folder, folder.config())
+    runs = [r for r in store.runs(folder.search_id, best.number) if not r.deleted]
+    if not runs:
+        raise TrackingError(
+            f"trial {best.number} has no run in {store.label} yet. Run 'topotune sync "
+            f"{folder.name}' first"
+        )
+    paths = best.paths
+    files = [paths.config, paths.metrics, paths.provenance, paths.weights, paths.card]
+    version = register_model(store, runs[0].run_id, files, name, alias)
+    return dataclasses.replace(best, version=version)

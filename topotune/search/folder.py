@@ -1,0 +1,236 @@
+"""The results folder of one search: its layout, its identity and who drives it.
+
+::
+
+    NAME/
+      search.json        identity: search id, the validated config, versions
+      search.yaml        the search file as the user wrote it
+      study.db           the Optuna study, the source of truth
+      ledger.json        device seconds and wall time
+      driver.lock        held by the one process that drives the search
+      driver.spool.jsonl what the driver records for MLflow
+      trials/0007/       checkpoints, spool, trace and errors of trial 7
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from topotune.config import SearchConfig
+from topotune.errors import ResourceError, SearchFolderError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file as a whole: a reader sees the old or the new one.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written: {error.strerror}. Make space or choose another "
+            "--results-dir, then resume"
+        ) from error
+
+
+@dataclass(frozen=True)
+class SearchFolder:
+    """Paths of one search. ``open`` and ``create`` check that it is what it claims to be."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        """The search's name."""
+        return self.root.name
+
+    @property
+    def meta(self) -> Path:
+        """Identity and config."""
+        return self.root / "search.json"
+
+    @property
+    def study_url(self) -> str:
+        """SQLAlchemy URL of the study."""
+        return f"sqlite:///{self.root / 'study.db'}"
+
+    @property
+    def ledger(self) -> Path:
+        """Device seconds and wall time."""
+        return self.root / "ledger.json"
+
+    @property
+    def lock(self) -> Path:
+        """The driver's lease."""
+        return self.root / "driver.lock"
+
+    def trial(self, number: int) -> Path:
+        """Everything of one trial."""
+        return self.root / "trials" / f"{number:04d}"
+
+    @classmethod
+    def check_free(cls, results_dir: Path, config: SearchConfig) -> Self:
+        """Where a new search would lie, if nothing lies there yet.
+
+        Raises:
+            SearchFolderError: a search of that name, or something else, is there.
+        """
+        folder = cls(results_dir.absolute() / config.name)
+        if folder.meta.exists():
+            same = folder.config() == config
+            raise SearchFolderError(
+                f"{folder.root}: holds "
+                + ("this search already" if same else f"another search named {config.name!r}")
+                + f". Continue it with 'topotune resume {config.name}', or start a new one with "
+                "--name OTHER or another --results-dir"
+            )
+        if folder.root.exists() and not folder.root.is_dir():
+            raise SearchFolderError(f"{folder.root}: is a file. Choose --name or --results-dir")
+        if folder.root.exists() and any(folder.root.iterdir()):
+            raise SearchFolderError(
+                f"{folder.root}: is not empty and holds no search. Choose --name or --results-dir"
+            )
+        return folder
+
+    @classmethod
+    def create(cls, results_dir: Path, config: SearchConfig, source: str) -> Self:
+        """A new search's folder, with its identity written last so that it is whole or absent.
+
+        Raises:
+            SearchFolderError: as :meth:`check_free`.
+            ResourceError: the folder cannot be written.
+        """
+        folder = cls.check_free(results_dir, config)
+        try:
+            (folder.root / "trials").mkdir(parents=True)
+        except OSError as error:
+            raise ResourceError(
+                f"{folder.root}: the results folder cannot be made: {error.strerror}. Choose a "
+                "writable --results-dir"
+            ) from error
+        write_atomically(folder.root / "search.yaml", source)
+        folder.save(config, uuid.uuid4().hex)
+        return folder
+
+    @classmethod
+    def open(cls, results_dir: Path, name: str) -> Self:
+        """An existing search's folder.
+
+        Raises:
+            SearchFolderError: there is none, or its identity is unreadable.
+        """
+        folder = cls(results_dir.absolute() / name)
+        if Path(name).name != name or not folder.meta.is_file():
+            known = ", ".join(sorted(found.name for found in searches(results_dir))) or "none"
+            raise SearchFolderError(
+                f"{results_dir}: no search named {name!r} (there: {known}). Give its "
+                "--results-dir if it lies elsewhere"
+            )
+        folder.identity()
+        return folder
+
+    def identity(self) -> dict[str, Any]:
+        """The content of search.json."""
+        try:
+            data: dict[str, Any] = json.loads(self.meta.read_text(encoding="utf-8"))
+            return {"search_id": str(data["search_id"]), "config": dict(data["config"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SearchFolderError(f"{self.meta}: is damaged ({error})") from None
+
+    @property
+    def search_id(self) -> str:
+        """The search's unique id, which its MLflow runs carry."""
+        return str(self.identity()["search_id"])
+
+    def config(self) -> SearchConfig:
+        """The validated config as the search runs it now."""
+        return SearchConfig.model_validate(self.identity()["config"])
+
+    def save(self, config: SearchConfig, search_id: str | None = None) -> None:
+        """Write identity and config."""
+        identity = {
+            "search_id": search_id or self.search_id,
+            "config": config.model_dump(mode="json"),
+        }
+        write_atomically(self.meta, json.dumps(identity, indent=1) + "\n")
+
+
+def searches(results_dir: Path) -> list[SearchFolder]:
+    """All searches under a results directory, by name."""
+    if not results_dir.is_dir():
+        return []
+    return [
+        SearchFolder(path.absolute())
+        for path in sorted(results_dir.iterdir())
+        if (path / "search.json").is_file()
+    ]
+
+
+class Lease:
+    """The right to drive one search, held by at most one living process on this machine.
+
+    The kernel drops the lock with the process, so that a killed driver leaves nothing behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        """Take the lease.
+
+        Raises:
+            SearchFolderError: another process holds it; the text names its host and pid.
+            ResourceError: the folder cannot be written.
+        """
+        try:
+            file = self._path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise ResourceError(f"{self._path}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise SearchFolderError(
+                f"{self._path.parent}: this search is being driven by {holder}. Wait for it or "
+                "stop it; 'topotune status' shows how far it is"
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.close()
+            self._file = None
+
+
+def lease_holder(path: Path) -> str | None:
+    """Who drives the search ("pid 12 on host"), or None if nobody does."""
+    if not path.exists():
+        return None
+    with path.open("r", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None

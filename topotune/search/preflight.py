@@ -1,0 +1,83 @@
+"""Find what is wrong with a search before anything is started or written.
+
+The search file's own rules hold by then; this builds, in the driver's process, what a worker
+would build: task, model and optimizer at the ends of every range, and the names of the metrics.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from topotune.config import SearchConfig
+from topotune.errors import ConfigError, ResourceError, did_you_mean
+from topotune.search.space import corners
+
+
+def preflight(config: SearchConfig) -> list[str]:
+    """Check a search; the metrics that its trials will report.
+
+    Raises:
+        UserError: a name that nothing knows, an option that nothing takes, a value that a
+            constructor refuses anywhere in the space, data that cannot be had, an objective or a
+            constraint on a metric that no trial reports.
+    """
+    from topotune.trial import metric_names, preflight_spec
+
+    specs = corners(config)
+    for spec in specs:
+        preflight_spec(spec)
+    names = metric_names(specs[0])
+    wanted = [("objective.metric", objective.metric) for objective in config.objective]
+    wanted += [(f"constraints.{name}", name) for name in config.constraints]
+    for place, metric in wanted:
+        if metric not in names:
+            raise ConfigError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
+    return names
+
+
+def check_writable(results_dir: Path) -> None:
+    """Make sure that a results directory can be made and written, without leaving anything.
+
+    Raises:
+        ResourceError: it cannot.
+    """
+    folder = results_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ResourceError(f"{folder}: is a file, not a folder. Choose another --results-dir")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"{results_dir}: cannot be written ({folder} is not writable). Choose another "
+            "--results-dir"
+        )
+
+
+def fit_resources(
+    config: SearchConfig, cluster_cpus: float, cluster_gpus: float
+) -> tuple[float, int]:
+    """GPUs a trial and trials at once on a cluster of this size.
+
+    Raises:
+        ResourceError: one trial alone asks for more than there is.
+    """
+    wanted = config.resources
+    gpus = wanted.gpus if wanted.gpus != "auto" else (1.0 if cluster_gpus >= 1 else 0.0)
+    if gpus > cluster_gpus:
+        raise ResourceError(
+            f"resources.gpus: a trial needs {gpus:g} GPU(s) and Ray sees {cluster_gpus:g}. "
+            "Write gpus: auto to use the CPUs where there is no GPU"
+        )
+    if wanted.cpus > cluster_cpus:
+        raise ResourceError(
+            f"resources.cpus: a trial needs {wanted.cpus} CPU(s) and Ray sees {cluster_cpus:g}. "
+            "Lower resources.cpus"
+        )
+    fits = int(cluster_cpus // wanted.cpus)
+    if gpus > 0:
+        # Ray places a fraction within one device, and more than one GPU as whole ones.
+        per_gpu = int(1 / gpus + 1e-9) * int(cluster_gpus) if gpus <= 1 else cluster_gpus // gpus
+        fits = min(fits, int(per_gpu))
+    concurrency = fits if wanted.concurrency == "auto" else min(wanted.concurrency, fits)
+    return gpus, max(concurrency, 1)

@@ -1,0 +1,78 @@
+"""What happens about twice a second while trials run: look around, and tell who watches."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from topotune.config import SearchConfig
+from topotune.search.book import Book
+from topotune.search.session import RaySession
+from topotune.search.shipping import Shipping
+from topotune.search.view import Listener
+
+DRAIN_SECONDS = 20.0
+"""How long trials may finish their epoch after the first Ctrl-C, before they are cut short."""
+TICK_SECONDS = 0.5
+
+
+class Pulse:
+    """Called on every turn of Tune's event loop; acts every ``TICK_SECONDS``.
+
+    Attributes:
+        stop_since: monotonic time since which the search drains; infinite while it does not.
+    """
+
+    def __init__(
+        self,
+        book: Book,
+        listener: Listener,
+        ray_session: RaySession,
+        shipping: Shipping,
+        config: SearchConfig,
+        gpus: float,
+    ) -> None:
+        self._book, self._listener, self._ray = book, listener, ray_session
+        self._shipping, self._config, self._gpus = shipping, config, gpus
+        self._next = self._next_look = 0.0
+        self._waiting, self._waits_since = "", math.inf
+        self.stop_since = math.inf
+
+    def __call__(self) -> None:
+        """Look around if it is time."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + TICK_SECONDS
+        if (self._book.stopping or self._book.fatal) and self.stop_since == math.inf:
+            self.stop_since = now
+        phase = "draining" if self.stop_since < math.inf else "running"
+        self._listener.tick(self._book.view(phase, self._why(now), self._shipping.line()))
+
+    def overdue(self) -> bool:
+        """Whether draining has taken longer than it may."""
+        return time.monotonic() - self.stop_since > DRAIN_SECONDS
+
+    def _why(self, now: float) -> str:
+        """Why a handed-out trial holds no device yet; empty while none waits."""
+        pending = len(self._book.live) - len(self._book.holding)
+        if pending <= 0:
+            self._waits_since, self._waiting = math.inf, ""
+            return ""
+        self._waits_since = min(self._waits_since, now)
+        if now - self._waits_since < 3:
+            return ""
+        if now >= self._next_look:
+            self._next_look = now + 5
+            cpus, gpus = self._ray.free()
+            total_cpus, total_gpus = self._ray.size()
+            needs = f"{self._config.resources.cpus} CPU"
+            has = f"{cpus:g} of {total_cpus:g} CPUs"
+            if self._gpus:
+                needs += f" and {self._gpus:g} GPU"
+                has += f" and {gpus:g} of {total_gpus:g} GPUs"
+            if cpus >= self._config.resources.cpus and gpus >= self._gpus:
+                self._waiting = f"{pending} starting: a worker process loads its libraries"
+            else:
+                self._waiting = f"{pending} waiting: each needs {needs}, {has} free"
+        return self._waiting

@@ -1,0 +1,153 @@
+"""Look at searches without driving them: status, the dashboard, and a late shipment."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topotune.config import SearchConfig
+from topotune.results.leaderboard import Leaderboard
+from topotune.results.text import clean
+from topotune.search.folder import SearchFolder, lease_holder, searches
+from topotune.search.ledger import read_ledger
+from topotune.search.recorder import leaderboard
+from topotune.search.shipping import open_store
+from topotune.tracking.dashboard import search_page, serve_dashboard, trials_page
+from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.shipper import Shipper
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchStatus:
+    """One search as its files show it.
+
+    Attributes:
+        folder: where it lies.
+        config: what it searches.
+        board: its trials.
+        holder: who drives it ("pid 12 on host"), None if nobody.
+        wall_seconds: time spent, all sessions together.
+    """
+
+    folder: SearchFolder
+    config: SearchConfig
+    board: Leaderboard
+    holder: str | None
+    wall_seconds: float
+
+    @property
+    def state(self) -> str:
+        """ "running", "finished", or "stopped" with trials left to do."""
+        if self.holder:
+            return "running"
+        counts = self.board.counts
+        open_trials = counts["RUNNING"] + counts["WAITING"]
+        ended = len(self.board.trials) - open_trials
+        budget = self.config.budget
+        limits = (
+            ended >= (budget.trials if budget.trials is not None else math.inf)
+            or self.wall_seconds >= (budget.wall_clock or math.inf)
+            or self.board.device_seconds >= (budget.device_seconds or math.inf)
+        )
+        done = limits or self.config.sampler.name == "grid"
+        return "finished" if done and not open_trials else "stopped"
+
+    def line(self) -> str:
+        """One line for a person."""
+        best = self.board.best
+        shown = ""
+        if best is not None:
+            metric = self.config.objective[0].metric
+            shown = f"; best {clean(metric)} {best.values[0]:.4f} (trial {best.number})"
+        driven = f" by {self.holder}" if self.holder else ""
+        again = f"; go on: topotune resume {self.config.name}" if self.state == "stopped" else ""
+        return f"{self.config.name}: {self.state}{driven}; {self.board.summary}{shown}{again}"
+
+    def to_dict(self, trials: bool = True) -> dict[str, Any]:
+        """For a script; with the whole table or without."""
+        data = self.board.to_dict()
+        if not trials:
+            data.pop("trials")
+        return {
+            **data,
+            "state": self.state,
+            "holder": self.holder,
+            "wall_seconds": self.wall_seconds,
+            "folder": str(self.folder.root),
+        }
+
+
+def status(results_dir: Path, name: str) -> SearchStatus:
+    """One search.
+
+    Raises:
+        SearchFolderError: there is none of that name, or its files are damaged.
+    """
+    return _status(SearchFolder.open(results_dir, name))
+
+
+def all_status(results_dir: Path) -> list[SearchStatus]:
+    """All searches of a results directory, by name."""
+    return [_status(folder) for folder in searches(results_dir)]
+
+
+def _status(folder: SearchFolder) -> SearchStatus:
+    config = folder.config()
+    return SearchStatus(
+        folder=folder,
+        config=config,
+        board=leaderboard(folder, config),
+        holder=lease_holder(folder.lock),
+        wall_seconds=read_ledger(folder.ledger)["wall_seconds"],
+    )
+
+
+def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], None]) -> None:
+    """Serve MLflow's pages until interrupted, and say where to look.
+
+    Raises:
+        UserError: no such search, or no port.
+        RunError: the server does not start.
+    """
+    shown = [SearchFolder.open(results_dir, name)] if name else searches(results_dir)
+    store = open_store(shown[0], shown[0].config()) if name else MlflowStore.embedded(results_dir)
+    say("starting the MLflow server; this takes some seconds")
+    with serve_dashboard(store, port) as dashboard:
+        say(f"MLflow: {dashboard.url}")
+        experiment = store.experiment_id
+        for folder in shown:
+            parent = store.parent(folder.search_id)
+            if parent is not None:
+                say(f"{folder.name}: {search_page(dashboard.url, experiment, parent.run_id)}")
+                say(f"  its trials: {trials_page(dashboard.url, experiment, parent.run_id)}")
+            elif name:
+                say(f"{folder.name}: nothing is stored yet; try 'topotune sync {folder.name}'")
+        if dashboard.running():
+            say("Ctrl-C ends it")
+        dashboard.wait()
+
+
+def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
+    """Ship what is left of a search; what happened in words, and whether all is stored.
+
+    Raises:
+        SearchFolderError: there is none of that name.
+        ConfigError: the tracking address is of a form that MLflow does not serve.
+    """
+    folder = SearchFolder.open(results_dir, name)
+    store = open_store(folder, folder.config())
+    shipper = Shipper(folder.root, store, folder.search_id, name)
+    count = shipper.close(timeout)
+    status = shipper.status()
+    text = f"{name}: {count.recorded} items recorded, {count.shipped} stored in {store.label}"
+    if count.refused:
+        text += f", {count.refused} refused (see refused.jsonl)"
+    if count.pending:
+        text += f", {count.pending} wait: {status.last_error}"
+    return text, count.complete

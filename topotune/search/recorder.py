@@ -1,0 +1,146 @@
+"""Everything that is written about a search besides the study: MLflow's records and the pages.
+
+A trial's end is recorded at once; its trace file, plot and the leaderboard are made by a thread
+of their own, so that the driver's loop never waits for a plot.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import shutil
+import threading
+from pathlib import Path
+
+from topotune.config import SearchConfig
+from topotune.errors import TopotuneError
+from topotune.records import Outcome, TrialSummary
+from topotune.results.leaderboard import Leaderboard
+from topotune.search.folder import SearchFolder, write_atomically
+from topotune.search.study import summaries
+from topotune.tracking.spool import SearchTracker, now_ms
+from topotune.train.trace import TRACE_FILE, TraceFolder
+
+_log = logging.getLogger(__name__)
+
+LEADERBOARD_EVERY = 10
+"""Trials between two renewals of the leaderboard while a search runs; the end always renews it."""
+
+
+def objectives(config: SearchConfig) -> dict[str, str]:
+    """Metric to direction, the first objective first."""
+    return {objective.metric: objective.direction for objective in config.objective}
+
+
+def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
+    """The present leaderboard of a search, from its study."""
+    from topotune.search.ledger import read_ledger
+
+    rows = summaries(folder, config, read_ledger(folder.ledger)["trials"])
+    return Leaderboard.of(rows, config.name, objectives(config))
+
+
+class Recorder:
+    """Records a search for MLflow and keeps its pages fresh.
+
+    Args:
+        folder: the search's folder.
+        config: the search.
+    """
+
+    def __init__(self, folder: SearchFolder, config: SearchConfig) -> None:
+        self._folder, self._config = folder, config
+        self._tracker = SearchTracker(folder.root)
+        self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+        self._ended = 0
+
+    def start(self, tags: dict[str, str]) -> None:
+        """Record what is searched, and begin to work."""
+        config = self._config
+        params = {
+            "task": config.task.name,
+            "method": config.method,
+            "model": config.model.name,
+            "sampler": config.sampler.name,
+            "pruner": config.pruner.name,
+            "trials": config.budget.trials,
+            "epochs": config.budget.epochs,
+            "seed": config.seed,
+            "searched": ", ".join(config.space),
+        }
+        self._tracker.start(params, tags)
+        self._tracker.artifact(self._folder.root / "search.yaml")
+        self._thread.start()
+
+    def recover(self, finished: list[TrialSummary]) -> None:
+        """Record again what a killed driver may have left out; what is recorded is ignored."""
+        for row in finished:
+            if row.state in {outcome.value for outcome in Outcome}:
+                self.ended(row)
+
+    def ended(self, row: TrialSummary) -> None:
+        """Record a trial's end; its files follow in the background."""
+        at = now_ms()
+        costs = {"device_seconds": row.device_seconds, "epochs_trained": float(row.epochs)}
+        self._tracker.trial_metrics(row.number, costs, 0, at)
+        self._tracker.trial_tags(row.number, {"topotune.method": self._config.method})
+        self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
+        if row.state == Outcome.COMPLETE and row.values and not row.violated:
+            found = {o.metric: v for o, v in zip(self._config.objective, row.values, strict=True)}
+            self._tracker.metrics(found, row.number, at)
+        if (self._folder.trial(row.number) / "trace").is_dir():
+            self._work.put(row)
+
+    def close(self, outcome: str, reason: str) -> Leaderboard:
+        """Finish the files, renew the leaderboard and record how the search ended."""
+        self._work.put(None)
+        self._thread.join()
+        board = self._renew(final=True)
+        self._tracker.end(outcome, reason)
+        return board
+
+    def _run(self) -> None:
+        while (row := self._work.get()) is not None:
+            try:
+                self._finish_trial(row)
+                self._ended += 1
+                if self._ended % LEADERBOARD_EVERY == 1:
+                    self._renew(final=False)
+            except (TopotuneError, OSError, ValueError) as error:
+                # A page must not end a search: the numbers are in the study and the spools.
+                _log.warning("trial %d: its plot or files are missing: %s", row.number, error)
+
+    def _finish_trial(self, row: TrialSummary) -> None:
+        from topotune.results.plots import plot_trace
+
+        folder = self._folder.trial(row.number)
+        chunks = folder / "trace"
+        epochs = len(list(chunks.glob("epoch-*.npz")))
+        if epochs and TraceFolder(chunks).join(epochs, folder / TRACE_FILE):
+            title = f"{self._config.name}, trial {row.number} ({row.state})"
+            plot_trace(folder / TRACE_FILE, folder / "trace.png", title)
+            self._artifact(row.number, folder / TRACE_FILE)
+            self._artifact(row.number, folder / "trace.png")
+            shutil.rmtree(chunks)
+
+    def _artifact(self, number: int, path: Path) -> None:
+        self._tracker.trial_artifact(number, path)
+
+    def _renew(self, final: bool) -> Leaderboard:
+        from topotune.results.plots import plot_curves, plot_history
+
+        board = leaderboard(self._folder, self._config)
+        root = self._folder.root
+        write_atomically(root / "leaderboard.json", board.to_json())
+        write_atomically(root / "leaderboard.md", board.to_markdown())
+        self._tracker.artifact(root / "leaderboard.json")
+        self._tracker.artifact(root / "leaderboard.md")
+        text = self._config.description + "\n\n" if self._config.description else ""
+        self._tracker.tags({"mlflow.note.content": text + board.to_markdown(7000)})
+        if final and board.trials:
+            plot_history(board.trials, root / "history.png", objectives(self._config))
+            plot_curves(board.trials, root / "curves.png", objectives(self._config))
+            self._tracker.artifact(root / "history.png")
+            self._tracker.artifact(root / "curves.png")
+        return board

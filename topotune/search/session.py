@@ -1,0 +1,83 @@
+"""A connection to Ray, with the settings that it reads at its start."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, Self
+
+from topotune.search.view import Listener
+
+# Read by Ray when it is imported or started: no usage reports, no signal handler of Tune's own
+# (ours drains), no CSV, JSON and TensorBoard writers, workers stay in the driver's folder.
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+class RaySession:
+    """A connection to Ray that is closed whatever happens.
+
+    Args:
+        address: "local" starts a cluster of its own, whatever the environment or a file in the
+            temporary directory names; else a cluster's address.
+        listener: told that Ray starts, which takes seconds.
+    """
+
+    def __init__(self, address: str, listener: Listener) -> None:
+        self._address, self._listener = address, listener
+
+    def __enter__(self) -> Self:
+        os.environ.update(_RAY_ENVIRONMENT)
+        # Actors find their bytecode by the same interpreter; nothing of theirs goes to our output.
+        import ray
+
+        self._listener.note("starting Ray")
+        local = self._address == "local"
+        options: dict[str, Any] = {"include_dashboard": False} if local else {}
+        ray.init(
+            address=self._address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            **options,
+        )
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+
+    def size(self) -> tuple[float, float]:
+        """CPUs and GPUs of the whole cluster."""
+        import ray
+
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return total.get("CPU", 0.0), total.get("GPU", 0.0)
+
+    def probe(self) -> str:
+        """Run a task on a worker process; what it said."""
+        import ray
+
+        @ray.remote(num_cpus=1)
+        def answer() -> int:
+            return os.getpid()
+
+        return f"ran in process {ray.get(answer.remote(), timeout=60)}"
+
+    def free(self) -> tuple[float, float]:
+        """CPUs and GPUs that nobody holds now."""
+        import ray
+
+        left: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        return left.get("CPU", 0.0), left.get("GPU", 0.0)

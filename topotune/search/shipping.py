@@ -1,0 +1,92 @@
+"""The shipper of one session: which store it sends to, and one line on how it stands."""
+
+from __future__ import annotations
+
+import os
+from typing import Self
+
+from topotune.config import SearchConfig
+from topotune.search.folder import SearchFolder
+from topotune.search.view import Listener
+from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.naming import redact
+from topotune.tracking.shipper import Reconciliation, Shipper
+from topotune.tracking.store import check_tracking_uri
+
+CLOSE_SECONDS = 60.0
+CLOSE_SECONDS_OFFLINE = 5.0
+
+
+def tracking_uri(config: SearchConfig) -> str | None:
+    """The tracking server of a search: its own setting, else MLFLOW_TRACKING_URI, else None for
+    the embedded store.
+
+    Raises:
+        ConfigError: an address of a form that MLflow does not serve.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    return None if uri is None else check_tracking_uri(uri)
+
+
+def open_store(folder: SearchFolder, config: SearchConfig) -> MlflowStore:
+    """The store that a search is shipped to; nothing is contacted yet."""
+    uri = tracking_uri(config)
+    if uri is None:
+        return MlflowStore.embedded(folder.root.parent, config.tracking.experiment)
+    return MlflowStore(uri, config.tracking.experiment)
+
+
+class Shipping:
+    """Ships a search's spools while a session runs; never in the way of training.
+
+    Args:
+        folder: the search's folder.
+        config: the search.
+        listener: told once if the store cannot be reached.
+    """
+
+    def __init__(self, folder: SearchFolder, config: SearchConfig, listener: Listener) -> None:
+        self._listener = listener
+        self._name = config.name
+        store = open_store(folder, config)
+        self._label = store.label
+        self._shipper = Shipper(folder.root, store, folder.search_id, config.name)
+        self._closed: Reconciliation | None = None
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        self._shipper.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:  # aborted: the spools keep what is not sent
+            self._shipper.close(0.0)
+        else:
+            self.close()
+
+    def line(self) -> str:
+        """How it stands; notes an outage once."""
+        status = self._shipper.status()
+        if not status.last_error:
+            return f"MLflow: {status.shipped} of {status.recorded} items stored"
+        if not self._warned:
+            self._warned = True
+            self._listener.note(
+                f"warning: tracking store {redact(self._label)} cannot be reached: "
+                f"{status.last_error}. The search goes on; its records are kept in the results "
+                "folder and sent when the store is back"
+            )
+        return f"MLflow offline, {status.pending} items wait: {status.last_error}"
+
+    def close(self) -> str:
+        """Send what is left, within bounds; one line on the final count."""
+        if self._closed is None:
+            offline = self._shipper.status().last_error
+            self._closed = self._shipper.close(CLOSE_SECONDS_OFFLINE if offline else CLOSE_SECONDS)
+        count = self._closed
+        text = f"MLflow: {count.recorded} items recorded, {count.shipped} stored"
+        if count.refused:
+            text += f", {count.refused} refused (see refused.jsonl)"
+        if count.pending:
+            text += f", {count.pending} waiting: 'topotune sync {self._name}' sends them later"
+        return text

@@ -1,0 +1,310 @@
+"""The owner of the Optuna study: every state change of a trial goes through here.
+
+The study is the source of truth. Ray holds nothing that a restart would need: a trial that was
+running when its driver died is found RUNNING here and handed out again.
+
+How outcomes are stored, so that every sampler learns from them: COMPLETE with its values; PRUNED
+with its curve; DIVERGED and FAILED as COMPLETE with the worst values of the finished trials and a
+violated constraint ``finished`` (before any trial has finished: PRUNED with the constraint),
+because Optuna's samplers ignore the state FAIL and would walk back to the same place. The user
+attribute ``outcome`` says which it was, and only that is ever shown.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from topotune.config import SearchConfig
+from topotune.errors import SearchFolderError
+from topotune.records import (
+    EpochReport,
+    Outcome,
+    TrialSpec,
+    TrialSummary,
+    pack_metrics,
+    unpack_metrics,
+)
+from topotune.search.folder import SearchFolder
+from topotune.search.samplers import make_pruner, make_sampler
+from topotune.search.space import grid, resolve, suggest
+
+FINISHED = "finished"
+"""The constraint that a diverged or failed trial violates."""
+
+
+@dataclass(frozen=True)
+class Handout:
+    """A trial to run: new, or one that an earlier driver left running."""
+
+    number: int
+    spec: TrialSpec
+
+
+class StudyStore:
+    """One search's study on disk.
+
+    Args:
+        folder: the search's folder.
+        config: the search.
+        gpus: GPUs that a trial holds, for resolving specs.
+
+    Raises:
+        SearchFolderError: the database is unreadable.
+    """
+
+    def __init__(self, folder: SearchFolder, config: SearchConfig, gpus: float = 0) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.config, self._gpus = config, gpus
+        self._directions = [objective.direction for objective in config.objective]
+        try:
+            self._study = optuna.create_study(
+                storage=open_storage(folder),
+                study_name=config.name,
+                directions=self._directions,
+                pruner=make_pruner(config),
+                load_if_exists=True,
+            )
+            self._enqueue()
+            frozen = self._study.get_trials(deepcopy=False)
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            raise _damaged(folder, error) from None
+        self._orphans = [t.number for t in frozen if t.state == TrialState.RUNNING]
+        self._waiting = sum(t.state == TrialState.WAITING for t in frozen)
+        self._started = len(frozen) - self._waiting
+        self._trials: dict[int, Trial] = {}
+
+    def _enqueue(self) -> None:
+        """Queue the warm-start points and the grid, once: a restart finds them there."""
+        points: list[dict[str, Any]] = [dict(point) for point in self.config.warm_start]
+        if self.config.sampler.name == "grid":
+            points = grid(self.config)[: self.config.budget.trials]
+        for point in points:
+            self._study.enqueue_trial(point, skip_if_exists=True)
+
+    @property
+    def left(self) -> int | None:
+        """Trials that may still be handed out; None without a limit."""
+        limit = self.config.budget.trials
+        if self.config.sampler.name == "grid":
+            return len(self._orphans) + self._waiting
+        return None if limit is None else len(self._orphans) + max(limit - self._started, 0)
+
+    def next(self) -> Handout | None:
+        """The next trial: orphans first, then queued points, then the sampler's; None at the end.
+
+        Raises:
+            ConfigError: a resolved value has the wrong type for its block.
+        """
+        if self._orphans:
+            return self._adopt(self._orphans.pop(0))
+        if self.left == 0:
+            return None
+        self._study.sampler = make_sampler(self.config, self._started)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = self._study.ask()
+            sampled = suggest(trial, self.config.space)
+        self._started += 1
+        self._waiting = max(self._waiting - 1, 0)
+        self._trials[trial.number] = trial
+        spec = resolve(self.config, sampled, trial.number, self._gpus)
+        trial.set_user_attr("spec", spec.to_dict())
+        return Handout(trial.number, spec)
+
+    def _adopt(self, number: int) -> Handout:
+        trial = self._trial(number)
+        stored = trial.user_attrs.get("spec")
+        if stored is None:  # killed between ask and the note of what it resolved to
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self._study.sampler = make_sampler(self.config, number)
+                sampled = suggest(trial, self.config.space)
+            stored = resolve(self.config, sampled, number, self._gpus).to_dict()
+            trial.set_user_attr("spec", stored)
+        return Handout(number, TrialSpec.from_dict(stored))
+
+    def _trial(self, number: int) -> Trial:
+        if number not in self._trials:
+            storage = self._study._storage
+            found = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+            self._trials[number] = Trial(self._study, found)
+        return self._trials[number]
+
+    def params(self, number: int) -> Mapping[str, Any]:
+        """What was sampled for a trial that was handed out."""
+        return self._trial(number).params
+
+    def report(self, number: int, report: EpochReport) -> None:
+        """Store the first objective's value at an epoch; a known epoch is ignored.
+
+        Nothing is stored for several objectives (Optuna compares one curve at most), nor for a
+        value that is missing or not finite.
+        """
+        if len(self.config.objective) > 1:
+            return
+        value = report.metrics.get(self.config.objective[0].metric, math.nan)
+        if math.isfinite(value):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # "already reported", on a replay
+                self._trial(number).report(value, report.epoch)
+
+    def should_prune(self, number: int) -> bool:
+        """Whether the pruner would stop the trial after what it has reported."""
+        if len(self.config.objective) > 1 or self.config.pruner.name == "none":
+            return False
+        return bool(self._trial(number).should_prune())
+
+    def finish(
+        self,
+        number: int,
+        outcome: Outcome,
+        reason: str,
+        metrics: Mapping[str, float],
+        epochs: int,
+        device_seconds: float,
+    ) -> TrialSummary:
+        """Store how a trial ended and return its row; a finished trial stays as it is."""
+        trial = self._trial(number)
+        self._trials.pop(number, None)
+        objectives = [metrics.get(o.metric, math.nan) for o in self.config.objective]
+        note = {
+            "outcome": outcome.value,
+            "reason": reason,
+            "metrics": pack_metrics(metrics),
+            "epochs": epochs,
+            "device_seconds": round(device_seconds, 3),
+        }
+        trial.set_user_attr("end", note)
+        fine = outcome in (Outcome.COMPLETE, Outcome.PRUNED)
+        for key, value in self._constraints(metrics, fine).items():
+            trial.set_constraint(key, value)
+        state, values = TrialState.PRUNED, None
+        if outcome is Outcome.COMPLETE:
+            state, values = TrialState.COMPLETE, objectives
+        elif not fine and (worst := self._worst()) is not None:
+            state, values = TrialState.COMPLETE, worst
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            self._study.sampler = make_sampler(self.config, number)
+            self._study.tell(number, values, state=state, skip_if_finished=True)
+        return self.summary(number, device_seconds)
+
+    def _constraints(self, metrics: Mapping[str, float], fine: bool) -> dict[str, float]:
+        """Constraint values as Optuna wants them: the same keys every time, feasible at <= 0."""
+        found = {}
+        for name, bound in self.config.constraints.items():
+            value = metrics.get(name, math.nan)
+            excess = [value - bound.max] if bound.max is not None else []
+            excess += [bound.min - value] if bound.min is not None else []
+            found[name] = max(excess) if math.isfinite(value) else (0.0 if fine else 1.0)
+        # A Gaussian process would fit one more model a constraint; the worst value tells it enough.
+        if self.config.sampler.name != "gp":
+            found[FINISHED] = -1.0 if fine else 1.0
+        return found
+
+    def _worst(self) -> list[float] | None:
+        """The worst value of each objective among the trials that really finished."""
+        rows = [
+            trial.values
+            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if trial.user_attrs.get("end", {}).get("outcome") == Outcome.COMPLETE.value
+        ]
+        if not rows:
+            return None
+        pick = {"maximize": min, "minimize": max}
+        columns = zip(*rows, strict=True)
+        return [
+            float(pick[direction](column))
+            for direction, column in zip(self._directions, columns, strict=True)
+        ]
+
+    def summary(self, number: int, device_seconds: float = 0.0) -> TrialSummary:
+        """One trial's row."""
+        return summarise(self._trial_frozen(number), self.config, {number: device_seconds})
+
+    def _trial_frozen(self, number: int) -> FrozenTrial:
+        storage = self._study._storage
+        found = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        return storage.get_trial(found)
+
+
+def open_storage(folder: SearchFolder) -> RDBStorage:
+    """The study's database; a lock held by a reader is waited for."""
+    return RDBStorage(folder.study_url, engine_kwargs={"connect_args": {"timeout": 60}})
+
+
+def _damaged(folder: SearchFolder, error: Exception) -> SearchFolderError:
+    text = " ".join(str(error.__cause__ or error).split())[:200]
+    return SearchFolderError(f"{folder.root / 'study.db'}: the study cannot be read: {text}")
+
+
+def summaries(
+    folder: SearchFolder, config: SearchConfig, ledger: Mapping[int, float]
+) -> list[TrialSummary]:
+    """All trials of a search, read from its study; empty before the first start.
+
+    Raises:
+        SearchFolderError: the database is unreadable.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if not (folder.root / "study.db").exists():
+        return []
+    try:
+        study = optuna.load_study(study_name=config.name, storage=open_storage(folder))
+        trials = study.get_trials(deepcopy=False)
+    except KeyError:
+        return []
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise _damaged(folder, error) from None
+    return [summarise(trial, config, ledger) for trial in trials]
+
+
+def summarise(
+    trial: FrozenTrial, config: SearchConfig, ledger: Mapping[int, float]
+) -> TrialSummary:
+    """A study's trial as the record that the rest of the house reads."""
+    end: dict[str, Any] = trial.user_attrs.get("end", {})
+    finished = trial.state.is_finished()
+    metrics = unpack_metrics(end.get("metrics", {}))
+    outcome = end.get("outcome", Outcome.FAILED.value) if finished else trial.state.name
+    values: tuple[float, ...] = ()
+    if outcome == Outcome.COMPLETE.value and trial.values:
+        values = tuple(trial.values)
+    violated = tuple(
+        _breach(name, metrics.get(name, math.nan), config)
+        for name, excess in trial.constraints.items()
+        if excess > 0 and name != FINISHED and outcome == Outcome.COMPLETE.value
+    )
+    spec = trial.user_attrs.get("spec", {})
+    return TrialSummary(
+        number=trial.number,
+        state=outcome,
+        reason=end.get("reason", ""),
+        params=dict(trial.params),
+        values=values,
+        metrics=metrics,
+        curve=dict(trial.intermediate_values),
+        epochs=end.get("epochs", max(trial.intermediate_values, default=0)),
+        seed=spec.get("seed", 0),
+        device_seconds=end.get("device_seconds", ledger.get(trial.number, 0.0)),
+        violated=violated,
+        spec=spec,
+    )
+
+
+def _breach(name: str, value: float, config: SearchConfig) -> str:
+    bound = config.constraints.get(name)
+    if bound is None:
+        return name
+    if bound.max is not None and value > bound.max:
+        return f"{name}: {value:.4g} > {bound.max:g}"
+    return f"{name}: {value:.4g} < {bound.min:g}"

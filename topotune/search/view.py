@@ -1,0 +1,79 @@
+"""What a search looks like from outside while it runs: records for whoever shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from topotune.records import TrialSummary, Value
+
+
+@dataclass(frozen=True)
+class RunningTrial:
+    """A trial in flight: its number, epochs done, current objective and parameters."""
+
+    number: int
+    epoch: int
+    value: float | None
+    params: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
+class SearchView:
+    """A snapshot of a search.
+
+    Attributes:
+        name: the search.
+        phase: "starting", "running", "draining" or "done".
+        counts: state to number of trials (COMPLETE, PRUNED, DIVERGED, FAILED, RUNNING).
+        total: trials of the budget; None without a limit.
+        epochs: epochs of a full trial.
+        best: the best trial so far.
+        running: the trials in flight.
+        device_seconds: charged so far.
+        wall_seconds: of all sessions.
+        eta_seconds: estimate until the end; None while unknown.
+        waiting: why something waits; empty if nothing does.
+        tracking: one line on the tracking server.
+    """
+
+    name: str
+    phase: str
+    counts: Mapping[str, int]
+    total: int | None
+    epochs: int
+    best: TrialSummary | None = None
+    running: tuple[RunningTrial, ...] = ()
+    device_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    eta_seconds: float | None = None
+    waiting: str = ""
+    tracking: str = ""
+    headline: str = field(default="")
+
+
+class Listener(Protocol):
+    """Whoever watches a search; called in the driver's thread, so it must return quickly."""
+
+    def note(self, text: str) -> None:
+        """Something a person should know, one line."""
+
+    def tick(self, view: SearchView) -> None:
+        """About once a second."""
+
+    def ended(self, trial: TrialSummary) -> None:
+        """A trial ended."""
+
+
+class SilentListener:
+    """Watches nothing."""
+
+    def note(self, text: str) -> None:
+        """Ignored."""
+
+    def tick(self, view: SearchView) -> None:
+        """Ignored."""
+
+    def ended(self, trial: TrialSummary) -> None:
+        """Ignored."""

@@ -1,0 +1,128 @@
+"""The Ray actor that trains: one Tune step is one epoch, one actor serves many trials.
+
+What the trial leaves behind (checkpoint, spool, trace) lies in its own folder, and is all that a
+restart needs: Tune's checkpoints are not used. An exception in user code ends the trial as FAILED
+and is not retried; only the death of the process is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from topotune.errors import DivergedError, TopotuneError
+from topotune.records import EpochReport, Outcome, TrialSpec
+from topotune.search.adapters import PAYLOAD
+from topotune.search.book import Progress
+from topotune.tracking.base import Tracker
+
+ERROR_FILE = "error.txt"
+
+
+class TrialActor(tune.Trainable):
+    """Runs :class:`topotune.trial.TrialRun` one epoch a step.
+
+    Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``cwd`` (where the
+    driver was started, so that a user's modules are found).
+    """
+
+    _run: Any = None
+    _reports: Iterator[EpochReport] | None = None
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take a trial on; it opens at the first step, where its errors can be reported."""
+        self._spec = TrialSpec.from_json(config["spec"])
+        self._number = int(config["number"])
+        self._search = Path(config["search"])
+        self._folder = self._search / "trials" / f"{self._number:04d}"
+        self._run = self._reports = None
+        if config["cwd"] not in sys.path:
+            sys.path.insert(0, config["cwd"])
+        with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
+            os.chdir(config["cwd"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Serve the next trial in this process; opening it resets all global state."""
+        self._drop()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """The actor ends."""
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._reports is not None:
+            self._reports.close()  # type: ignore[attr-defined]
+        self._run = self._reports = None
+
+    def step(self) -> dict[str, Any]:
+        """Train one epoch; after a restart, first give all known epochs again."""
+        progress = self._advance()
+        return {PAYLOAD: progress.to_json(), "done": progress.outcome is not None}
+
+    def _advance(self) -> Progress:
+        try:
+            return self._next()
+        except DivergedError as error:
+            return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
+        except TopotuneError as error:
+            return Progress((), self._overhead(), Outcome.FAILED, f"{error}")
+        except Exception as error:  # noqa: BLE001 - user code raises anything; none is lost
+            return self._failed(error)
+
+    def _failed(self, error: BaseException) -> Progress:
+        """FAILED with the exception's text; the traceback goes into the trial's folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        where = self._folder / ERROR_FILE
+        where.write_text(traceback.format_exc(), encoding="utf-8")
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        return Progress((), self._overhead(), Outcome.FAILED, f"{text} (traceback: {where})")
+
+    def _next(self) -> Progress:
+        if self._reports is None:
+            from topotune.trial import open_trial
+
+            self._run = open_trial(self._spec, self._tracker(), self._folder)
+            self._reports = self._run.reports()
+            replayed = [next(self._reports) for _ in range(self._run.restored)]
+            if replayed:
+                return self._progress(replayed)
+        return self._progress([next(self._reports)])
+
+    def _progress(self, reports: list[EpochReport]) -> Progress:
+        done = reports[-1].epoch >= self._spec.epochs
+        return Progress(tuple(reports), self._overhead(), Outcome.COMPLETE if done else None)
+
+    def _overhead(self) -> dict[str, float]:
+        return dict(self._run.overhead_metrics()) if self._run is not None else {}
+
+    def _tracker(self) -> Tracker:
+        from topotune.tracking.spool import SpoolTracker
+
+        return SpoolTracker(self._folder / "spool.jsonl", self._number)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Tune's checkpoints are not used; this one only says so."""
+        return {"number": self._number}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing to load."""
+
+
+def trial_config(number: int, spec: TrialSpec, search: Path) -> dict[str, Any]:
+    """The config that a :class:`TrialActor` takes."""
+    return {
+        "number": number,
+        "spec": json.dumps(spec.to_dict()),
+        "search": str(search),
+        "cwd": str(Path.cwd()),
+    }
