@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, print_json
 from topotune.errors import RunError
+
+if TYPE_CHECKING:
+    from topotune.records import EpochReport
 
 
 def export(
@@ -82,23 +85,27 @@ def train(
     """Train one resolved config without a search; test metrics at the end."""
     import dataclasses
     import logging
+    import tempfile
 
     from topotune.configfile import load_spec
-    from topotune.records import EpochReport, Outcome
+    from topotune.records import Outcome
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     spec = load_spec(config)
     changes = {"seed": seed, "data_dir": data_dir, "device": device}
     spec = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    from topotune.trial import evaluate_test, open_trial, run_to_end
+    from topotune.trial import evaluate_test, load_weights, run_trial
 
-    def show(report: EpochReport) -> None:
+    def show(report: EpochReport) -> bool:
         if not as_json:
             typer.echo(_epoch_line(report, spec.epochs))
+        return True
 
-    run = open_trial(spec, folder=folder)
-    result = run_to_end(run, show)
-    test = evaluate_test(spec, run.weights()) if result.outcome is Outcome.COMPLETE else {}
+    with tempfile.TemporaryDirectory(prefix="topotune-train-") as scratch:
+        place = folder if folder is not None else Path(scratch)
+        result = run_trial(spec, folder=place, on_epoch=show)
+        complete = result.outcome is Outcome.COMPLETE
+        test = evaluate_test(spec, load_weights(spec, place)) if complete else {}
     if as_json:
         print_json({**result.to_dict(), "test": test})
     else:
@@ -107,14 +114,11 @@ def train(
             typer.echo(f"overhead_vs_adam {overhead:.3f}")
         for metric, value in test.items():
             typer.echo(f"{metric} {value:.4f}")
-    if result.outcome is not Outcome.COMPLETE:
+    if not complete:
         raise RunError(f"{config}: training ended {result.outcome}: {result.reason}")
 
 
-def _epoch_line(report: object, epochs: int) -> str:
-    from topotune.records import EpochReport
-
-    assert isinstance(report, EpochReport)
+def _epoch_line(report: EpochReport, epochs: int) -> str:
     wanted = [n for n in report.metrics if n.startswith(("train_", "val_"))]
     wanted += [n for n in ("energy", "topo_ratio", "step_time_ms") if n in report.metrics]
     figures = "  ".join(f"{name} {report.metrics[name]:.4g}" for name in wanted)

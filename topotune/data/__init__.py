@@ -1,1 +1,7 @@
 """Data sets as tensors, three disjoint splits each."""
+
+from topotune.data.load import load_splits
+from topotune.data.split import SplitPlan, stratified_splits
+from topotune.data.splits import Splits, TensorPair
+
+__all__ = ["SplitPlan", "Splits", "TensorPair", "load_splits", "stratified_splits"]

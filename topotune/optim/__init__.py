@@ -1,1 +1,148 @@
-"""Optimizers."""
+"""Optimizers by name: Topological Adam, torch's own, and any class by import path."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from topotune.errors import ConfigError, UnknownNameError, did_you_mean
+from topotune.optim._trace import EnergyTrace
+from topotune.optim.topological_adam import TopologicalAdam
+from topotune.plugins import is_import_path, load_class
+
+__all__ = [
+    "OPTIMIZERS",
+    "EnergyTrace",
+    "TopologicalAdam",
+    "build_optimizer",
+    "fastest_adam",
+    "optimizer_metrics",
+    "optimizer_options",
+    "optimizer_trace",
+]
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "topological_adam": TopologicalAdam,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "nadam": torch.optim.NAdam,
+}
+
+_BETAS = ("beta1", "beta2")
+_PLACE = "method"
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An optimizer that reports numbers of its own once an epoch."""
+
+    def metrics(self) -> dict[str, float]:
+        """Name to value, of the last step."""
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """An optimizer that records numbers at every step."""
+
+    def energy_trace(self) -> EnergyTrace:
+        """The steps since the last call."""
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class that a search file's ``method`` names.
+
+    Raises:
+        UnknownNameError: no registry entry, and not of the form ``package.module:Class``.
+        PluginError: the import path does not lead to a torch optimizer.
+    """
+    if is_import_path(name):
+        return load_class(name, Optimizer)
+    if name not in OPTIMIZERS:
+        raise UnknownNameError(
+            "method", name, OPTIMIZERS, "or an import path, package.module:Class"
+        )
+    return OPTIMIZERS[name]
+
+
+def optimizer_options(name: str) -> dict[str, Any]:
+    """Keyword argument to default of an optimizer; ``beta1`` and ``beta2`` stand for ``betas``."""
+    parameters = inspect.signature(optimizer_class(name)).parameters.values()
+    options = {
+        p.name: p.default
+        for p in parameters
+        if p.name not in ("self", "params")
+        and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    }
+    betas = options.get("betas")
+    if isinstance(betas, tuple) and len(betas) == 2:
+        options |= dict(zip(_BETAS, betas, strict=True))
+    return options
+
+
+def build_optimizer(
+    name: str, params: Iterable[Tensor], options: Mapping[str, object]
+) -> Optimizer:
+    """The optimizer of a search file.
+
+    Args:
+        name: a registry name or an import path.
+        params: the tensors to train.
+        options: keyword arguments. ``beta1`` and ``beta2`` replace the parts of ``betas``; a list
+            becomes a tuple.
+
+    Raises:
+        UnknownNameError: the name is unknown.
+        PluginError: the import path does not lead to a torch optimizer.
+        ConfigError: an option is unknown, or the constructor refuses a value.
+    """
+    found = optimizer_class(name)
+    known = optimizer_options(name)
+    open_ended = any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(found).parameters.values()
+    )
+    for option in options:
+        if option not in known and not open_ended:
+            raise ConfigError(
+                f"{_PLACE} parameter {option}",
+                f"{name} takes no {option!r}{did_you_mean(option, known)}",
+            )
+    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    parts = {key: arguments.pop(key) for key in _BETAS if key in arguments}
+    if parts:
+        betas = arguments.get("betas", known.get("betas", (0.9, 0.999)))
+        if not isinstance(betas, tuple) or len(betas) != 2:
+            raise ConfigError(f"{_PLACE} parameter betas", f"must be two numbers (got {betas!r})")
+        arguments["betas"] = (parts.get("beta1", betas[0]), parts.get("beta2", betas[1]))
+    try:
+        return found(list(params), **arguments)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{_PLACE} parameters", f"{name}: {error} (got {arguments})") from error
+
+
+def fastest_adam(params: Iterable[Tensor], device: torch.device, lr: float) -> torch.optim.Adam:
+    """``torch.optim.Adam`` in the fastest variant that torch has on the device.
+
+    One fused kernel where the device and every tensor's type have one, else the multi-tensor
+    variant.
+    """
+    tensors = list(params)
+    fused = device.type in ("cpu", "cuda", "mps", "xpu") and all(
+        tensor.is_floating_point() for tensor in tensors
+    )
+    return torch.optim.Adam(tensors, lr=lr, fused=True if fused else None)
+
+
+def optimizer_metrics(optimizer: Optimizer) -> dict[str, float]:
+    """What the optimizer reports of its last step; empty for one that reports nothing."""
+    return optimizer.metrics() if isinstance(optimizer, Measured) else {}
+
+
+def optimizer_trace(optimizer: Optimizer) -> EnergyTrace | None:
+    """The per-step values since the last call; None for an optimizer that keeps none."""
+    return optimizer.energy_trace() if isinstance(optimizer, Traced) else None

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from topotune.errors import CheckpointError, SearchFolderError, TrackingError
-from topotune.records import EpochReport, Outcome, OverheadOptions, TrialResult, TrialSpec
+from topotune.records import EpochReport, OverheadOptions, TrialResult, TrialSpec
 from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
 from topotune.results.leaderboard import top
 from topotune.search.folder import SearchFolder
 from topotune.search.recorder import leaderboard, objectives
 from topotune.search.shipping import open_store
 from topotune.tracking.registry import register_model
+from topotune.train.checkpoint import CHECKPOINT_FILE
 
 _log = logging.getLogger(__name__)
 
@@ -113,16 +114,19 @@ def _weights(
     spec: TrialSpec, folder: Path, note: Callable[[str], None]
 ) -> tuple[dict[str, Any], tuple[EpochReport, ...]]:
     """Weights and history of a trial: from its checkpoint, or trained again if that is gone."""
-    from topotune.trial import load_history, load_weights, open_trial
+    from topotune.trial import open_trial
 
+    plain = _without_overhead(spec)
+    kept = (folder / CHECKPOINT_FILE).exists()
     try:
-        return load_weights(spec, folder), load_history(spec, folder)
+        run = open_trial(plain, folder=folder if kept else None)
     except CheckpointError as error:
-        note(f"{folder.name}: trained again, because {error}")
-    run = open_trial(_without_overhead(spec))
+        note(f"warning: {error}")
+        kept, run = False, open_trial(plain)
+    if not kept:
+        note(f"trial {folder.name}: its checkpoint is gone, so it is trained again")
     for _ in run.reports():
         pass
-    run.finish(Outcome.COMPLETE)
     return run.weights(), run.history
 
 

@@ -22,11 +22,12 @@ def preflight(config: SearchConfig) -> list[str]:
             constructor refuses anywhere in the space, data that cannot be had, an objective or a
             constraint on a metric that no trial reports.
     """
-    from topotune.trial import metric_names, preflight_spec
+    from topotune.train.assemble import preflight as preflight_spec
+    from topotune.train.rehearsal import metric_names
 
     specs = corners(config)
     for spec in specs:
-        preflight_spec(spec)
+        preflight_spec(spec, check_device=False)
     names = metric_names(specs[0])
     wanted = [("objective.metric", objective.metric) for objective in config.objective]
     wanted += [(f"constraints.{name}", name) for name in config.constraints]

@@ -21,6 +21,7 @@ from typing import Any
 import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from topotune.config import SearchConfig
@@ -238,8 +239,20 @@ class StudyStore:
 
 
 def open_storage(folder: SearchFolder) -> RDBStorage:
-    """The study's database; a lock held by a reader is waited for."""
-    return RDBStorage(folder.study_url, engine_kwargs={"connect_args": {"timeout": 60}})
+    """The study's database; a lock held by another process is waited for.
+
+    It keeps a write-ahead log: readers never hold up the driver, a killed process loses nothing,
+    and a commit costs half of what the default journal costs.
+    """
+    storage = RDBStorage(folder.study_url, engine_kwargs={"connect_args": {"timeout": 60}})
+    event.listen(storage.engine, "connect", _use_write_ahead_log)
+    storage.engine.dispose()  # connections from before the listener
+    return storage
+
+
+def _use_write_ahead_log(connection: Any, _record: object) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _damaged(folder: SearchFolder, error: Exception) -> SearchFolderError:

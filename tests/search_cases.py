@@ -1,0 +1,81 @@
+"""A search without Ray: a config, and a stand-in worker that reports known curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from topotune.config import SearchConfig
+from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
+from topotune.search.book import Book, Progress, Turn
+from topotune.search.folder import SearchFolder
+from topotune.search.ledger import Ledger
+from topotune.search.study import Handout, StudyStore, summaries
+
+
+def make_config(**changes: Any) -> SearchConfig:
+    """A small search over lr of a task that is never built here."""
+    data: dict[str, Any] = {
+        "name": "demo",
+        "task": "digits",
+        "method": "adam",
+        "space": {"lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True}},
+        "objective": {"metric": "val_accuracy", "direction": "maximize"},
+        "budget": {"trials": 6, "epochs": 4},
+        "sampler": {"name": "tpe", "startup_trials": 2},
+        "pruner": "none",
+    }
+    return SearchConfig.model_validate({**data, **changes})
+
+
+def accuracy(spec: TrialSpec, epoch: int) -> float:
+    """A known curve: best at lr 0.01, better with every epoch."""
+    distance = abs(math.log10(float(spec.params["lr"])) + 2)  # type: ignore[arg-type]
+    return 1.0 - 0.2 * distance - 0.1 / epoch
+
+
+def report(spec: TrialSpec, epoch: int, **metrics: float) -> EpochReport:
+    """The report that the known curve gives after an epoch."""
+    values = {"val_accuracy": accuracy(spec, epoch), "overhead_vs_adam": 1.1, **metrics}
+    return EpochReport(epoch, epoch * 10, values, 0.1, 1_700_000_000_000 + epoch)
+
+
+class Desk:
+    """A search's folder, study and book, as the driver would open them."""
+
+    def __init__(self, results: Path, config: SearchConfig, concurrency: int = 1) -> None:
+        self.config = config
+        if (results / config.name / "search.json").exists():
+            self.folder = SearchFolder.open(results, config.name)
+        else:
+            self.folder = SearchFolder.create(results, config, "")
+        self.ledger = Ledger(self.folder.ledger, 1.0)
+        self.store = StudyStore(self.folder, config)
+        self.ended: list[TrialSummary] = []
+        before = summaries(self.folder, config, {})
+        self.book = Book(config, self.store, self.ledger, concurrency, self.ended.append, before)
+
+    def rows(self) -> list[TrialSummary]:
+        """All trials as the study has them."""
+        return summaries(self.folder, self.config, self.ledger.trials)
+
+    def train(
+        self, handout: Handout, make: Callable[[TrialSpec, int], EpochReport] = report
+    ) -> TrialSummary | None:
+        """Work on a handout until it ends or is stopped."""
+        spec = handout.spec
+        for epoch in range(1, spec.epochs + 1):
+            outcome = Outcome.COMPLETE if epoch == spec.epochs else None
+            if not self.book.progress(
+                handout.number, Progress((make(spec, epoch),), outcome=outcome)
+            ):
+                break
+        return self.book.end(handout.number)
+
+    def run(self, make: Callable[[TrialSpec, int], EpochReport] = report) -> None:
+        """Work until nothing is handed out any more."""
+        while isinstance(turn := self.book.next(), Handout):
+            self.train(turn, make)
+        assert turn is Turn.END

@@ -1,0 +1,268 @@
+"""The study as the truth: order, resumption, what samplers learn, what is stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from tests.search_cases import Desk, accuracy, make_config, report
+from topotune.config import SearchConfig
+from topotune.errors import ConfigError, SearchFolderError
+from topotune.records import EpochReport, Outcome, TrialSpec
+from topotune.search.book import Progress, Turn
+from topotune.search.study import Handout, StudyStore
+
+
+def handed(turn: Handout | Turn) -> Handout:
+    assert isinstance(turn, Handout)
+    return turn
+
+
+def test_a_search_runs_to_its_budget_and_finds_the_known_best(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config(budget={"trials": 20, "epochs": 2}))
+    desk.run()
+    rows = desk.rows()
+    assert [row.number for row in rows] == list(range(20))
+    assert {row.state for row in rows} == {"COMPLETE"}
+    for row in rows:
+        spec = TrialSpec.from_dict(row.spec)
+        assert row.values == (accuracy(spec, 2),)
+        assert row.curve == {1: accuracy(spec, 1), 2: accuracy(spec, 2)}
+        assert row.params["lr"] == spec.params["lr"]
+    assert max(row.values[0] for row in rows) > 0.9
+
+
+def test_the_same_seed_gives_the_same_trials_and_another_seed_others(tmp_path: Path) -> None:
+    params = []
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        desk = Desk(tmp_path / folder, make_config(seed=seed))
+        desk.run()
+        params.append([(row.params["lr"], row.seed) for row in desk.rows()])
+    assert params[0] == params[1]
+    assert not set(params[0]) & set(params[2])
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "cmaes", "qmc", "nsga2"])
+def test_a_search_reopened_after_every_trial_is_the_undisturbed_one(
+    sampler: str, tmp_path: Path
+) -> None:
+    space = {
+        "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+        "momentum": {"type": "float", "low": 0.0, "high": 0.99},
+    }
+    config = make_config(sampler={"name": sampler, "startup_trials": 2}, space=space)
+    whole = Desk(tmp_path / "whole", config)
+    whole.run()
+    for _ in range(6):
+        desk = Desk(tmp_path / "pieces", config)
+        desk.train(handed(desk.book.next()))
+    assert desk.book.next() is Turn.END
+    assert [row.params for row in desk.rows()] == [row.params for row in whole.rows()]
+
+
+def test_a_killed_drivers_trial_is_handed_out_again_and_known_epochs_count_once(
+    tmp_path: Path,
+) -> None:
+    config = make_config()
+    first = Desk(tmp_path, config)
+    handout = handed(first.book.next())
+    first.book.progress(handout.number, Progress((report(handout.spec, 1),)))
+    del first  # killed: no end, no goodbye
+
+    again = Desk(tmp_path, config)
+    orphan = handed(again.book.next())
+    assert orphan == handout
+    replay = tuple(report(orphan.spec, epoch) for epoch in (1, 2))
+    assert again.book.progress(orphan.number, Progress(replay))
+    again.run_from = None  # type: ignore[attr-defined]
+    for epoch in (3, 4):
+        outcome = Outcome.COMPLETE if epoch == 4 else None
+        again.book.progress(orphan.number, Progress((report(orphan.spec, epoch),), outcome=outcome))
+    row = again.book.end(orphan.number)
+    assert row is not None
+    assert row.state == "COMPLETE"
+    assert row.curve == {epoch: accuracy(orphan.spec, epoch) for epoch in (1, 2, 3, 4)}
+    again.run()
+    assert [r.number for r in again.rows()] == list(range(6))
+    assert {r.state for r in again.rows()} == {"COMPLETE"}
+
+
+def test_an_orphan_without_its_spec_gets_the_one_it_would_have_had(tmp_path: Path) -> None:
+    config = make_config()
+    whole = Desk(tmp_path / "a", config)
+    expected = handed(whole.book.next())
+    broken = Desk(tmp_path / "b", config)
+    broken.store._study.ask()  # killed between the ask and everything after it
+    again = Desk(tmp_path / "b", config)
+    handout = handed(again.book.next())
+    assert handout.number == 0
+    assert handout.spec.seed == expected.spec.seed
+    assert 1e-4 <= float(handout.spec.params["lr"]) <= 1e-1  # type: ignore[arg-type]
+
+
+def test_warm_start_points_come_first_and_once(tmp_path: Path) -> None:
+    config = make_config(warm_start=[{"lr": 0.005}, {"lr": 0.05}])
+    desk = Desk(tmp_path, config)
+    first = handed(desk.book.next())
+    assert first.spec.params == {"lr": 0.005}
+    desk.train(first)
+    again = Desk(tmp_path, config)
+    again.run()
+    lrs = [row.params["lr"] for row in again.rows()]
+    assert lrs[:2] == [0.005, 0.05]
+    assert len(lrs) == len(set(lrs)) == 6
+
+
+def test_the_grid_visits_every_point_once_across_restarts(tmp_path: Path) -> None:
+    space = {
+        "lr": {"type": "categorical", "choices": [0.001, 0.01, 0.1]},
+        "nesterov": {"type": "categorical", "choices": [True, False]},
+        "depth": {"type": "int", "low": 1, "high": 5, "step": 2},
+    }
+    config = make_config(sampler="grid", space=space, budget={"trials": 100, "epochs": 1})
+    for _ in range(3):
+        desk = Desk(tmp_path, config)
+        for _ in range(5):
+            desk.train(handed(desk.book.next()))
+    Desk(tmp_path, config).run()
+    points = [tuple(row.params.items()) for row in desk.rows()]
+    assert len(points) == len(set(points)) == 18
+
+
+def test_conditional_parameters_appear_only_when_they_apply(tmp_path: Path) -> None:
+    space = {
+        "coupling": {"type": "categorical", "choices": ["uniform", "exchange"]},
+        "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+        "eta": {"type": "float", "low": 0.1, "high": 0.5, "when": {"coupling": "exchange"}},
+        "mu0": {"type": "float", "low": 0.1, "high": 0.5, "when": {"eta": 0.2}},
+    }
+    config = make_config(space=space, fixed={"eta": 0.0}, budget={"trials": 12, "epochs": 1})
+    desk = Desk(tmp_path, config)
+    desk.run()
+    kinds = set()
+    for row in desk.rows():
+        spec = TrialSpec.from_dict(row.spec)
+        kinds.add(row.params["coupling"])
+        assert ("eta" in row.params) == (row.params["coupling"] == "exchange")
+        assert "mu0" not in row.params
+        assert spec.params["eta"] == row.params.get("eta", 0.0)
+    assert kinds == {"uniform", "exchange"}
+
+
+def test_names_go_to_their_blocks(tmp_path: Path) -> None:
+    space: dict[str, Any] = {
+        "lr": {"type": "float", "low": 0.1, "high": 0.2},
+        "model.hidden": {"type": "int", "low": 4, "high": 8},
+        "train.batch_size": {"type": "categorical", "choices": [16, 32]},
+        "task.val_fraction": {"type": "float", "low": 0.1, "high": 0.2},
+    }
+    config = make_config(
+        space=space, fixed={"betas": [0.9, 0.99], "model.depth": 2}, train={"grad_clip": 1.0}
+    )
+    spec = handed(Desk(tmp_path, config).book.next()).spec
+    assert set(spec.params) == {"lr", "betas"}
+    assert set(spec.model_options) == {"hidden", "depth"}
+    assert set(spec.task_options) == {"val_fraction"}
+    assert spec.train.batch_size in (16, 32)
+    assert spec.train.grad_clip == 1.0
+    assert spec.threads == 1
+    assert spec.device == "cpu"
+
+
+def diverging(spec: TrialSpec, epoch: int) -> EpochReport:
+    """Diverges for every lr above 0.003."""
+    bad = float(spec.params["lr"]) > 0.003  # type: ignore[arg-type]
+    return report(spec, epoch, **({"val_accuracy": float("nan")} if bad else {}))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "cmaes"])
+def test_diverged_trials_are_never_best_and_teach_the_sampler(sampler: str, tmp_path: Path) -> None:
+    config = make_config(
+        sampler={"name": sampler, "startup_trials": 5}, budget={"trials": 16, "epochs": 1}
+    )
+    desk = Desk(tmp_path, config)
+    desk.run(diverging)
+    rows = desk.rows()
+    bad = [row for row in rows if float(row.params["lr"]) > 0.003]  # type: ignore[arg-type]
+    assert bad
+    for row in bad:
+        assert row.state == "DIVERGED"
+        assert "val_accuracy is nan after epoch 1" in row.reason
+        assert row.values == ()
+    assert desk.book.view("done").best is not None
+    assert desk.book.view("done").best not in bad
+    study = optuna.load_study(study_name="demo", storage=desk.folder.study_url)
+    seen = [t for t in study.trials if t.user_attrs["end"]["outcome"] == "DIVERGED"]
+    fine = [t.value for t in study.trials if t.user_attrs["end"]["outcome"] == "COMPLETE"]
+    for trial in seen:
+        assert trial.state.name in ("COMPLETE", "PRUNED")  # FAIL would teach nothing
+        if trial.state.name == "COMPLETE":
+            assert trial.value is not None
+            assert trial.value <= max(v for v in fine if v is not None)
+        if sampler != "gp":
+            assert trial.constraints["finished"] > 0
+
+
+def test_tpe_leaves_a_region_that_diverges(tmp_path: Path) -> None:
+    def flat(spec: TrialSpec, epoch: int) -> EpochReport:
+        """Nothing attracts the sampler to one side; above 5e-4 (77 % of the range) all fails."""
+        bad = float(spec.params["lr"]) > 5e-4  # type: ignore[arg-type]
+        return report(spec, epoch, val_accuracy=float("nan") if bad else 0.5)
+
+    config = make_config(
+        sampler={"name": "tpe", "startup_trials": 8}, budget={"trials": 30, "epochs": 1}
+    )
+    desk = Desk(tmp_path, config)
+    desk.run(flat)
+    late = desk.rows()[10:]
+    assert sum(row.state == "DIVERGED" for row in late) <= 9  # 15 of 20 by chance
+
+
+def test_constraints_exclude_from_best_and_reach_the_sampler(tmp_path: Path) -> None:
+    def slow(spec: TrialSpec, epoch: int) -> EpochReport:
+        fast = float(spec.params["lr"]) < 0.005  # type: ignore[arg-type]
+        return report(spec, epoch, overhead_vs_adam=1.0 if fast else 2.0)
+
+    config = make_config(
+        constraints={"overhead_vs_adam": {"max": 1.2}}, budget={"trials": 14, "epochs": 1}
+    )
+    desk = Desk(tmp_path, config)
+    desk.run(slow)
+    rows = desk.rows()
+    broken = [row for row in rows if row.violated]
+    assert broken
+    assert all(row.violated == ("overhead_vs_adam: 2 > 1.2",) for row in broken)
+    best = desk.book.view("done").best
+    assert best is not None
+    assert not best.violated
+    study = optuna.load_study(study_name="demo", storage=desk.folder.study_url)
+    assert {round(t.constraints["overhead_vs_adam"], 6) for t in study.trials} == {-0.2, 0.8}
+
+
+def test_several_objectives(tmp_path: Path) -> None:
+    goals = [
+        {"metric": "val_accuracy", "direction": "maximize"},
+        {"metric": "overhead_vs_adam", "direction": "minimize"},
+    ]
+    desk = Desk(tmp_path, make_config(objective=goals, sampler="nsga2"))
+    desk.run()
+    for row in desk.rows():
+        assert row.values == (accuracy(TrialSpec.from_dict(row.spec), 4), 1.1)
+        assert row.epochs == 4
+
+
+def test_a_damaged_study_is_named(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    (desk.folder.root / "study.db").write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
+    with pytest.raises(SearchFolderError, match=r"study\.db: the study cannot be read"):
+        StudyStore(desk.folder, desk.config)
+
+
+def test_a_grid_that_explodes_is_refused(tmp_path: Path) -> None:
+    space = {f"p{i}": {"type": "int", "low": 0, "high": 99} for i in range(4)}
+    config: SearchConfig = make_config(space=space, sampler="grid")
+    with pytest.raises(ConfigError, match="more than"):
+        Desk(tmp_path, config)

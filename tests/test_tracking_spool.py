@@ -1,0 +1,404 @@
+"""The write-ahead spool: what it keeps, what a crash or a damaged disk leaves of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import resource
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from topotune.errors import ConfigError, SpoolError
+from topotune.records import EpochReport, Outcome
+from topotune.tracking.entries import End, Epoch, Metrics, Start, from_payload, items
+from topotune.tracking.lines import MAX_LINE, decode, encode, read_chunk
+from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text, redact
+from topotune.tracking.spool import SearchTracker, SpoolTracker
+from topotune.tracking.store import check_tracking_uri, embedded_store_uri
+from topotune.tracking.tails import Tails, read_all, read_piece
+
+NAME = "trials/0007/spool.jsonl"
+FUZZ = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def report(epoch: int, loss: float = 0.5) -> EpochReport:
+    return EpochReport(epoch, 10 * epoch, {"loss": loss}, 1.5, 1_700_000_000_000 + epoch)
+
+
+def tracker(search: Path) -> SpoolTracker:
+    return SpoolTracker(search / NAME, 7)
+
+
+def epochs(search: Path) -> list[int]:
+    found = [entry.body for _, entry in read_all(search, NAME)]
+    return [body.report.epoch for body in found if isinstance(body, Epoch)]
+
+
+def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
+    spool = tracker(tmp_path)
+    spool.start({"lr": 0.1, "betas": [0.9, 0.99], "note": None, "flag": True}, {"device": "cpu"})
+    odd = EpochReport(1, 10, {"a": math.nan, "b": math.inf, "c": -math.inf}, 2.0, 5)
+    spool.epoch(odd)
+    spool.metrics({"overhead_vs_adam": 1.25}, 3, 6)
+    spool.end(Outcome.DIVERGED, "loss is inf")
+    start, epoch, metrics, end = (entry.body for _, entry in read_all(tmp_path, NAME))
+    assert isinstance(start, Start)
+    assert start.params == {"lr": "0.1", "betas": "[0.9, 0.99]", "note": "None", "flag": "True"}
+    assert start.tags == {"device": "cpu"}
+    assert isinstance(epoch, Epoch)
+    assert epoch.report.to_json() == odd.to_json()
+    assert metrics == Metrics({"overhead_vs_adam": 1.25}, 3, 6)
+    assert isinstance(end, End)
+    assert (end.outcome, end.reason) == ("DIVERGED", "loss is inf")
+
+
+def test_an_infinity_becomes_a_point_of_its_own_and_nan_stays(tmp_path: Path) -> None:
+    spool = tracker(tmp_path)
+    spool.epoch(EpochReport(4, 40, {"up": math.inf, "down": -math.inf, "nan": math.nan}, 1.0, 9))
+    ((_, entry),) = read_all(tmp_path, NAME)
+    points = {item.key: item.value for item in items(entry)}
+    assert math.isnan(float(points.pop("nan")))
+    assert points == {
+        "optimizer_step": 40.0,
+        "epoch_seconds": 1.0,
+        "up_nonfinite": 1.0,
+        "down_nonfinite": -1.0,
+    }
+    assert {(item.step, item.at) for item in items(entry)} == {(4, 9)}
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_repeating_everything_writes_nothing(tmp_path: Path, reopen: bool) -> None:
+    artifact = tmp_path / "trials/0007/trace.npz"
+    spool = tracker(tmp_path)
+
+    def play(spool: SpoolTracker) -> None:
+        spool.start({"lr": 0.1}, {"device": "cpu"})
+        spool.epoch(report(1))
+        spool.metrics({"x": 1.0}, 0, 5)
+        spool.artifact(artifact)
+
+    artifact.parent.mkdir(parents=True)
+    artifact.write_bytes(b"trace")
+    play(spool)
+    before = (tmp_path / NAME).read_bytes()
+    spool = tracker(tmp_path) if reopen else spool
+    play(spool)
+    spool.epoch(report(1, loss=99.0))
+    assert (tmp_path / NAME).read_bytes() == before
+    assert spool.epochs == {1}
+    spool.metrics({"x": 2.0, "y": 3.0}, 0, 6)
+    spool.metrics({"x": 2.0}, 1, 6)
+    artifact.write_bytes(b"another trace")
+    spool.artifact(artifact)
+    added = (tmp_path / NAME).read_bytes()[len(before) :].splitlines()
+    assert [decode(line).get("values") for line in added] == [{"y": 3.0}, {"x": 2.0}, None]
+
+
+def test_a_restart_after_the_end_is_recorded_and_first_parameters_stand(tmp_path: Path) -> None:
+    spool = tracker(tmp_path)
+    spool.start({"lr": 0.1}, {})
+    spool.end(Outcome.FAILED, "node lost")
+    spool.end(Outcome.FAILED, "node lost")
+    spool.start({"lr": 0.2, "eta": 1}, {"device": "cuda"})
+    spool.end(Outcome.COMPLETE, "")
+    bodies = [entry.body for _, entry in read_all(tmp_path, NAME)]
+    assert [type(body).__name__ for body in bodies] == ["Start", "End", "Start", "End"]
+    again = bodies[2]
+    assert isinstance(again, Start)
+    assert again.params == {"eta": "1"}
+
+
+def test_a_torn_last_line_is_left_by_readers_and_cut_by_the_next_writer(tmp_path: Path) -> None:
+    spool = tracker(tmp_path)
+    for epoch in (1, 2):
+        spool.epoch(report(epoch))
+    whole = (tmp_path / NAME).read_bytes()
+    keep = whole.index(b"\n") + 1
+    for cut in range(keep, len(whole)):
+        (tmp_path / NAME).write_bytes(whole[:cut])
+        piece = read_piece(tmp_path, NAME, 0)
+        assert (len(piece.entries), piece.damaged, piece.end) == (1, 0, keep)
+        resumed = tracker(tmp_path)
+        assert resumed.epochs == {1}
+        resumed.epoch(report(2))
+        assert (tmp_path / NAME).read_bytes() == whole
+
+
+def test_a_damaged_line_in_the_middle_is_counted_and_recorded_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = tracker(tmp_path)
+    for epoch in (1, 2, 3):
+        spool.epoch(report(epoch))
+    data = bytearray((tmp_path / NAME).read_bytes())
+    start = data.index(b"\n") + 1
+    data[start + 60] ^= 1
+    (tmp_path / NAME).write_bytes(data)
+    tails = Tails(tmp_path)
+    tails.count()
+    assert tails.damaged == 1
+    assert f"record at byte {start} skipped: checksum" in caplog.text
+    assert epochs(tmp_path) == [1, 3]
+    resumed = tracker(tmp_path)
+    for epoch in (1, 2, 3):
+        resumed.epoch(report(epoch))
+    assert epochs(tmp_path) == [1, 3, 2]
+
+
+def test_two_writers_see_each_other(tmp_path: Path) -> None:
+    first, second = tracker(tmp_path), tracker(tmp_path)
+    first.epoch(report(1))
+    second.epoch(report(1, loss=2.0))
+    second.epoch(report(2))
+    first.epoch(report(2, loss=2.0))
+    losses = [e.body.report.metrics for _, e in read_all(tmp_path, NAME) if type(e.body) is Epoch]
+    assert losses == [{"loss": 0.5}, {"loss": 0.5}]
+
+
+def test_concurrent_writers_tear_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+    def write() -> None:
+        spool = tracker(tmp_path)
+        for epoch in range(1, 26):
+            spool.epoch(report(epoch))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(epochs(tmp_path)) == list(range(1, 26))
+    assert read_piece(tmp_path, NAME, 0).damaged == 0
+
+
+def test_a_full_disk_leaves_whole_lines_and_the_call_can_be_repeated(tmp_path: Path) -> None:
+    spool = tracker(tmp_path)
+    spool.epoch(report(1))
+    before = (tmp_path / NAME).read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
+    try:
+        with pytest.raises(SpoolError, match=r"spool\.jsonl: the record cannot be written.*space"):
+            spool.epoch(report(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / NAME).read_bytes() == before
+    spool.epoch(report(2))
+    assert epochs(tmp_path) == [1, 2]
+
+
+def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    spool = tracker(tmp_path / "s")
+    outside = tmp_path / "outside.txt"
+    outside.write_text("x")
+    (tmp_path / "s/link.txt").symlink_to(outside)
+    for path in (outside, tmp_path / "s/../outside.txt", tmp_path / "s/link.txt"):
+        with pytest.raises(SpoolError, match="outside the search folder"):
+            spool.artifact(path)
+    with pytest.raises(SpoolError, match=r"gone\.txt: cannot be read"):
+        spool.artifact(tmp_path / "s/gone.txt")
+    with pytest.raises(SpoolError, match="epoch: expected an integer"):
+        spool.epoch(report(-1))
+    with pytest.raises(SpoolError, match="at most"):
+        encode({"x": "y" * MAX_LINE})
+    with pytest.raises(SpoolError, match="COMPLETE, FAILED or INTERRUPTED"):
+        SearchTracker(tmp_path / "s").end("PRUNED")
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SpoolError):
+        SpoolTracker(tmp_path / "file/trials/0001/spool.jsonl", 1).epoch(report(1))
+    assert not (tmp_path / "s" / NAME).exists()
+
+
+def test_a_record_about_another_trial_is_not_believed(tmp_path: Path) -> None:
+    tracker(tmp_path).epoch(report(1))
+    (tmp_path / "trials/0008").mkdir()
+    (tmp_path / "trials/0008/spool.jsonl").write_bytes((tmp_path / NAME).read_bytes())
+    piece = read_piece(tmp_path, "trials/0008/spool.jsonl", 0)
+    assert (piece.entries, piece.damaged) == ((), 1)
+
+
+def test_an_endless_line_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    good = encode({"kind": "tags", "trial": 7, "tags": {}, "at": 1})
+    path.write_bytes(b"x" * (MAX_LINE + 100) + b"\n" + good)
+    offset, damaged, lines = 0, 0, 0
+    while (chunk := read_chunk(path, offset)).end > offset:
+        offset, damaged, lines = chunk.end, damaged + len(chunk.damaged), lines + len(chunk.lines)
+    assert (offset, damaged, lines) == (path.stat().st_size, 2, 1)
+
+
+@FUZZ
+@given(st.binary(max_size=400))
+def test_reading_arbitrary_bytes_never_raises(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "trials/0007").mkdir(parents=True, exist_ok=True)
+    (tmp_path / NAME).write_bytes(data)
+    piece = read_piece(tmp_path, NAME, 0)
+    assert piece.end == data.rfind(b"\n") + 1
+    assert piece.entries == ()
+    tails = Tails(tmp_path)
+    tails.count()
+    assert (tails.items, tails.damaged) == (0, data.count(b"\n"))
+
+
+@FUZZ
+@given(edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3), st.integers(0, 5))))
+def test_an_edited_spool_yields_only_what_was_written(
+    tmp_path: Path, edits: list[tuple[float, bytes, int]]
+) -> None:
+    data = b"".join(
+        encode({"kind": "tags", "trial": 7, "tags": {"n": str(n)}, "at": n}) for n in range(6)
+    )
+    genuine = {decode(line)["at"]: decode(line) for line in data.splitlines()}
+    for where, insert, remove in edits:
+        at = int(where * len(data))
+        data = data[:at] + insert + data[at + remove :]
+    (tmp_path / "spool").write_bytes(data)
+    for line in read_chunk(tmp_path / "spool").lines:
+        assert line.payload == genuine[line.payload["at"]]
+        assert data[line.start : line.end] == encode(line.payload)
+
+
+WORDS = "trial params tags at report values step path folder digest outcome reason epoch metrics"
+FIELDS = st.sampled_from([*WORDS.split(), "seconds", "timestamp_ms"]) | st.text(max_size=4)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=8),
+    max_leaves=12,
+)
+KINDS = st.sampled_from(["start", "epoch", "metrics", "tags", "artifact", "end", "x"])
+
+
+@settings(FUZZ, max_examples=100)
+@given(KINDS, st.dictionaries(FIELDS, JSON, max_size=8), st.data())
+def test_a_payload_of_any_shape_raises_only_our_error(
+    kind: str, payload: dict[str, Any], data: st.DataObject
+) -> None:
+    numbers = st.dictionaries(st.text(max_size=3), st.integers() | st.sampled_from(["nan", "z"]))
+    likely = {
+        "at": st.integers(-1, 2**64),
+        "tags": st.dictionaries(st.text(max_size=3), st.text(max_size=3)),
+        "params": st.dictionaries(st.text(max_size=3), st.text(max_size=3)),
+        "values": numbers,
+        "step": st.integers(-1, 3),
+        "path": st.text(max_size=6),
+        "outcome": st.sampled_from(["COMPLETE", "odd"]),
+    }
+    for field, strategy in likely.items():
+        if data.draw(st.booleans()):
+            payload[field] = data.draw(strategy)
+    try:
+        entry = from_payload({**payload, "kind": kind})
+    except SpoolError:
+        return
+    for item in items(entry):
+        assert clean_name(item.key) == item.key
+        if item.kind == "metric":
+            assert not math.isinf(float(item.value))
+        else:
+            assert str(item.value).encode().decode() == item.value
+
+
+def test_lines_that_pass_the_checksum_but_are_no_strict_json() -> None:
+    for body in (b"[" * 100_000, b'{"a":NaN}', b"[]", b'{"a":', b"\xff"):
+        with pytest.raises(SpoolError):
+            decode(b"%08x %08x %b" % (zlib.crc32(body), len(body), body))
+    with pytest.raises(SpoolError, match="strict JSON"):
+        encode({"a": math.nan})
+
+
+@FUZZ
+@given(st.text(max_size=300))
+def test_clean_names_are_what_mlflow_takes(name: str) -> None:
+    clean = clean_name(name)
+    assert re.fullmatch(r"[/\w.\- :]{1,250}", clean, re.ASCII)
+    assert not {"", ".", ".."} & set(clean.split("/"))
+    assert clean_name(clean) == clean
+
+
+@pytest.mark.parametrize(
+    ("one", "two"), [("a$b", "a#b"), ("a/../b", "a/b"), ("x" * 260, "x" * 261), ("/a", "a")]
+)
+def test_names_that_must_change_stay_apart(one: str, two: str) -> None:
+    assert clean_name(one) != clean_name(two)
+    assert clean_name("val/accuracy@1") == "val/accuracy_1-" + clean_name("val/accuracy@1")[-8:]
+
+
+def test_texts_are_cut_and_cleaned() -> None:
+    assert clean_text("a\x00b\x1b[31m\ud800\tc", 99) == "a\ufffdb\ufffd[31m\ufffd\tc"
+    assert clean_text("x" * 7000, 6000) == "x" * 5999 + "…"
+    rows = clean_tag("| a row of a table |\n" * 1000)
+    assert len(rows) <= MAX_TAG
+    assert rows.endswith("table |\n…")
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("http://me:pa%20ss@host:5000/x failed", "http://***@host:5000/x failed"),
+        ("to http://me:p/a@ss@host/x", "to http://***@host/x"),
+        ("postgresql+psycopg://u:secret@db/m?sslpassword=k&a=1", None),
+        ("x?token=abc&password=def ghi", "x?token=***&password=*** ghi"),
+        ("http://host/x by me@home", "http://host/x by me@home"),
+    ],
+)
+def test_addresses_lose_their_secrets(text: str, clean: str | None) -> None:
+    expected = clean or "postgresql+psycopg://***@db/m?sslpassword=***&a=1"
+    assert redact(text) == expected
+
+
+def test_secrets_never_enter_a_spool(tmp_path: Path) -> None:
+    address = "http://user:hunter2@host:5000"
+    spool = tracker(tmp_path)
+    spool.start({"data": address}, {"tracking_uri": address})
+    spool.end(Outcome.FAILED, f"cannot reach {address}")
+    driver = SearchTracker(tmp_path)
+    driver.tags({"uri": address})
+    driver.trial_end(7, Outcome.FAILED, address)
+    for path in tmp_path.rglob("*.jsonl"):
+        assert b"hunter2" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("uri", ["file:///tmp/x", "/tmp/x", "ftp://u:hunter2@host", "http:", ""])
+def test_addresses_that_mlflow_does_not_serve_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="its scheme must be one of") as caught:
+        check_tracking_uri(uri)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_store_addresses() -> None:
+    assert check_tracking_uri("postgresql+psycopg://u:p@db/m") == "postgresql+psycopg://u:p@db/m"
+    assert embedded_store_uri(Path("/data/a b#ü")) == "sqlite:////data/a b#ü/mlflow/mlflow.db"
+    for odd in ("/data/what?", "/data/50%"):
+        with pytest.raises(ConfigError, match="Choose another --results-dir"):
+            embedded_store_uri(Path(odd))
+
+
+def test_workers_do_not_import_mlflow() -> None:
+    code = (
+        "import sys, topotune.tracking.spool, topotune.tracking.shipper, topotune.tracking.mlflow;"
+        "print(sorted({'mlflow', 'torch', 'ray', 'sqlalchemy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_line_is_checksum_length_and_json() -> None:
+    payload: Mapping[str, Any] = {"kind": "tags", "name": "ü\n"}
+    crc, length, body = encode(payload)[:-1].split(b" ", 2)
+    assert int(crc, 16) == zlib.crc32(body)
+    assert int(length, 16) == len(body)
+    assert json.loads(body) == payload
+    assert encode(payload).count(b"\n") == 1

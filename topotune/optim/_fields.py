@@ -1,0 +1,219 @@
+"""What the three couplings share: the fields' start, the layout of their scalars, the control."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from topotune.optim._hyper import BAND_DAMPING, BAND_WIDTH
+from topotune.seeding import derive_seed
+
+SKIPPED, ENERGY, CONTROLLED, CURRENT = range(4)
+"""Places of the common entries in a tensor's ``scalars``; a coupling's coefficients follow."""
+
+COMMON = 4
+
+TINY = 1e-290
+"""Added to an energy that is divided by: fields that underflowed to zero stay zero, not NaN."""
+
+Array: TypeAlias = Any
+"""A float64 NumPy array (CPU) or torch tensor (elsewhere). The recursions of the scalars are
+written once, in operations that both have: NumPy's cost a tenth of torch's on a handful of
+numbers, and torch's need no host."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """The numbers of one step that are the same for every tensor of a parameter group.
+
+    Attributes:
+        keep: ``1 - eta``.
+        rate: ``eta / mu0``, negated when the objective is maximised (J is odd in the gradient).
+        target: the energy that the control aims at.
+        exact: whether the control is ``exact``; else ``band``.
+    """
+
+    keep: float
+    rate: float
+    target: float
+    exact: bool
+
+
+def field_dtype(parameter: Tensor) -> torch.dtype:
+    """The type that a parameter's fields are kept in: float64 for float64, else float32."""
+    return torch.float64 if parameter.dtype is torch.float64 else torch.float32
+
+
+def initial_fields(
+    parameter: Tensor, scale: float, kind: str, seed: int, index: int
+) -> tuple[Tensor, Tensor]:
+    """The fields ``alpha0, beta0`` of a parameter, contiguous and of its shape.
+
+    Args:
+        parameter: as it stands before its first step.
+        scale: ``field_init_scale``.
+        kind: ``tanh_cos``: ``scale * tanh(p)`` and ``scale / 2 * cos(p)``, which a restart
+            repeats; ``normal``: standard normal numbers times ``scale`` and ``scale / 2``.
+        seed: of ``normal``; the numbers are drawn on the CPU, so that they do not depend on the
+            device.
+        index: the parameter's place in the optimizer, so that equal shapes get unequal fields.
+    """
+    dtype = field_dtype(parameter)
+    if kind == "tanh_cos":
+        values = parameter.detach().to(dtype).contiguous()
+        return torch.tanh(values).mul_(scale), torch.cos(values).mul_(0.5 * scale)
+    generator = torch.Generator().manual_seed(derive_seed(seed, index))
+    alpha = torch.randn(parameter.shape, generator=generator, dtype=dtype).mul_(scale)
+    beta = torch.randn(parameter.shape, generator=generator, dtype=dtype).mul_(0.5 * scale)
+    return alpha.to(parameter.device), beta.to(parameter.device)
+
+
+def control(xp: Any, energy: Array, move: Move) -> Array:
+    """The factor that the energy control multiplies both fields by.
+
+    ``exact`` is the paper's pseudocode; ``band`` follows its section on stabilisation: amplify to
+    the target from below, damp above a multiple of it, else leave.
+
+    Args:
+        xp: numpy or torch.
+        energy: (k,) one raw energy a tensor.
+        move: target and kind of the control.
+
+    Returns:
+        (k,) factors.
+    """
+    to_target = xp.sqrt(move.target / (energy + TINY))
+    if move.exact:
+        return to_target
+    damping = xp.where(energy > BAND_WIDTH * move.target, BAND_DAMPING, 1.0)
+    return xp.where(energy < move.target, to_target, damping)
+
+
+class FieldBatch(ABC):
+    """The fields of all tensors of one parameter group on one device and of one type.
+
+    What the fields are lies in the optimizer's state, a dict a parameter: two tensors of the
+    parameter's shape, named by :attr:`tensors`, and ``scalars``, a float64 vector: how many steps
+    were skipped, raw energy, controlled energy, ``|J|``, the coupling's coefficients, and
+    constants of the start. This class lays the vectors of k tensors side by side as the columns
+    of one matrix, so that one small operation serves all of them and no device is waited for; the
+    state's entries become views of it.
+
+    Attributes:
+        tensors: names of the two tensors in the state.
+        basis_size: how many of them a step reads.
+        coefficients: how many scalars a step moves.
+    """
+
+    tensors: ClassVar[tuple[str, str]]
+    basis_size: ClassVar[int]
+    coefficients: ClassVar[int]
+
+    def __init__(self, states: Sequence[dict[str, Tensor]]) -> None:
+        names = self.tensors[: self.basis_size]
+        self.shaped = [[state[name] for state in states] for name in names]
+        self.basis = [[tensor.view(-1) for tensor in column] for column in self.shaped]
+        self.dtype = self.basis[0][0].dtype
+        rows = torch.stack([state["scalars"] for state in states], dim=1)
+        for state, column in zip(states, rows.unbind(1), strict=True):
+            state["scalars"] = column
+        self.device = rows.device
+        self.negligible = torch.finfo(self.dtype).tiny * 2.0**24
+        self.on_cpu = rows.device.type == "cpu"
+        self.xp: Any = np if self.on_cpu else torch
+        self.rows: Array = rows.numpy() if self.on_cpu else rows
+        end = COMMON + self.coefficients
+        self.live: Array = self.rows[ENERGY:end]
+        self.coefficient_rows: Array = self.rows[COMMON:end]
+        self.constants: Array = self.rows[end:]
+        self.report: Array = self.rows[:COMMON]
+        self.fresh: Array = self.xp.empty_like(self.live)
+        self.bad: Array = self.rows[SKIPPED] != self.rows[SKIPPED]
+
+    @classmethod
+    @abstractmethod
+    def start(cls, alpha: Tensor, beta: Tensor) -> dict[str, Tensor]:
+        """The state entries of one tensor whose fields begin at ``alpha, beta``."""
+
+    @staticmethod
+    @abstractmethod
+    def materialise(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The fields ``alpha, beta`` of one tensor, as fresh tensors of its shape."""
+
+    @abstractmethod
+    def move(self, gradients: Sequence[Tensor], move: Move) -> tuple[Array, Array, Array]:
+        """Current and coupling of one step.
+
+        Args:
+            gradients: k contiguous 1-d tensors in the fields' type. Where one is not finite,
+                ``self.bad`` is set and the numbers returned for it do not matter.
+            move: the numbers of the step.
+
+        Returns:
+            Coefficients before control (c, k), raw energy (k,), current (k,).
+        """
+
+    @abstractmethod
+    def gaps(self, factor: float) -> list[Tensor]:
+        """``factor * (alpha - beta)`` of every tensor, fresh and of the parameter's shape; zeros
+        where the gradient of the last step was not finite."""
+
+    def advance(self, gradients: Sequence[Tensor], move: Move) -> None:
+        """One step of the fields: current, coupling, energy, control.
+
+        Args:
+            gradients: k contiguous 1-d tensors in the fields' type. One with a non-finite entry
+                leaves its fields as they are and is counted.
+            move: the numbers of the step.
+        """
+        xp, fresh = self.xp, self.fresh
+        # Overflow is reported through the energy, not through warnings.
+        with np.errstate(all="ignore"):
+            coefficients, energy, current = self.move(gradients, move)
+            scale = control(xp, energy, move)
+            fresh[0] = energy
+            fresh[1] = energy * scale * scale
+            fresh[2] = abs(current)
+            fresh[3:] = coefficients * scale
+            self.live[:] = xp.where(self.bad, self.live, fresh)
+            self.rows[SKIPPED] += self.bad
+
+    def array(self, measured: list[Tensor], width: int) -> Array:
+        """0-d tensors, ``width`` of each of k tensors, as a (width, k) float64 array."""
+        if self.on_cpu:
+            return torch.stack(measured).numpy().astype(np.float64).reshape(width, -1)
+        return torch.stack(measured).double().view(width, -1)
+
+    def weights(self, rows: Array) -> list[Any]:
+        """Rows of weights as what ``torch._foreach`` operations take, one list a row.
+
+        A weight is zero for a tensor whose step was skipped, and zero instead of so small that
+        the products would be denormal: processors are slow at those and no step can see them.
+        """
+        invisible = abs(rows) < self.negligible
+        return [self.factors(row) for row in self.xp.where(self.bad | invisible, 0.0, rows)]
+
+    def factors(self, row: Array) -> Any:
+        """A (k,) array as what ``torch._foreach`` operations take: numbers or 0-d tensors."""
+        return row.tolist() if self.on_cpu else row.to(self.dtype).unbind(0)
+
+
+def scalars(alpha: Tensor, beta: Tensor, *entries: float | Tensor) -> Tensor:
+    """The float64 vector of one tensor at its start: common entries, then ``entries``."""
+    energy = 0.5 * mean_of_products(alpha, alpha) + 0.5 * mean_of_products(beta, beta)
+    values: list[float | Tensor] = [0.0, energy, energy, 0.0, *entries]
+    filled = torch.zeros(len(values), dtype=torch.float64, device=alpha.device)
+    for place, value in enumerate(values):
+        filled[place] = value
+    return filled
+
+
+def mean_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """``mean(left * right)`` in float64, 0-d."""
+    return (left.double() * right.double()).mean()

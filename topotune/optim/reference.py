@@ -1,0 +1,145 @@
+"""The readable twin of Topological Adam: the literal recursion, one tensor after the other.
+
+This is the oracle of the fast path's tests and the baseline of its benchmark. It keeps both fields
+as full tensors, rewrites them in every step and asks the device for every decision, as a first
+implementation does. It follows the same specification and takes the same arguments; ``foreach``,
+``fused`` and ``trace_capacity`` have no effect here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from topotune.optim._fields import initial_fields
+from topotune.optim._hyper import BAND_DAMPING, BAND_WIDTH, check_group
+
+
+class ReferenceTopologicalAdam(Optimizer):
+    """Topological Adam as written; see :class:`topotune.optim.TopologicalAdam` for the arguments.
+
+    Fields and moments have the parameter's type. ``state[p]`` holds ``step``, ``m``, ``v``,
+    ``alpha``, ``beta``, ``energy`` (before control), ``energy_controlled``, ``current``
+    (``|J|``) and ``skipped``.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eta: float = 0.02,
+        mu0: float = 0.5,
+        w_topo: float = 0.15,
+        field_init_scale: float = 0.01,
+        target_energy: float = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        coupling: str = "uniform",
+        energy_control: str = "exact",
+        eps_inside_sqrt: bool = False,
+        field_init: str = "tanh_cos",
+        field_seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        trace_capacity: int = 4096,
+    ) -> None:
+        arguments = dict(locals())
+        defaults = {k: v for k, v in arguments.items() if k not in {"self", "params", "__class__"}}
+        check_group(defaults)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every parameter that has a gradient; returns what the closure returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        index = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, parameter.grad, group, index)
+                index += 1
+        return loss
+
+    def _step_one(self, p: Tensor, grad: Tensor, group: dict[str, Any], index: int) -> None:
+        state = self.state[p]
+        if not state:
+            alpha, beta = initial_fields(
+                p, group["field_init_scale"], group["field_init"], group["field_seed"], index
+            )
+            state.update(
+                step=0,
+                m=torch.zeros_like(p),
+                v=torch.zeros_like(p),
+                alpha=alpha.to(p.dtype),
+                beta=beta.to(p.dtype),
+                energy=0.0,
+                energy_controlled=0.0,
+                current=0.0,
+                skipped=0,
+            )
+        g = -grad if group["maximize"] else grad
+        beta1, beta2 = group["betas"]
+        lr, eps = group["lr"], group["eps"]
+
+        state["step"] += 1
+        m = state["m"] = beta1 * state["m"] + (1 - beta1) * g
+        v = state["v"] = beta2 * state["v"] + (1 - beta2) * g * g
+        m_hat = m / (1 - beta1 ** state["step"])
+        v_hat = v / (1 - beta2 ** state["step"])
+        if group["eps_inside_sqrt"]:
+            direction = m_hat / (v_hat + eps).sqrt()
+        else:
+            direction = m_hat / (v_hat.sqrt() + eps)
+
+        correction = torch.zeros_like(p)
+        if group["eta"] != 0.0 and p.numel():
+            if bool(torch.isfinite(g).all()):
+                move_fields(state, g, group)
+                correction = group["w_topo"] * torch.tanh(state["alpha"] - state["beta"])
+            else:
+                state["skipped"] += 1
+
+        p.mul_(1 - lr * group["weight_decay"])
+        p.sub_(lr * (direction + correction))
+
+
+def move_fields(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
+    """Current, coupling, energy and control of one tensor, in this order."""
+    alpha, beta = state["alpha"], state["beta"]
+    eta, target = group["eta"], group["target_energy"]
+    rate = eta / group["mu0"]
+
+    gap = alpha - beta
+    if group["coupling"] == "uniform":
+        current = (gap * g).sum()
+        to_alpha, to_beta = current, -current
+    elif group["coupling"] == "exchange":
+        current = (gap * g).sum() / (g.norm() + 1e-12)
+        to_alpha, to_beta = current * beta, -current * alpha
+    else:
+        current = gap * g
+        to_alpha, to_beta = current, -current
+    alpha = (1 - eta) * alpha + rate * to_alpha
+    beta = (1 - eta) * beta + rate * to_beta
+
+    energy = (0.5 * (alpha * alpha + beta * beta).mean()).item()
+    if group["energy_control"] == "exact" or energy < target:
+        scale = (target / energy) ** 0.5
+    elif energy > BAND_WIDTH * target:
+        scale = BAND_DAMPING
+    else:
+        scale = 1.0
+    state["alpha"], state["beta"] = scale * alpha, scale * beta
+    state["energy"], state["energy_controlled"] = energy, energy * scale**2
+    state["current"] = current.abs().mean().item()

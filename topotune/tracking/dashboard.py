@@ -1,0 +1,233 @@
+"""Runs MLflow's web interface over a store, on this machine only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import IO, Self
+
+from topotune.errors import ResourceError, RunError
+from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.naming import clean_name, redact
+
+_HOST = "127.0.0.1"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_VIEW = "workflowType=machine_learning"
+DEFAULT_PORT = 5000
+
+
+def search_page(base_url: str, experiment_id: str, run_id: str) -> str:
+    """The page of one run, a search's own or a trial's, in the interface for training."""
+    return f"{base_url}/#/experiments/{experiment_id}/runs/{run_id}?{_VIEW}"
+
+
+def trials_page(
+    base_url: str, experiment_id: str, parent_id: str, metric: str = "", maximize: bool = True
+) -> str:
+    """The experiment's table of runs, narrowed to the trials of one search.
+
+    Args:
+        base_url: the server's address.
+        experiment_id: MLflow's id of the experiment.
+        parent_id: the run of the search itself.
+        metric: sort by its last value, best first, with all curves beside the table; without it
+            MLflow folds the trials into their parent's row.
+        maximize: whether the highest value is the best.
+    """
+    query = {"searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'"}
+    if metric:
+        order = "false" if maximize else "true"
+        query |= {"orderByKey": f"metrics.`{clean_name(metric)}`", "orderByAsc": order}
+        query["compareRunsMode"] = "CHART"
+    text = urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
+    return f"{base_url}/#/experiments/{experiment_id}/runs?{_VIEW}&{text}"
+
+
+class Dashboard:
+    """A running MLflow server, stopped by :meth:`stop` or at the end of a ``with`` block.
+
+    Attributes:
+        url: its address; that of the tracking server itself if the store is one.
+    """
+
+    def __init__(
+        self, url: str, process: subprocess.Popen[bytes] | None = None, log: IO[bytes] | None = None
+    ) -> None:
+        self.url = url
+        self._process = process
+        self._log = log
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the server; None if it is not ours."""
+        return None if self._process is None else self._process.pid
+
+    def running(self) -> bool:
+        """Whether our server runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self, grace: float = 5.0) -> None:
+        """End the server and its workers; by force after ``grace`` seconds. May be repeated."""
+        process, self._process = self._process, None
+        if process is not None:
+            _signal_group(process, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+            _signal_group(process, signal.SIGKILL)  # workers that outlived their parent
+            process.wait()
+        if self._log is not None:
+            self._log.close()
+
+    def wait(self) -> None:
+        """Return when the server ends or this process gets SIGINT, SIGTERM or SIGHUP.
+
+        To be called in the main thread. Where the server is not ours there is nothing to wait for.
+        """
+        if self._process is not None:
+            with suppress(_Stopped), _stop_signals():
+                self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class _Stopped(BaseException):
+    """A signal asks this process to end."""
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Turn the signals that end a process into _Stopped; the old handlers are put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise _Stopped
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def serve_dashboard(
+    store: MlflowStore, port: int = DEFAULT_PORT, start_timeout: float = 120.0
+) -> Dashboard:
+    """Start MLflow's web interface on 127.0.0.1, or give the address of a server that runs.
+
+    Args:
+        store: what to show. Its address goes to the server through the environment, so that a
+            password in it is not in the process list.
+        port: preferred port; another one is taken if it is in use.
+        start_timeout: seconds until the server must answer.
+
+    Raises:
+        ResourceError: no port can be bound.
+        KeyboardInterrupt: this process was told to end (SIGINT, SIGTERM, SIGHUP) meanwhile.
+        RunError: the server ended, or did not answer in time; with the end of its log.
+        StoreOfflineError: the store cannot be opened.
+    """
+    if store.tracking_uri.startswith(("http://", "https://")):
+        return Dashboard(redact(store.tracking_uri).rstrip("/"))
+    store.ping()  # made and migrated by one process, before the server looks at it
+    chosen = _free_port(port)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by Dashboard.stop
+    environment = os.environ | {
+        "MLFLOW_BACKEND_STORE_URI": store.tracking_uri,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(chosen)]
+    if store.artifacts is not None:
+        command += ["--artifacts-destination", str(store.artifacts)]
+    if store.artifacts is not None:
+        store.artifacts.mkdir(parents=True, exist_ok=True)
+    dashboard: Dashboard | None = None
+    try:
+        with _stop_signals():
+            # A session of its own: Ctrl-C reaches this process only, which ends the whole group.
+            process = subprocess.Popen(
+                [*command, "--workers", "1"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=store.artifacts or tempfile.gettempdir(),
+            )
+            dashboard = Dashboard(f"http://{_HOST}:{chosen}", process, log)
+            _wait_for_health(dashboard, log, start_timeout)
+    except BaseException as error:
+        if dashboard is not None:
+            dashboard.stop()
+        if isinstance(error, _Stopped):
+            raise KeyboardInterrupt from None
+        raise
+    return dashboard
+
+
+def _wait_for_health(dashboard: Dashboard, log: IO[bytes], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < deadline:
+        if not dashboard.running():
+            raise RunError(f"the MLflow server ended at its start: {_log_end(log)}")
+        try:
+            with opener.open(f"{dashboard.url}/health", timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:
+            time.sleep(0.2)
+    raise RunError(
+        f"the MLflow server did not answer within {timeout:g} s at {dashboard.url}: {_log_end(log)}"
+    )
+
+
+def _log_end(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = log.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
+    return redact(" | ".join(lines[-5:])) or "it printed nothing"
+
+
+def _free_port(preferred: int) -> int:
+    """The preferred port of 127.0.0.1 if nobody has it, else any free one."""
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_HOST, port))
+            except (OSError, OverflowError):
+                continue
+            return int(probe.getsockname()[1])
+    raise ResourceError(f"port {preferred} of {_HOST}: neither it nor any other port can be bound")
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return

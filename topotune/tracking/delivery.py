@@ -1,0 +1,203 @@
+"""Sends a piece of one spool to the store, in batches; a run is made when it is first needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from topotune.records import Outcome
+from topotune.tracking.entries import INTERRUPTED, Artifact, End, Entry, Item, Start, items, size
+from topotune.tracking.naming import clean_text
+from topotune.tracking.progress import Ended, Progress, Refused
+from topotune.tracking.store import NewRun, Store, StoreRefusedError
+
+MAX_BATCH = 1000
+MAX_TEXTS = 100
+MAX_BYTES = 800_000
+
+_STATUS = {
+    Outcome.COMPLETE.value: "FINISHED",
+    Outcome.PRUNED.value: "FINISHED",
+    Outcome.DIVERGED.value: "FAILED",
+    Outcome.FAILED.value: "FAILED",
+    INTERRUPTED: "KILLED",
+}
+"""MLflow's status of each outcome. Its UI shows KILLED with the red cross of FAILED, and half of
+the trials of a good search are pruned, so PRUNED is FINISHED; the tag ``topotune.outcome`` tells
+them apart."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An item and the spool offset that it came from."""
+
+    offset: int
+    item: Item
+
+
+class Delivery:
+    """Knows the runs of one search in one store and fills them from its spools."""
+
+    def __init__(
+        self,
+        folder: Path,
+        store: Store,
+        search_id: str,
+        name: str,
+        progress: Progress,
+        refused: Refused,
+    ) -> None:
+        self._folder = folder.resolve()
+        self._store = store
+        self._search_id = search_id
+        self._name = clean_text(name, 250)
+        self._progress = progress
+        self._refused = refused
+
+    def send(self, spool: str, entries: Sequence[tuple[int, Entry]], by_driver: bool) -> int:
+        """Send (offset, record) pairs of one spool; returns how many items the store took.
+
+        Raises:
+            StoreOfflineError, RunMissingError: nothing may be assumed about what has arrived;
+                sending all of it again is harmless.
+            SpoolError: what was refused cannot be written down.
+        """
+        newest = {
+            (entry.trial, entry.body.path, entry.body.folder): offset
+            for offset, entry in entries
+            if isinstance(entry.body, Artifact)
+        }
+        taken = 0
+        batch: list[Source] = []
+        target: int | None = None
+        for offset, entry in entries:
+            body = entry.body
+            if entry.trial != target:
+                taken -= self._flush(spool, target, batch)
+                batch, target = [], entry.trial
+            run_id = self._run(entry.trial, entry.at)
+            if isinstance(body, Start):
+                self._reopen(entry.trial, run_id, body)
+            ignored = isinstance(body, End) and not by_driver and self._outranked(entry.trial)
+            taken += size(entry)
+            if ignored:
+                continue
+            batch += [Source(offset, item) for item in items(entry)]
+            if isinstance(body, Artifact):
+                if newest[entry.trial, body.path, body.folder] == offset:
+                    taken -= self._upload(spool, offset, run_id, body)
+            elif isinstance(body, End):
+                taken -= self._flush(spool, target, batch)
+                batch = []
+                taken -= self._end(spool, offset, run_id, body)
+                self._progress.ended[_key(entry.trial)] = Ended(body.at, by_driver)
+        return taken - self._flush(spool, target, batch)
+
+    def _run(self, trial: int | None, at: int) -> str:
+        """The run of a trial or of the search: remembered, else found by its tags, else made."""
+        runs = self._progress.runs
+        key = _key(trial)
+        if key not in runs:
+            if trial is None:
+                found = self._store.parent(self._search_id)
+            else:
+                found = next(iter(self._store.runs(self._search_id, trial)), None)
+            if found is not None:
+                runs[key] = found.run_id
+            else:
+                name = self._name if trial is None else f"trial-{trial:04d}"
+                parent = None if trial is None else self._run(None, at)
+                new = NewRun(self._search_id, trial, name, at, parent)
+                runs[key] = self._store.create_run(new)
+        return runs[key]
+
+    def _outranked(self, trial: int | None) -> bool:
+        ended = self._progress.ended.get(_key(trial))
+        return ended is not None and ended.by_driver
+
+    def _reopen(self, trial: int | None, run_id: str, start: Start) -> None:
+        ended = self._progress.ended.get(_key(trial))
+        if ended is not None and start.at > ended.at:
+            with suppress(StoreRefusedError):  # deleted by hand: its items are refused as well
+                self._store.reopen(run_id)
+            del self._progress.ended[_key(trial)]
+
+    def _upload(self, spool: str, offset: int, run_id: str, artifact: Artifact) -> int:
+        """Upload a file; returns 1 if it was refused."""
+        item = Item("artifact", artifact.path, artifact.folder)
+        path = (self._folder / artifact.path).resolve()
+        if not path.is_relative_to(self._folder) or not path.is_file():
+            self._refused.add(spool, offset, item, "no such file inside the search folder")
+            return 1
+        try:
+            self._store.log_artifact(run_id, path, artifact.folder)
+        except StoreRefusedError as error:
+            self._refused.add(spool, offset, item, str(error))
+            return 1
+        return 0
+
+    def _end(self, spool: str, offset: int, run_id: str, end: End) -> int:
+        """Set a run's final status; returns 1 if that was refused."""
+        try:
+            self._store.terminate(run_id, _STATUS[end.outcome], end.at)
+        except StoreRefusedError as error:
+            self._refused.add(spool, offset, Item("end", end.outcome, ""), str(error))
+            return 1
+        return 0
+
+    def _flush(self, spool: str, trial: int | None, sources: list[Source]) -> int:
+        """Send what has gathered; returns how many items were refused."""
+        refused = 0
+        for batch in _batches(_newest_texts(sources)):
+            refused += self._log(spool, self._progress.runs[_key(trial)], batch)
+        return refused
+
+    def _log(self, spool: str, run_id: str, batch: Sequence[Source]) -> int:
+        """Send one batch; where it is refused, halve it until the items to blame stand alone."""
+        try:
+            self._store.log(run_id, [source.item for source in batch])
+        except StoreRefusedError as error:
+            if len(batch) == 1:
+                self._refused.add(spool, batch[0].offset, batch[0].item, str(error))
+                return 1
+            half = len(batch) // 2
+            return self._log(spool, run_id, batch[:half]) + self._log(spool, run_id, batch[half:])
+        return 0
+
+
+def _key(trial: int | None) -> str:
+    return "search" if trial is None else str(trial)
+
+
+def _newest_texts(sources: Sequence[Source]) -> list[Source]:
+    """Each tag once, with its newest value: a batch must not hold a key twice."""
+    newest = {s.item.key: s for s in sources if s.item.kind == "tag"}
+    return [s for s in sources if s.item.kind != "tag" or newest[s.item.key] is s]
+
+
+def _batches(sources: Sequence[Source]) -> Iterator[list[Source]]:
+    """Pieces that respect MLflow's limits on metrics, parameters, tags and bytes a request."""
+    batch: list[Source] = []
+    texts = {"param": 0, "tag": 0}
+    length = 0
+    for source in sources:
+        kind = source.item.kind
+        extra = _json_size(source.item)
+        full = len(batch) >= MAX_BATCH or length + extra > MAX_BYTES
+        if batch and (full or texts.get(kind, 0) >= MAX_TEXTS):
+            yield batch
+            batch, texts, length = [], {"param": 0, "tag": 0}, 0
+        batch.append(source)
+        length += extra
+        if kind in texts:
+            texts[kind] += 1
+    if batch:
+        yield batch
+
+
+def _json_size(item: Item) -> int:
+    """About the bytes that an item takes in the request, escapes included."""
+    return 120 + len(item.key) + (len(json.dumps(item.value)) if item.kind != "metric" else 0)

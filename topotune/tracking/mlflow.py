@@ -1,0 +1,307 @@
+"""The one door to MLflow. It is imported on first use, because that takes seconds.
+
+MLflow is set up for a caller that keeps its own records and tries again: no retries of its own
+(a repeated ``create_run`` would make two runs), short time-outs, no telemetry, quiet loggers.
+Environment variables that the user set stay as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from topotune.errors import ResourceError, RunError, TopotuneError
+from topotune.tracking.entries import Item
+from topotune.tracking.naming import redact
+from topotune.tracking.store import (
+    DEFAULT_EXPERIMENT,
+    ROLE_TAG,
+    SEARCH_TAG,
+    TRIAL_TAG,
+    NewRun,
+    RunMissingError,
+    StoredRun,
+    StoreOfflineError,
+    StoreRefusedError,
+    check_tracking_uri,
+    creation_lock,
+    embedded_artifacts,
+    embedded_store_uri,
+)
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+}
+_SEARCH_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
+_STATUS = re.compile(r"failed with error code (\d{3})\b")
+_NETWORK = re.compile(
+    r"\[Errno -?\d+\] [^'\")]+|\w+ timed out[^'\")]*|too many \d+ error responses", re.IGNORECASE
+)
+_PAGE = 1000
+_import_lock = threading.Lock()
+
+
+def _quiet_mlflow() -> None:
+    """Import MLflow with the settings above; what it logs comes back as our own errors."""
+    with _import_lock:
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        importlib.import_module("mlflow.tracking")
+        for name in ("mlflow", "alembic", "sqlalchemy.engine", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+class MlflowStore:
+    """A tracking server or database. Nothing is contacted before the first call needs it.
+
+    Args:
+        tracking_uri: ``http(s)://...`` of a server, or a database address.
+        experiment: name of the MLflow experiment, made where it is missing.
+        results_dir: given for the embedded store only: where its files lie.
+
+    Raises:
+        ConfigError: the address has a form that MLflow does not serve.
+    """
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment: str = DEFAULT_EXPERIMENT,
+        results_dir: Path | None = None,
+    ) -> None:
+        self.tracking_uri = check_tracking_uri(tracking_uri)
+        self.experiment = experiment
+        self._results_dir = results_dir
+        self._connected: tuple[MlflowClient, str] | None = None
+        self._connecting = threading.Lock()
+
+    @classmethod
+    def embedded(cls, results_dir: Path, experiment: str = DEFAULT_EXPERIMENT) -> MlflowStore:
+        """The SQLite store of a results folder, made on first use."""
+        return cls(embedded_store_uri(results_dir), experiment, results_dir.absolute())
+
+    @property
+    def label(self) -> str:
+        """Address and experiment in one line, without secrets."""
+        return f"{redact(self.tracking_uri)} experiment {self.experiment}"
+
+    def _connect(self) -> tuple[MlflowClient, str]:
+        with self._connecting:
+            if self._connected is None:
+                _quiet_mlflow()
+                folder = None if self._results_dir is None else self._results_dir / "mlflow"
+                try:
+                    with creation_lock(folder) if folder else nullcontext(), translated():
+                        self._connected = self._open()
+                except (ResourceError, StoreRefusedError, RunMissingError) as error:
+                    # Nothing was refused for what it says: the store as a whole is not usable.
+                    raise StoreOfflineError(str(error)) from None
+            return self._connected
+
+    def _open(self) -> tuple[MlflowClient, str]:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(self.tracking_uri, registry_uri=self.tracking_uri)
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            location = None if self.artifacts is None else self.artifacts.as_uri()
+            try:
+                return client, client.create_experiment(self.experiment, location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                found = client.get_experiment_by_name(self.experiment)
+        if found is None or found.lifecycle_stage != "active":
+            raise StoreOfflineError(
+                f"experiment {self.experiment!r} is deleted in MLflow. Restore it there or choose "
+                "another experiment name"
+            )
+        return client, str(found.experiment_id)
+
+    @property
+    def artifacts(self) -> Path | None:
+        """Where the embedded store keeps artifacts; None for any other store."""
+        return None if self._results_dir is None else embedded_artifacts(self._results_dir)
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of the experiment."""
+        return self._connect()[1]
+
+    def ping(self) -> None:
+        """Contact the store, making it where it is the embedded one.
+
+        Raises:
+            StoreOfflineError: with the cause in one line.
+        """
+        client, experiment_id = self._connect()
+        with translated():
+            client.get_experiment(experiment_id)
+
+    def runs(self, search_id: str, trial: int | None = None) -> list[StoredRun]:
+        """The runs of a search that carry its tag, oldest first; of one trial if it is given."""
+        extra = "" if trial is None else f" and tags.`{TRIAL_TAG}` = '{int(trial)}'"
+        return self._find(search_id, extra)
+
+    def parent(self, search_id: str) -> StoredRun | None:
+        """The search's own run, the oldest if there are several."""
+        return next(iter(self._find(search_id, f" and tags.`{ROLE_TAG}` = 'search'")), None)
+
+    def _find(self, search_id: str, extra: str) -> list[StoredRun]:
+        from mlflow.entities import ViewType
+
+        if not _SEARCH_ID.fullmatch(search_id):
+            raise StoreRefusedError(f"search id {search_id!r:.80}: expected letters and digits")
+        client, experiment_id = self._connect()
+        query = f"tags.`{SEARCH_TAG}` = '{search_id}'{extra}"
+        found: list[StoredRun] = []
+        token = None
+        while True:
+            try:
+                with translated():
+                    page = client.search_runs(
+                        [experiment_id], query, ViewType.ALL, _PAGE, page_token=token
+                    )
+            except RunMissingError as error:  # the experiment itself is gone: look it up anew
+                self._connected = None
+                raise StoreOfflineError(str(error)) from None
+            found += [_stored(run) for run in page]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda run: (run.deleted, run.start_ms, run.run_id))
+
+    def create_run(self, run: NewRun) -> str:
+        """Make a run and return its id."""
+        client, experiment_id = self._connect()
+        tags = {
+            SEARCH_TAG: run.search_id,
+            ROLE_TAG: "search" if run.trial is None else "trial",
+            "mlflow.source.name": "topotune",
+        }
+        if run.trial is not None:
+            tags[TRIAL_TAG] = str(run.trial)
+        if run.parent_id is not None:
+            tags["mlflow.parentRunId"] = run.parent_id
+        with translated():
+            made = client.create_run(experiment_id, run.start_ms, tags, run.name)
+            return str(made.info.run_id)
+
+    def log(self, run_id: str, batch: Sequence[Item]) -> None:
+        """Send one batch, within MLflow's limits (1000 entities, 100 parameters, 100 tags)."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        client, _ = self._connect()
+        with translated():
+            client.log_batch(
+                run_id,
+                [Metric(i.key, float(i.value), i.at, i.step) for i in batch if i.kind == "metric"],
+                [Param(i.key, str(i.value)) for i in batch if i.kind == "param"],
+                [RunTag(i.key, str(i.value)) for i in batch if i.kind == "tag"],
+            )
+
+    def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
+        """Upload one file, replacing one of the same name."""
+        client, _ = self._connect()
+        with translated():
+            client.log_artifact(run_id, str(path), folder or None)
+
+    def terminate(self, run_id: str, status: str, end_ms: int) -> None:
+        """Set a final status."""
+        client, _ = self._connect()
+        with translated():
+            client.set_terminated(run_id, status, end_ms)
+
+    def reopen(self, run_id: str) -> None:
+        """Set a run back to RUNNING."""
+        client, _ = self._connect()
+        with translated():
+            client.update_run(run_id, status="RUNNING")
+
+    def delete_run(self, run_id: str) -> None:
+        """Put a run into MLflow's bin."""
+        client, _ = self._connect()
+        with translated():
+            client.delete_run(run_id)
+
+    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
+        """All points of a metric as (step, Unix milliseconds, value)."""
+        client, _ = self._connect()
+        with translated():
+            return [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, key)]
+
+    def client(self) -> MlflowClient:
+        """MLflow's own client, connected."""
+        return self._connect()[0]
+
+
+def _stored(run: Run) -> StoredRun:
+    trial = run.data.tags.get(TRIAL_TAG, "")
+    return StoredRun(
+        run_id=run.info.run_id,
+        trial=int(trial) if trial.isdecimal() else None,
+        start_ms=run.info.start_time or 0,
+        status=run.info.status,
+        deleted=run.info.lifecycle_stage != "active",
+        tags=dict(run.data.tags),
+        latest=dict(run.data.metrics),
+    )
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """MLflow's and its libraries' errors as ours, in one line and without secrets."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise _classified(error) from None
+    except TopotuneError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever its libraries raise, it comes out as ours
+        response = getattr(error, "response", None)
+        if response is not None and _permanent(response.status_code):
+            raise StoreRefusedError(_one_line(error)) from None
+        raise StoreOfflineError(f"{type(error).__name__}: {_one_line(error)}") from None
+
+
+def _permanent(status: int) -> bool:
+    """Whether an HTTP status means that this content will never be taken.
+
+    A wrong password (401, 403) or address (404 without a record) concerns every record alike:
+    setting them all aside would lose a search, so that these wait like an outage.
+    """
+    return 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 429, 499)
+
+
+def _classified(error: Any) -> RunError:
+    text = _one_line(error)
+    status = int(error.get_http_status_code())
+    if (plain := _STATUS.search(str(error))) is not None:
+        status = int(plain[1])
+    if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        return RunMissingError(text)
+    return StoreRefusedError(text) if _permanent(status) else StoreOfflineError(text)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if text.startswith("API request to") and (cause := _NETWORK.search(text)) is not None:
+        return f"no answer from the server: {cause[0].strip()}"
+    return redact(text)[:300] or type(error).__name__

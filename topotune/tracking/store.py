@@ -1,0 +1,167 @@
+"""What the shipper asks of a tracking store, and where the store of a results folder lies."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from topotune.errors import ConfigError, ResourceError, RunError, TrackingError
+from topotune.tracking.entries import Item
+from topotune.tracking.naming import redact
+
+DEFAULT_EXPERIMENT = "topotune"
+SEARCH_TAG = "topotune.search_id"
+TRIAL_TAG = "topotune.trial"
+ROLE_TAG = "topotune.role"
+
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+
+
+class StoreOfflineError(RunError):
+    """The store cannot take anything now (down, slow, locked, wrong password): try again later."""
+
+
+class StoreRefusedError(TrackingError):
+    """The store works and will never take this: trying again is useless."""
+
+
+class RunMissingError(RunError):
+    """The store knows no such run: it was replaced, or the run was removed for good."""
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run as the store knows it.
+
+    Attributes:
+        run_id: MLflow's id.
+        trial: the trial's number; None for the search's own run.
+        start_ms: start, Unix milliseconds.
+        status: MLflow's status word.
+        deleted: whether it lies in MLflow's bin.
+        tags: all its tags.
+        latest: the last value of each metric.
+    """
+
+    run_id: str
+    trial: int | None
+    start_ms: int
+    status: str
+    deleted: bool
+    tags: dict[str, str]
+    latest: dict[str, float]
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """What a run is made with."""
+
+    search_id: str
+    trial: int | None
+    name: str
+    start_ms: int
+    parent_id: str | None = None
+
+
+class Store(Protocol):
+    """A tracking store. Every method may raise StoreOfflineError; those that send also
+    StoreRefusedError, and those that name a run RunMissingError."""
+
+    @property
+    def label(self) -> str:
+        """Address and experiment in one line, without secrets."""
+
+    def runs(self, search_id: str, trial: int | None = None) -> list[StoredRun]:
+        """The runs of a search that carry its tag, oldest first; of one trial if it is given."""
+
+    def parent(self, search_id: str) -> StoredRun | None:
+        """The search's own run."""
+
+    def create_run(self, run: NewRun) -> str:
+        """Make a run and return its id."""
+
+    def log(self, run_id: str, batch: Sequence[Item]) -> None:
+        """Send one batch, within MLflow's limits."""
+
+    def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
+        """Upload one file, replacing one of the same name."""
+
+    def terminate(self, run_id: str, status: str, end_ms: int) -> None:
+        """Set a final status."""
+
+    def reopen(self, run_id: str) -> None:
+        """Set a run back to RUNNING."""
+
+    def delete_run(self, run_id: str) -> None:
+        """Put a run into MLflow's bin."""
+
+    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
+        """All points of a metric as (step, Unix milliseconds, value)."""
+
+
+def embedded_store_uri(results_dir: Path) -> str:
+    """The address of the SQLite store that all searches of a results folder share.
+
+    Raises:
+        ConfigError: the path holds a ``?`` or ``%``, which mean something else in an address (and
+            whose escapes not every SQLAlchemy undoes).
+    """
+    path = results_dir.absolute() / "mlflow" / "mlflow.db"
+    if "?" in str(path) or "%" in str(path):
+        raise ConfigError(
+            f"results folder {results_dir}",
+            "its path holds a '?' or '%', which an address of an SQLite store cannot",
+            "Choose another --results-dir",
+        )
+    return f"sqlite:///{path}"
+
+
+def embedded_artifacts(results_dir: Path) -> Path:
+    """Where the embedded store keeps artifacts."""
+    return results_dir.absolute() / "mlflow" / "artifacts"
+
+
+def check_tracking_uri(uri: str) -> str:
+    """The address of a tracking store as it was given, if its form is one that works.
+
+    Raises:
+        ConfigError: a file store, a bare path or an unknown scheme. The address is quoted
+            without its secrets.
+    """
+    try:
+        scheme = urlsplit(uri).scheme.partition("+")[0]
+    except ValueError:
+        scheme = ""
+    if uri != "databricks" and (scheme not in _SCHEMES or "://" not in uri):
+        raise ConfigError(
+            f"tracking URI {redact(uri)!r}",
+            f"its scheme must be one of {', '.join(_SCHEMES)}",
+            "Write 'http://HOST:5000' for a server or 'sqlite:////PATH/mlflow.db' for a local "
+            "store; MLflow no longer takes plain folders",
+        )
+    return uri
+
+
+@contextmanager
+def creation_lock(folder: Path) -> Iterator[None]:
+    """Hold ``folder/.create.lock``, so that one process at a time makes or migrates a store.
+
+    Raises:
+        ResourceError: the folder cannot be made or written.
+    """
+    path = folder / ".create.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written: {error.strerror}. Choose a writable --results-dir"
+        ) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,152 @@
+"""From a spec to the parts that train: checked, seeded and placed on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from topotune.errors import ConfigError
+from topotune.optim import build_optimizer
+from topotune.records import TrialSpec, Value
+from topotune.seeding import seed_everything
+from topotune.tasks import build_task
+from topotune.tasks.base import DataOptions, Task
+from topotune.train.generators import capture_generators, restore_generators
+from topotune.train.learner import Backprop, Learner, check_optimizer
+from topotune.train.loop import LoopParts
+from topotune.train.process import resolve_device
+from topotune.train.schedule import find_schedule
+
+
+def check_spec(spec: TrialSpec) -> None:
+    """Check the numbers of a spec that need no data and no model.
+
+    Raises:
+        ConfigError: a number is out of its range or not a number.
+        UnknownNameError: the schedule does not exist.
+    """
+    for place, value, least in (
+        ("epochs", spec.epochs, 1),
+        ("seed", spec.seed, 0),
+        ("threads", spec.threads, 0),
+        ("train.batch_size", spec.train.batch_size, 1),
+        ("overhead.blocks", spec.overhead.blocks, 0),
+        ("overhead.steps", spec.overhead.steps, 1),
+        ("overhead.warmup", spec.overhead.warmup, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(place, f"must be a whole number of at least {least} (got {value!r})")
+    clip = spec.train.grad_clip
+    if clip is not None and not (
+        isinstance(clip, int | float) and math.isfinite(clip) and clip > 0
+    ):
+        raise ConfigError(
+            "train.grad_clip",
+            f"must be a positive number (got {clip!r})",
+            "Leave it out to clip nothing",
+        )
+    find_schedule(spec.train.schedule)
+
+
+def preflight(spec: TrialSpec, *, check_device: bool = True) -> None:
+    """Raise now what :func:`~topotune.trial.open_trial` would raise in a worker, data apart.
+
+    Builds the task, the model and the optimizer on the CPU and drops them; loads no data and
+    leaves the global random generators as they were.
+
+    Args:
+        spec: what a trial would train.
+        check_device: whether the device must be in this process; a driver on a machine without
+            a GPU may start workers on one that has it.
+
+    Raises:
+        UserError: an unknown name, a bad value or option, or a missing device.
+    """
+    check_spec(spec)
+    if check_device:
+        resolve_device(spec.device)
+    cpu = torch.device("cpu")
+    states = capture_generators(cpu)
+    try:
+        task = build_task(spec.task, spec.task_options)
+        model = task.model(spec.model, spec.model_options)
+        make_optimizer(spec, model.parameters())
+    finally:
+        restore_generators(states, cpu)
+
+
+def assemble(spec: TrialSpec, device: torch.device) -> LoopParts:
+    """Load the data, and build model, learner and optimizer from the spec's seed.
+
+    The model is initialised on the CPU and then moved, so that every device starts alike.
+
+    Raises:
+        UserError: the spec names something that does not exist, breaks a rule, or leads to an
+            empty split.
+    """
+    task = build_task(spec.task, spec.task_options)
+    splits = task.splits(data_options(spec))
+    for name, rows in (("training", splits.train), ("validation", splits.val)):
+        if len(rows) == 0:
+            raise ConfigError(
+                f"task {spec.task!r}", f"its {name} split is empty", "Give it more examples"
+            )
+    model = make_model(spec, task).to(device)
+    return LoopParts(
+        task=task,
+        model=model,
+        learner=make_learner(task),
+        optimizer=make_optimizer(spec, model.parameters()),
+        train=splits.train.to(device),
+        val=splits.val.to(device),
+        device=device,
+    )
+
+
+def data_options(spec: TrialSpec) -> DataOptions:
+    """Where the task finds its data and how it splits them."""
+    return DataOptions(spec.data_dir, spec.download, spec.split_seed)
+
+
+def make_model(spec: TrialSpec, task: Task) -> nn.Module:
+    """The spec's model on the CPU, initialised from its seed whatever ran before."""
+    seed_everything(spec.seed)
+    return task.model(spec.model, spec.model_options)
+
+
+def make_learner(task: Task) -> Learner:
+    """A fresh learner for the task."""
+    return Backprop(task)
+
+
+def make_optimizer(spec: TrialSpec, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The spec's optimizer over these parameters.
+
+    Raises:
+        UserError: the method is unknown, refuses its parameters, or needs a closure.
+    """
+    optimizer = build_optimizer(spec.method, parameters, spec.params)
+    check_optimizer(optimizer, spec.method)
+    return optimizer
+
+
+def resolved_params(spec: TrialSpec) -> dict[str, Value]:
+    """A spec as one flat table: the method's own parameters by name, the rest with its place."""
+    table: dict[str, Value] = dict(spec.params)
+    table |= {
+        "task": spec.task,
+        "method": spec.method,
+        "model": spec.model,
+        "epochs": spec.epochs,
+        "split_seed": spec.split_seed,
+        "train.batch_size": spec.train.batch_size,
+        "train.schedule": spec.train.schedule,
+        "train.grad_clip": spec.train.grad_clip,
+    }
+    table |= {f"task.{name}": value for name, value in spec.task_options.items()}
+    table |= {f"model.{name}": value for name, value in spec.model_options.items()}
+    return table

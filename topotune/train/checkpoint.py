@@ -1,0 +1,139 @@
+"""Checkpoints that are whole, checked, and of the right trial, or are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topotune.errors import CheckpointError
+from topotune.records import TrialSpec
+from topotune.train.files import write_atomically
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "checkpoint.pt"
+PREVIOUS_FILE = "checkpoint.previous.pt"
+_MAGIC = b"topotune checkpoint 1 sha256 "
+_HEADER_BYTES = len(_MAGIC) + 64 + 1  # magic, hexadecimal digest, newline
+
+_WHERE_AND_HOW = ("overhead", "device", "threads", "data_dir", "download")
+
+
+def identity(spec: TrialSpec) -> dict[str, Any]:
+    """The part of a spec that says what is trained: all but where and how it is run.
+
+    A checkpoint continues only under a spec with the same identity.
+    """
+    fields = TrialSpec.from_json(spec.to_json()).to_dict()
+    return {name: value for name, value in fields.items() if name not in _WHERE_AND_HOW}
+
+
+class _DamagedError(Exception):
+    """One file is not a whole checkpoint; the text says why."""
+
+
+class CheckpointStore:
+    """The newest checkpoint of one trial and the one before it, in one folder.
+
+    A file is one line (format and SHA-256 of the rest) followed by what ``torch.save`` wrote, so
+    that truncation and bit rot are found before anything is read from it. The state must hold
+    tensors, numbers, text and plain containers only: it is read with ``weights_only=True``.
+    """
+
+    def __init__(self, folder: Path, spec: TrialSpec) -> None:
+        self._newest = folder / CHECKPOINT_FILE
+        self._previous = folder / PREVIOUS_FILE
+        self._identity = identity(spec)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Make this state the newest checkpoint; the present one becomes the previous.
+
+        Raises:
+            CheckpointError: it cannot be written; the last one stays readable.
+        """
+        buffer = io.BytesIO()
+        torch.save({"identity": self._identity, "state": dict(state)}, buffer)
+        payload = buffer.getvalue()
+        digest = hashlib.sha256(payload).hexdigest().encode()
+        try:
+            write_atomically(self._newest, _MAGIC + digest + b"\n" + payload, keep=self._previous)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {self._newest}: cannot be written: {error}. "
+                "Free disk space or make the folder writable, then resume"
+            ) from error
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest readable state, its tensors on the CPU; None where no checkpoint exists.
+
+        A damaged newest file is reported in the log and the previous one used.
+
+        Raises:
+            CheckpointError: every file there is damaged, or it belongs to another spec.
+        """
+        faults: list[str] = []
+        for path in (self._newest, self._previous):
+            try:
+                content = _read(path)
+            except FileNotFoundError:
+                continue
+            except _DamagedError as fault:
+                faults.append(f"{path}: {fault}")
+                _log.warning(
+                    "checkpoint %s is damaged (%s); looking for the one before", path, fault
+                )
+                continue
+            self._check_identity(path, content["identity"])
+            if faults:
+                _log.warning("continuing from the previous checkpoint %s", path)
+            state: dict[str, Any] = content["state"]
+            return state
+        if faults:
+            raise CheckpointError(
+                f"checkpoint {'; '.join(faults)}. No earlier one is left: delete the folder "
+                f"{self._newest.parent} to train this trial from the start"
+            )
+        return None
+
+    def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
+        wanted = self._identity
+        differing = sorted(
+            name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        )
+        if differing:
+            details = ", ".join(
+                f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
+                for name in differing
+            )
+            raise CheckpointError(
+                f"checkpoint {path}: belongs to another trial ({details}). "
+                "Use another folder, or the spec that the checkpoint was written with"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _DamagedError(f"cannot be read: {error}") from error
+    header, payload = content[:_HEADER_BYTES], content[_HEADER_BYTES:]
+    if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
+        raise _DamagedError("does not begin like a checkpoint of this version")
+    if hashlib.sha256(payload).hexdigest().encode() != header[len(_MAGIC) : -1]:
+        raise _DamagedError(f"its {len(content)} bytes do not match their checksum")
+    try:
+        loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise _DamagedError(f"its content cannot be decoded: {error}") from error
+    if not isinstance(loaded, dict) or loaded.keys() != {"identity", "state"}:
+        raise _DamagedError("its content is not a trial's state")
+    return loaded

@@ -1,0 +1,98 @@
+"""The process that a trial runs in: its device, its global state, and what it is made of."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import socket
+
+import numpy as np
+import torch
+
+from topotune import __version__
+from topotune.errors import ConfigError, ResourceError
+from topotune.seeding import seed_everything
+
+_OWN_THREADS = torch.get_num_threads()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of a spec's ``device``.
+
+    Args:
+        name: "auto" (the first GPU if torch sees one, else the CPU), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        ConfigError: the name is none of these.
+        ResourceError: a GPU is asked for that torch does not see.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (name == "cuda" or number.isdecimal()):
+        raise ConfigError(
+            "device", f"unknown device {name!r}", "Use 'auto', 'cpu', 'cuda' or 'cuda:N'"
+        )
+    index = int(number or 0)
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= seen:
+        raise ResourceError(
+            f"device {name!r}: torch sees {seen} GPU(s) in this process, numbered from 0. "
+            "Use 'auto' or 'cpu', or install a driver and a torch build that see the GPU"
+        )
+    return torch.device("cuda", index)
+
+
+def reset_process_state(seed: int, threads: int, device: torch.device) -> None:
+    """Make a process that has run other trials equal to a fresh one, as far as results go.
+
+    Seeds every global generator, and sets back what a model, task or optimizer may have changed:
+    default dtype and device, gradient and anomaly mode, deterministic and precision switches,
+    NumPy's error state, thread count; frees a GPU's memory and resets its peak counters.
+
+    Args:
+        seed: seed of the global generators.
+        threads: CPU threads of torch; 0 for torch's own choice at start-up.
+        device: the trial's device.
+    """
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+    torch.autograd.set_detect_anomaly(False)
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(False)
+    # Benchmarking picks convolution kernels by timing, which differs from run to run.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.set_num_threads(threads or _OWN_THREADS)
+    np.seterr(divide="warn", over="warn", under="ignore", invalid="warn")
+    if device.type == "cuda":
+        # Cycles of earlier trials hold device memory until collected. On the CPU the automatic
+        # collector is enough, and a full collection costs most of a second with torch loaded.
+        gc.collect()
+        torch.cuda.set_device(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    seed_everything(seed)
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Versions, device and host, as tags of a trial."""
+    return {
+        "version.topotune": __version__,
+        "version.torch": str(torch.__version__),
+        "version.python": platform.python_version(),
+        "version.numpy": str(np.__version__),
+        "device": str(device),
+        "device_name": _device_name(device),
+        "host": socket.gethostname(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

@@ -1,0 +1,56 @@
+"""One epoch over a handful of rows: what a trial will report, found out before it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from topotune.data.splits import TensorPair
+from topotune.errors import DivergedError
+from topotune.records import OverheadOptions, TrialSpec
+from topotune.train.assemble import assemble, make_learner, make_optimizer
+from topotune.train.generators import capture_generators, restore_generators
+from topotune.train.loop import TrainingLoop
+from topotune.train.overhead import measure_overhead
+
+ROWS = 4
+
+
+def metric_names(spec: TrialSpec) -> list[str]:
+    """The names of all metrics that a trial of this spec reports, sorted.
+
+    Really trains on ``ROWS`` rows of the training split and evaluates on as many of the
+    validation split, on the CPU, so that a task's or optimizer's own metrics are found too. The
+    process's random generators are left as they were.
+
+    Raises:
+        UserError: the spec names something that does not exist or breaks a rule, or its data
+            cannot be had.
+    """
+    cpu = torch.device("cpu")
+    states = capture_generators(cpu)
+    try:
+        parts = assemble(spec, cpu)
+        few = dataclasses.replace(
+            parts, train=parts.train.rows(0, ROWS), val=parts.val.rows(0, ROWS)
+        )
+        loop = TrainingLoop(few, spec.train, epochs=1, seed=spec.seed)
+        try:
+            names = set(next(loop.run()).metrics)
+        except DivergedError:
+            # This corner of the space diverges at once; a harmless method reports the same
+            # metrics but for its own.
+            plain = dataclasses.replace(spec, method="sgd", params={"lr": 0.0})
+            return metric_names(plain)
+        if spec.overhead.blocks:
+            names |= measure_overhead(
+                few.model,
+                TensorPair(few.task.prepare(few.train.inputs), few.train.targets),
+                lambda parameters: make_optimizer(spec, parameters),
+                lambda: make_learner(few.task),
+                OverheadOptions(blocks=1, steps=1, warmup=0),
+            ).keys()
+    finally:
+        restore_generators(states, cpu)
+    return sorted(names)

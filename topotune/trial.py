@@ -1,0 +1,315 @@
+"""One trial, from its spec to its result: the composition root. Runs the same in any process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from topotune.data.splits import TensorPair
+from topotune.errors import CheckpointError, DivergedError
+from topotune.records import (
+    EpochReport,
+    Outcome,
+    TrialResult,
+    TrialSpec,
+)
+from topotune.tasks import build_task
+from topotune.tracking.base import NullTracker, Tracker
+from topotune.train.assemble import (
+    assemble,
+    check_spec,
+    data_options,
+    make_learner,
+    make_model,
+    make_optimizer,
+    preflight,
+    resolved_params,
+)
+from topotune.train.checkpoint import CheckpointStore
+from topotune.train.evaluation import evaluate
+from topotune.train.files import make_folder
+from topotune.train.generators import capture_generators, restore_generators
+from topotune.train.loop import TIMING_METRICS, TrainingLoop
+from topotune.train.overhead import Overhead, measure_overhead, read_overhead, write_overhead
+from topotune.train.process import provenance, reset_process_state, resolve_device
+from topotune.train.trace import TRACE_FILE, TraceFolder
+
+__all__ = [
+    "TIMING_METRICS",
+    "TrialRun",
+    "evaluate_test",
+    "load_weights",
+    "open_trial",
+    "preflight",
+    "run_trial",
+]
+
+OVERHEAD_FILE = "overhead.json"
+
+
+class TrialRun:
+    """A trial opened for training; :func:`open_trial` makes it.
+
+    Iterate over :meth:`reports`, then call :meth:`finish`. :func:`run_trial` does both; a worker
+    that must talk to a scheduler between epochs does them itself.
+
+    Attributes:
+        spec: what is trained.
+        restored: epochs that came from the checkpoint; a report whose ``epoch`` is not above
+            this is a replay.
+    """
+
+    def __init__(self, spec: TrialSpec, tracker: Tracker, folder: Path | None) -> None:
+        self.spec = spec
+        self._tracker = tracker
+        self._folder = folder
+        self._device = resolve_device(spec.device)
+        reset_process_state(spec.seed, spec.threads, self._device)
+        self._parts = assemble(spec, self._device)
+        if folder is not None:
+            make_folder(folder)
+        self._loop = TrainingLoop(self._parts, spec.train, spec.epochs, spec.seed)
+        self._history: list[EpochReport] = []
+        self._overhead: Overhead | None = None
+        self._result: TrialResult | None = None
+        self._store = None if folder is None else CheckpointStore(folder, spec)
+        self._traces = None if folder is None else TraceFolder(folder / "trace")
+        self._traced_epochs = 0
+        state = None if self._store is None else self._store.load()
+        if state is not None:
+            self._restore(state)
+        self._generators = capture_generators(self._device)
+        self.restored = len(self._history)
+
+    @property
+    def history(self) -> tuple[EpochReport, ...]:
+        """The reports of all finished epochs, restored ones included."""
+        return tuple(self._history)
+
+    def reports(self) -> Iterator[EpochReport]:
+        """Yield every epoch's report: first those already known, then each as it is trained.
+
+        A new epoch is trained and evaluated, its step trace written, its checkpoint written with
+        the report in its history, then given to the tracker, then yielded. So an epoch that was
+        checkpointed is never trained again, and one that was checkpointed but perhaps not
+        reported is reported again with the same values. What the consumer does to the global
+        random generators between epochs has no effect on the training.
+
+        Raises:
+            DivergedError: training left the finite numbers or its energy bound; call
+                ``finish(Outcome.DIVERGED, str(error))``.
+            CheckpointError: a checkpoint cannot be written.
+        """
+        self._begin()
+        for report in tuple(self._history):
+            self._tracker.epoch(report)
+            yield report
+        restore_generators(self._generators, self._device)
+        try:
+            for report in self._loop.run():
+                self._generators = capture_generators(self._device)
+                self._save(report)
+                self._history.append(report)
+                self._tracker.epoch(report)
+                yield report
+                restore_generators(self._generators, self._device)
+        except DivergedError:
+            self._write_trace(len(self._history) + 1)
+            raise
+
+    def finish(self, outcome: Outcome, reason: str = "") -> TrialResult:
+        """Hand the step trace and the outcome to the tracker. Later calls change nothing.
+
+        Returns:
+            The result, its metrics being the last epoch's and the overhead's.
+        """
+        if self._result is None:
+            if self._folder is not None and self._traces is not None:
+                # A diverged epoch has steps to show and no report.
+                target = self._folder / TRACE_FILE
+                if self._traces.join(max(len(self._history), self._traced_epochs), target):
+                    self._tracker.artifact(target)
+            self._tracker.end(outcome, reason)
+            metrics = dict(self._history[-1].metrics) if self._history else {}
+            self._result = TrialResult(
+                outcome, reason, self.history, metrics | self.overhead_metrics()
+            )
+        return self._result
+
+    def overhead_metrics(self) -> dict[str, float]:
+        """The measured overhead; empty before :meth:`reports` began or with ``blocks=0``."""
+        return dict(self._overhead.metrics) if self._overhead else {}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's present ``state_dict`` as CPU tensors of its own."""
+        state = self._parts.model.state_dict()
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def _begin(self) -> None:
+        self._tracker.start(resolved_params(self.spec), self._tags())
+        if self._overhead is None:
+            self._overhead = self._find_overhead()
+        if self._overhead.metrics:
+            self._tracker.metrics(self._overhead.metrics, 0, self._overhead.timestamp_ms)
+
+    def _tags(self) -> dict[str, str]:
+        return {"seed": str(self.spec.seed), **provenance(self._device)}
+
+    def _find_overhead(self) -> Overhead:
+        """Measured once a trial: kept before it is reported, so that a resume repeats it."""
+        path = None if self._folder is None else self._folder / OVERHEAD_FILE
+        known = None if path is None else read_overhead(path)
+        if known is not None:
+            return known
+        parts, spec = self._parts, self.spec
+        rows = parts.train.rows(0, spec.train.batch_size)
+        metrics = measure_overhead(
+            parts.model,
+            TensorPair(parts.task.prepare(rows.inputs), rows.targets),
+            lambda parameters: make_optimizer(spec, parameters),
+            lambda: make_learner(parts.task),
+            spec.overhead,
+        )
+        measured = Overhead(metrics, time.time_ns() // 1_000_000)
+        if path is not None:
+            write_overhead(path, measured)
+        return measured
+
+    def _save(self, report: EpochReport) -> None:
+        self._write_trace(report.epoch)
+        overhead = self._overhead
+        assert overhead is not None  # reports() measures or reads it before the first epoch
+        if self._store is not None:
+            self._store.save(
+                {
+                    "model": self._parts.model.state_dict(),
+                    "optimizer": self._parts.optimizer.state_dict(),
+                    "learner": self._parts.learner.state_dict(),
+                    "loop": self._loop.state_dict(),
+                    "generators": self._generators,
+                    "history": [known.to_json() for known in (*self._history, report)],
+                    "overhead": overhead.to_dict(),
+                }
+            )
+
+    def _write_trace(self, epoch: int) -> None:
+        if self._traces is not None and len(self._loop.trace):
+            self._traces.write(epoch, self._loop.trace)
+            self._traced_epochs = epoch
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        try:
+            self._parts.model.load_state_dict(state["model"])
+            self._parts.optimizer.load_state_dict(state["optimizer"])
+            self._parts.learner.load_state_dict(state["learner"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint in {self._folder}: does not fit the model, optimizer or learner that "
+                f"this spec builds now: {error}. Their code has changed since: use another folder"
+            ) from error
+        self._loop.load_state_dict(state["loop"])
+        self._history = [EpochReport.from_json(text) for text in state["history"]]
+        self._overhead = Overhead.from_dict(state["overhead"])
+        restore_generators(state["generators"], self._device)
+
+
+def open_trial(
+    spec: TrialSpec, tracker: Tracker | None = None, folder: Path | None = None
+) -> TrialRun:
+    """Build a trial and restore its newest checkpoint, if its folder has one.
+
+    Resets the process's global state first (see :func:`reset_process_state`), so that a trial
+    does not depend on what ran before it.
+
+    Args:
+        spec: what to train.
+        tracker: where reports go; None keeps nothing.
+        folder: the trial's own folder, for checkpoints and the step trace; None writes nothing.
+
+    Raises:
+        UserError: the spec names something that does not exist or breaks a rule.
+        CheckpointError: the folder's checkpoints are damaged or belong to another spec.
+    """
+    check_spec(spec)
+    return TrialRun(spec, NullTracker() if tracker is None else tracker, folder)
+
+
+def run_trial(
+    spec: TrialSpec,
+    tracker: Tracker | None = None,
+    folder: Path | None = None,
+    on_epoch: Callable[[EpochReport], bool] | None = None,
+) -> TrialResult:
+    """Train one trial to its end, in this process.
+
+    Args:
+        spec: what to train.
+        tracker: where reports go; None keeps nothing.
+        folder: the trial's own folder; with one, a trial that was interrupted goes on from its
+            last finished epoch, and its result is what it would have been without interruption.
+        on_epoch: called with every report, replayed ones included; returning False stops the
+            trial as PRUNED. The answer to the last epoch's report stops nothing.
+
+    Returns:
+        COMPLETE; PRUNED if ``on_epoch`` stopped it; DIVERGED with the cause. Any other exception
+        is the caller's to judge and passes through, the tracker not told of an end.
+
+    Raises:
+        UserError: as :func:`open_trial`.
+        CheckpointError: as :func:`open_trial`, or a checkpoint cannot be written.
+    """
+    run = open_trial(spec, tracker, folder)
+    try:
+        for report in run.reports():
+            go_on = on_epoch is None or on_epoch(report)
+            if not go_on and report.epoch < spec.epochs:
+                reason = f"stopped after epoch {report.epoch} of {spec.epochs} on request"
+                return run.finish(Outcome.PRUNED, reason)
+    except DivergedError as cause:
+        return run.finish(Outcome.DIVERGED, str(cause))
+    return run.finish(Outcome.COMPLETE)
+
+
+def load_weights(spec: TrialSpec, folder: Path) -> dict[str, Tensor]:
+    """The weights of the newest checkpoint in a trial's folder, on the CPU.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it belongs to another spec.
+    """
+    state = CheckpointStore(folder, spec).load()
+    if state is None:
+        raise CheckpointError(f"folder {folder}: holds no checkpoint. Train the trial there first")
+    return dict(state["model"])
+
+
+def evaluate_test(spec: TrialSpec, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Loss and metrics of trained weights on the test split, as ``test_<name>``.
+
+    For finished, chosen trials only: a search that looks at this has no test split left.
+
+    Args:
+        spec: the spec that the weights were trained with; its device and threads are used.
+        weights: the model's ``state_dict``.
+
+    Raises:
+        UserError: as :func:`open_trial`.
+        CheckpointError: the weights do not fit the spec's model.
+    """
+    check_spec(spec)
+    device = resolve_device(spec.device)
+    reset_process_state(spec.seed, spec.threads, device)
+    task = build_task(spec.task, spec.task_options)
+    rows = task.splits(data_options(spec)).test.to(device)
+    model = make_model(spec, task)
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"weights do not fit the model of task {spec.task!r}: {error}"
+        ) from error
+    measured = evaluate(task, model.to(device), rows)
+    return {f"test_{name}": value for name, value in measured.items()}
