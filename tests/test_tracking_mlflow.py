@@ -287,13 +287,11 @@ def test_a_server_that_is_down_is_reported_and_keeps_everything(search: Search) 
     small_search(search)
     down = MlflowStore("http://user:hunter2@127.0.0.1:9")
     shipper = Shipper(search.folder, down, search.search_id, "digits", 0.01)
-    began = time.monotonic()
     counts = shipper.close(timeout=0.5)
-    assert time.monotonic() - began < 20
     assert (counts.shipped, counts.refused) == (0, 0)
     assert counts.pending == counts.recorded > 0
     status = shipper.status()
-    assert "127.0.0.1" in status.last_error
+    assert "Connection refused" in status.last_error
     assert "hunter2" not in repr(status) + down.label
     assert status.offline_since is not None
     recovered = search.shipper()

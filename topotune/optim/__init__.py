@@ -104,7 +104,8 @@ def build_optimizer(
     found = optimizer_class(name)
     known = optimizer_options(name)
     open_ended = any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(found).parameters.values()
+        p.kind is inspect.Parameter.VAR_KEYWORD
+        for p in inspect.signature(found).parameters.values()
     )
     for option in options:
         if option not in known and not open_ended:

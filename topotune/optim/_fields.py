@@ -184,6 +184,26 @@ class FieldBatch(ABC):
             self.live[:] = xp.where(self.bad, self.live, fresh)
             self.rows[SKIPPED] += self.bad
 
+    def add_correction(self, parameters: list[Tensor], weight: float) -> None:
+        """``p += weight * tanh(alpha - beta)`` for each of k tensors, in place."""
+        self.add_tanh(parameters, self.gaps(2.0 if self.on_cpu else 1.0), weight)
+
+    def add_tanh(self, parameters: list[Tensor], gaps: list[Tensor], weight: float) -> None:
+        """``p += weight * tanh(alpha - beta)``, given the gaps; on the CPU, given them doubled.
+
+        On the CPU ``tanh(x)`` is taken as ``2 (sigmoid(2x) - 1/2)``: torch's vectorised sigmoid
+        is three to four times as fast as its tanh there. The absolute error is one rounding of
+        the sigmoid (1.2e-7 in float32), on a term that stands beside Adam's direction of order
+        one.
+        """
+        if self.on_cpu:
+            torch._foreach_sigmoid_(gaps)
+            torch._foreach_sub_(gaps, 0.5)
+            weight *= 2.0
+        else:
+            torch._foreach_tanh_(gaps)
+        torch._foreach_add_(parameters, gaps, alpha=weight)
+
     def array(self, measured: list[Tensor], width: int) -> Array:
         """0-d tensors, ``width`` of each of k tensors, as a (width, k) float64 array."""
         if self.on_cpu:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from topotune.optim._fields import COMMON, Array, FieldBatch, Move, mean_of_products, scalars
+from topotune.optim._tanh import degree_for, polynomial, shifted, taylor
 
 NORM_FLOOR = 1e-12
 """Added to the gradient's norm that ``exchange`` divides by."""
@@ -23,7 +24,8 @@ class UniformFields(FieldBatch):
 
     The paper's equations read literally: ``J = <alpha-beta, g>`` is one number a tensor.
     The state keeps ``gap0 = alpha0 - beta0``, which the steps need, and ``alpha0``; the constants
-    are ``mean(alpha0^2 + beta0^2) / 2`` and ``mean(gap0)``.
+    are ``mean(alpha0^2 + beta0^2) / 2``, ``mean(gap0)``, and the middle of ``gap0``'s range with
+    half its width.
     """
 
     tensors = ("gap0", "alpha0")
@@ -35,7 +37,9 @@ class UniformFields(FieldBatch):
         """See :meth:`FieldBatch.start`."""
         half_square = 0.5 * (mean_of_products(alpha, alpha) + mean_of_products(beta, beta))
         gap = alpha - beta
-        row = scalars(alpha, beta, 1.0, 0.0, half_square, gap.double().mean())
+        low, high = (end.double() for end in torch.aminmax(gap))
+        spread = (0.5 * (low + high), 0.5 * (high - low))
+        row = scalars(alpha, beta, 1.0, 0.0, half_square, gap.double().mean(), *spread)
         return {"gap0": gap, "alpha0": alpha, "scalars": row}
 
     @staticmethod
@@ -52,7 +56,7 @@ class UniformFields(FieldBatch):
         product, total = self.array(measured, 2)
         self.bad = ~self.xp.isfinite(total)
         a, b = self.coefficient_rows
-        half_square, gap_mean = self.constants
+        half_square, gap_mean = self.constants[:2]
         current = a * product + 2.0 * b * total
         moved = self.coefficient_rows * move.keep
         moved[1] += move.rate * current
@@ -63,20 +67,45 @@ class UniformFields(FieldBatch):
 
     def gaps(self, factor: float) -> list[Tensor]:
         """See :meth:`FieldBatch.gaps`: ``a*gap0 + 2b``."""
-        a, b = self.weights(self.coefficient_rows * factor)
-        if self.on_cpu:
-            # One pass instead of two: number + a * tensor.
-            shifts = torch.tensor(b, dtype=self.dtype).mul_(2.0).unbind(0)
-            return list(map(_scaled_plus, shifts, self.shaped[0], a))
+        a, twice_b = self.weights(self.gap_rows() * factor)
         gaps = torch._foreach_mul(self.shaped[0], a)
-        torch._foreach_add_(gaps, b)
-        torch._foreach_add_(gaps, b)
+        torch._foreach_add_(gaps, twice_b)
         return list(gaps)
 
+    def gap_rows(self) -> Array:
+        """``a`` and ``2b`` as (2, k)."""
+        rows = self.coefficient_rows + 0.0
+        rows[1] *= 2.0
+        return rows
 
-def _scaled_plus(shift: Tensor, tensor: Tensor, scale: float) -> Tensor:
-    """``shift + scale * tensor``, one pass."""
-    return torch.add(shift, tensor, alpha=scale)
+    def add_correction(self, parameters: list[Tensor], weight: float) -> None:
+        """See :meth:`FieldBatch.add_correction`.
+
+        The gaps of a tensor spread little around their middle: ``gap0`` is nearly constant for
+        weights of usual size, and ``a`` vanishes under large gradients. On the CPU, where the
+        spread is known without waiting, tanh is then a polynomial of low degree in ``gap0``.
+        """
+        if not self.on_cpu or self.dtype is not torch.float32:
+            super().add_correction(parameters, weight)
+            return
+        a, twice_b = self.weights(self.gap_rows())
+        middles, reaches = self.constants[2:].tolist()
+        others, gaps = [], []
+        for i, parameter in enumerate(parameters):
+            degree = degree_for(abs(a[i]) * reaches[i])
+            if degree is None:
+                shift = torch.tensor(2.0 * twice_b[i], dtype=self.dtype)
+                gaps.append(torch.add(shift, self.shaped[0][i], alpha=2.0 * a[i]))
+                others.append(parameter)
+                continue
+            series = taylor(a[i] * middles[i] + twice_b[i], degree)
+            if degree == 0:
+                parameter.add_(weight * series[0])
+            else:
+                series = shifted(series, a[i], middles[i])
+                parameter.add_(polynomial(self.shaped[0][i], series), alpha=weight)
+        if others:
+            self.add_tanh(others, gaps, weight)
 
 
 class ExchangeFields(FieldBatch):

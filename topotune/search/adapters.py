@@ -7,7 +7,7 @@ experiment; so an error of ours is kept in the book, the search drains, and the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
@@ -33,7 +33,21 @@ def guarded(book: Book, call: Callable[[], T], otherwise: T) -> T:
         return otherwise
 
 
-class StudySearcher(Searcher):
+class NotStored:
+    """Mixin for what lives in the driver only: Tune's pickle of its own set-up, which nothing
+    ever reads, gets an empty object in its place."""
+
+    def __reduce__(self) -> tuple[type[object], tuple[()]]:
+        return object, ()
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+
+class StudySearcher(NotStored, Searcher):
     """Hands the book's trials to Tune and tells the book when Tune is done with one.
 
     Args:
@@ -76,7 +90,7 @@ class StudySearcher(Searcher):
         """Nothing to restore: the study is the state."""
 
 
-class StudyScheduler(FIFOScheduler):
+class StudyScheduler(NotStored, FIFOScheduler):
     """Stops a trial when the book says so; trials start in the order they were handed out."""
 
     def __init__(self, book: Book) -> None:
@@ -93,7 +107,7 @@ class StudyScheduler(FIFOScheduler):
         return TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP
 
 
-class Clock(Callback):
+class Clock(NotStored, Callback):
     """Keeps the ledger running and calls ``pulse`` on every turn of Tune's event loop."""
 
     def __init__(self, book: Book, pulse: Callable[[], None]) -> None:

@@ -31,10 +31,10 @@ def execute(
     from ray.tune import Stopper
     from ray.tune.error import TuneError
 
-    from topotune.search.adapters import Clock, StudyScheduler, StudySearcher
+    from topotune.search.adapters import Clock, NotStored, StudyScheduler, StudySearcher
     from topotune.search.worker import TrialActor, trial_config
 
-    class Overdue(Stopper):
+    class Overdue(NotStored, Stopper):
         """Cuts trials short that did not reach an epoch's end while draining."""
 
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

@@ -21,7 +21,6 @@ from topotune.tracking.store import RunMissingError, Store, StoreOfflineError, S
 from topotune.tracking.tails import Tails, read_piece
 
 _FIRST_DELAY = 1.0
-_LAST_DELAY = 30.0
 _log = logging.getLogger(__name__)
 
 
@@ -76,18 +75,26 @@ class Shipper:
         search_id: the search's unique id, by which its runs are found again.
         name: the search's name, its run's name in MLflow.
         interval: seconds between two looks at the spools.
+        longest_delay: seconds between two tries, at most, while the store cannot be reached.
 
     Raises:
         SpoolError: ``refused.jsonl`` cannot be read.
     """
 
     def __init__(
-        self, search_folder: Path, store: Store, search_id: str, name: str, interval: float = 2.0
+        self,
+        search_folder: Path,
+        store: Store,
+        search_id: str,
+        name: str,
+        interval: float = 2.0,
+        longest_delay: float = 30.0,
     ) -> None:
         self._folder = search_folder
         self._store = store
         self._search_id = search_id
         self._interval = interval
+        self._longest_delay = longest_delay
         self._progress = Progress(search_folder, store.label)
         self._refused = Refused(search_folder)
         self._delivery = Delivery(
@@ -114,7 +121,7 @@ class Shipper:
                     self._stop.wait(self._interval)
                 else:
                     self._stop.wait(delay)
-                    delay = min(2 * delay, _LAST_DELAY)
+                    delay = min(2 * delay, self._longest_delay)
         except BaseException as error:
             self._failed(f"shipping stopped by {type(error).__name__}: {error}")
             raise
