@@ -13,9 +13,9 @@ import torch
 
 from tests.train_cases import assert_same, blobs_spec
 from topotune.errors import CheckpointError, ResourceError
+from topotune.files import make_folder, write_atomically
 from topotune.records import OverheadOptions, TrainOptions
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
-from topotune.train.files import make_folder, write_atomically
 from topotune.train.generators import capture_generators, restore_generators
 
 CPU = torch.device("cpu")

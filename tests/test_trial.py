@@ -14,6 +14,7 @@ from tests.train_cases import (
     BLOBS,
     STEPS,
     TRAIN_ROWS,
+    Blobs,
     RecordingTracker,
     advance,
     assert_same,
@@ -22,6 +23,7 @@ from tests.train_cases import (
     reports_of,
     state_of,
 )
+from topotune.data.splits import Splits
 from topotune.errors import (
     CheckpointError,
     ConfigError,
@@ -36,6 +38,7 @@ from topotune.records import (
     OverheadOptions,
     TrainOptions,
 )
+from topotune.tasks.base import DataOptions
 from topotune.train.checkpoint import CHECKPOINT_FILE
 from topotune.train.trace import TRACE_FILE, read_columns
 from topotune.trial import (
@@ -298,6 +301,20 @@ def test_a_damaged_overhead_file_is_measured_again(
     assert result.metrics["overhead_vs_adam"] > 0
     assert "damaged" in caplog.text
     assert json.loads((tmp_path / "overhead.json").read_text())["metrics"]
+
+
+def test_what_loading_the_data_draws_has_no_effect_on_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = open_trial(method_spec("adam")).weights()
+    load = Blobs.splits
+
+    def loads_and_draws(task: Blobs, options: DataOptions) -> Splits:
+        torch.rand(5)  # as reading from a cache or downloading might
+        return load(task, options)
+
+    monkeypatch.setattr(Blobs, "splits", loads_and_draws)
+    assert_same(open_trial(method_spec("adam")).weights(), expected)
 
 
 def test_measuring_the_overhead_does_not_change_the_training() -> None:

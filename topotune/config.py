@@ -190,7 +190,7 @@ class OverheadConfig(Frozen):
     """How the cost over Adam is measured; see :class:`topotune.records.OverheadOptions`."""
 
     blocks: int = Field(default=9, ge=0, le=1000)
-    steps: int = Field(default=8, ge=1, le=1000)
+    steps: int = Field(default=4, ge=1, le=1000)
     warmup: int = Field(default=3, ge=0, le=1000)
 
 

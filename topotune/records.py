@@ -102,7 +102,7 @@ class OverheadOptions(_JsonRecord):
     """
 
     blocks: int = 9
-    steps: int = 8
+    steps: int = 4
     warmup: int = 3
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topotune.data.splits import TensorPair
 from topotune.errors import CheckpointError, DivergedError
+from topotune.files import make_folder
 from topotune.records import (
     EpochReport,
     Outcome,
@@ -31,7 +32,6 @@ from topotune.train.assemble import (
 )
 from topotune.train.checkpoint import CheckpointStore
 from topotune.train.evaluation import evaluate
-from topotune.train.files import make_folder
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.loop import TIMING_METRICS, TrainingLoop
 from topotune.train.overhead import Overhead, measure_overhead, read_overhead, write_overhead

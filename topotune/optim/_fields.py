@@ -22,6 +22,9 @@ COMMON = 4
 TINY = 1e-290
 """Added to an energy that is divided by: fields that underflowed to zero stay zero, not NaN."""
 
+LARGE = 16384
+"""Elements from which a tensor is worth calls and tricks of its own on the CPU."""
+
 Array: TypeAlias = Any
 """A float64 NumPy array (CPU) or torch tensor (elsewhere). The recursions of the scalars are
 written once, in operations that both have: NumPy's cost a tenth of torch's on a handful of
@@ -186,23 +189,30 @@ class FieldBatch(ABC):
 
     def add_correction(self, parameters: list[Tensor], weight: float) -> None:
         """``p += weight * tanh(alpha - beta)`` for each of k tensors, in place."""
-        self.add_tanh(parameters, self.gaps(2.0 if self.on_cpu else 1.0), weight)
+        factor = self.tanh_factor(parameters)
+        self.add_tanh(parameters, self.gaps(factor), weight, factor)
 
-    def add_tanh(self, parameters: list[Tensor], gaps: list[Tensor], weight: float) -> None:
-        """``p += weight * tanh(alpha - beta)``, given the gaps; on the CPU, given them doubled.
+    def tanh_factor(self, parameters: Sequence[Tensor]) -> float:
+        """2.0 where :meth:`add_tanh` goes by the sigmoid and wants the gaps doubled, else 1.0."""
+        large = self.on_cpu and sum(p.numel() for p in parameters) >= LARGE
+        return 2.0 if large else 1.0
 
-        On the CPU ``tanh(x)`` is taken as ``2 (sigmoid(2x) - 1/2)``: torch's vectorised sigmoid
-        is three to four times as fast as its tanh there. The absolute error is one rounding of
-        the sigmoid (1.2e-7 in float32), on a term that stands beside Adam's direction of order
-        one.
+    def add_tanh(
+        self, parameters: list[Tensor], gaps: list[Tensor], weight: float, factor: float
+    ) -> None:
+        """``p += weight * tanh(gap / factor)``, in place; ``factor`` from :meth:`tanh_factor`.
+
+        Large tensors on the CPU take ``tanh(x)`` as ``2 (sigmoid(2x) - 1/2)``: torch's vectorised
+        sigmoid is three to four times as fast as its tanh there. The absolute error is one
+        rounding of the sigmoid (1.2e-7 in float32), on a term that stands beside Adam's direction
+        of order one.
         """
-        if self.on_cpu:
+        if factor == 2.0:
             torch._foreach_sigmoid_(gaps)
             torch._foreach_sub_(gaps, 0.5)
-            weight *= 2.0
         else:
             torch._foreach_tanh_(gaps)
-        torch._foreach_add_(parameters, gaps, alpha=weight)
+        torch._foreach_add_(parameters, gaps, alpha=weight * factor)
 
     def array(self, measured: list[Tensor], width: int) -> Array:
         """0-d tensors, ``width`` of each of k tensors, as a (width, k) float64 array."""
@@ -216,8 +226,15 @@ class FieldBatch(ABC):
         A weight is zero for a tensor whose step was skipped, and zero instead of so small that
         the products would be denormal: processors are slow at those and no step can see them.
         """
-        invisible = abs(rows) < self.negligible
-        return [self.factors(row) for row in self.xp.where(self.bad | invisible, 0.0, rows)]
+        low = self.negligible
+        if self.on_cpu:
+            dropped = self.bad.tolist()
+            return [
+                [0.0 if bad or -low < x < low else x for x, bad in zip(row, dropped, strict=True)]
+                for row in rows.tolist()
+            ]
+        kept = torch.where(self.bad | (abs(rows) < low), 0.0, rows)
+        return [self.factors(row) for row in kept]
 
     def factors(self, row: Array) -> Any:
         """A (k,) array as what ``torch._foreach`` operations take: numbers or 0-d tensors."""

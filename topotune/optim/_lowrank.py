@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from topotune.optim._fields import COMMON, Array, FieldBatch, Move, mean_of_products, scalars
+from topotune.optim._fields import COMMON, LARGE, Array, FieldBatch, Move, mean_of_products, scalars
 from topotune.optim._tanh import degree_for, polynomial, shifted, taylor
 
 NORM_FLOOR = 1e-12
@@ -31,6 +31,10 @@ class UniformFields(FieldBatch):
     tensors = ("gap0", "alpha0")
     basis_size = 1
     coefficients = 2
+
+    def __init__(self, states: Sequence[dict[str, Tensor]]) -> None:
+        super().__init__(states)
+        self.middles, self.reaches = self.constants[2:].tolist() if self.on_cpu else ([], [])
 
     @classmethod
     def start(cls, alpha: Tensor, beta: Tensor) -> dict[str, Tensor]:
@@ -89,23 +93,26 @@ class UniformFields(FieldBatch):
             super().add_correction(parameters, weight)
             return
         a, twice_b = self.weights(self.gap_rows())
-        middles, reaches = self.constants[2:].tolist()
-        others, gaps = [], []
-        for i, parameter in enumerate(parameters):
-            degree = degree_for(abs(a[i]) * reaches[i])
+        others = []
+        for i, (parameter, gap0) in enumerate(zip(parameters, self.shaped[0], strict=True)):
+            degree = degree_for(abs(a[i]) * self.reaches[i]) if gap0.numel() >= LARGE else None
             if degree is None:
-                shift = torch.tensor(2.0 * twice_b[i], dtype=self.dtype)
-                gaps.append(torch.add(shift, self.shaped[0][i], alpha=2.0 * a[i]))
-                others.append(parameter)
+                others.append(i)
                 continue
-            series = taylor(a[i] * middles[i] + twice_b[i], degree)
+            series = taylor(a[i] * self.middles[i] + twice_b[i], degree)
             if degree == 0:
                 parameter.add_(weight * series[0])
             else:
-                series = shifted(series, a[i], middles[i])
-                parameter.add_(polynomial(self.shaped[0][i], series), alpha=weight)
+                series = shifted(series, a[i], self.middles[i])
+                parameter.add_(polynomial(gap0, series), alpha=weight)
         if others:
-            self.add_tanh(others, gaps, weight)
+            targets = [parameters[i] for i in others]
+            factor = self.tanh_factor(targets)
+            gaps = torch._foreach_mul(
+                [self.shaped[0][i] for i in others], [factor * a[i] for i in others]
+            )
+            torch._foreach_add_(gaps, [factor * twice_b[i] for i in others])
+            self.add_tanh(targets, list(gaps), weight, factor)
 
 
 class ExchangeFields(FieldBatch):

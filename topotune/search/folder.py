@@ -25,21 +25,17 @@ from typing import IO, Any, Self
 
 from topotune.config import SearchConfig
 from topotune.errors import ResourceError, SearchFolderError
+from topotune.files import write_atomically
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Replace a small text file as a whole: a reader sees the old or the new one.
 
     Raises:
         ResourceError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, text.encode())
     except OSError as error:
         raise ResourceError(
             f"{path}: cannot be written: {error.strerror}. Make space or choose another "
@@ -122,7 +118,7 @@ class SearchFolder:
                 f"{folder.root}: the results folder cannot be made: {error.strerror}. Choose a "
                 "writable --results-dir"
             ) from error
-        write_atomically(folder.root / "search.yaml", source)
+        write_text(folder.root / "search.yaml", source)
         folder.save(config, uuid.uuid4().hex)
         return folder
 
@@ -166,7 +162,7 @@ class SearchFolder:
             "search_id": search_id or self.search_id,
             "config": config.model_dump(mode="json"),
         }
-        write_atomically(self.meta, json.dumps(identity, indent=1) + "\n")
+        write_text(self.meta, json.dumps(identity, indent=1) + "\n")
 
 
 def searches(results_dir: Path) -> list[SearchFolder]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topotune.errors import SearchFolderError
-from topotune.search.folder import write_atomically
+from topotune.search.folder import write_text
 
 SAVE_EVERY = 1.0
 MAX_GAP = 60.0
@@ -58,7 +58,7 @@ class Ledger:
             "wall_seconds": round(self.wall_seconds, 3),
             "trials": {str(number): round(value, 3) for number, value in self.trials.items()},
         }
-        write_atomically(self._path, json.dumps(data) + "\n")
+        write_text(self._path, json.dumps(data) + "\n")
 
 
 def read_ledger(path: Path) -> dict[str, Any]:

@@ -125,7 +125,10 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
             parent = store.parent(folder.search_id)
             if parent is not None:
                 say(f"{folder.name}: {search_page(dashboard.url, experiment, parent.run_id)}")
-                say(f"  its trials: {trials_page(dashboard.url, experiment, parent.run_id)}")
+                goal = folder.config().objective[0]
+                maximize = goal.direction == "maximize"
+                page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
+                say(f"  its trials: {page}")
             elif name:
                 say(f"{folder.name}: nothing is stored yet; try 'topotune sync {folder.name}'")
         if dashboard.running():

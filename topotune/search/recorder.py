@@ -16,7 +16,7 @@ from topotune.config import SearchConfig
 from topotune.errors import TopotuneError
 from topotune.records import Outcome, TrialSummary
 from topotune.results.leaderboard import Leaderboard
-from topotune.search.folder import SearchFolder, write_atomically
+from topotune.search.folder import SearchFolder, write_text
 from topotune.search.study import summaries
 from topotune.tracking.spool import SearchTracker, now_ms
 from topotune.train.trace import TRACE_FILE, TraceFolder
@@ -53,7 +53,8 @@ class Recorder:
         self._tracker = SearchTracker(folder.root)
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-        self._ended = 0
+        self._ended = self._filed = 0
+        self._best: float | None = None
 
     def start(self, tags: dict[str, str]) -> None:
         """Record what is searched, and begin to work."""
@@ -64,12 +65,12 @@ class Recorder:
             "model": config.model.name,
             "sampler": config.sampler.name,
             "pruner": config.pruner.name,
-            "trials": config.budget.trials,
             "epochs": config.budget.epochs,
             "seed": config.seed,
             "searched": ", ".join(config.space),
         }
-        self._tracker.start(params, tags)
+        # A tag, because a parameter is fixed for ever and a search can be extended.
+        self._tracker.start(params, {**tags, "topotune.trials": str(config.budget.trials)})
         self._tracker.artifact(self._folder.root / "search.yaml")
         self._thread.start()
 
@@ -77,26 +78,49 @@ class Recorder:
         """Record again what a killed driver may have left out; what is recorded is ignored."""
         for row in finished:
             if row.state in {outcome.value for outcome in Outcome}:
-                self.ended(row)
+                self._improves(row)
+                self._record_end(row)
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
+        self._record_end(row)
+        if self._improves(row):
+            self._record_best()
+
+    def _record_end(self, row: TrialSummary) -> None:
         at = now_ms()
         costs = {"device_seconds": row.device_seconds, "epochs_trained": float(row.epochs)}
         self._tracker.trial_metrics(row.number, costs, 0, at)
         self._tracker.trial_tags(row.number, {"topotune.method": self._config.method})
         self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
-        if row.state == Outcome.COMPLETE and row.values and not row.violated:
-            found = {o.metric: v for o, v in zip(self._config.objective, row.values, strict=True)}
-            self._tracker.metrics(found, row.number, at)
         if (self._folder.trial(row.number) / "trace").is_dir():
             self._work.put(row)
+
+    def _improves(self, row: TrialSummary) -> bool:
+        """Count a trial that ended; whether it is the best so far."""
+        self._ended += 1
+        if row.state != Outcome.COMPLETE or not row.values or row.violated:
+            return False
+        sign = 1.0 if self._config.objective[0].direction == "maximize" else -1.0
+        if self._best is not None and sign * row.values[0] <= sign * self._best:
+            return False
+        self._best = row.values[0]
+        return True
+
+    def _record_best(self) -> None:
+        """The best so far at a step that grows with time: MLflow shows the highest step's value."""
+        if self._best is not None:
+            name = f"best_{self._config.objective[0].metric}"
+            self._tracker.metrics({name: self._best}, self._ended, now_ms())
 
     def close(self, outcome: str, reason: str) -> Leaderboard:
         """Finish the files, renew the leaderboard and record how the search ended."""
         self._work.put(None)
         self._thread.join()
         board = self._renew(final=True)
+        self._record_best()
+        spent = {"device_seconds": board.device_seconds}
+        self._tracker.metrics(spent, self._ended, now_ms())
         self._tracker.end(outcome, reason)
         return board
 
@@ -104,8 +128,8 @@ class Recorder:
         while (row := self._work.get()) is not None:
             try:
                 self._finish_trial(row)
-                self._ended += 1
-                if self._ended % LEADERBOARD_EVERY == 1:
+                self._filed += 1
+                if self._filed % LEADERBOARD_EVERY == 1:
                     self._renew(final=False)
             except (TopotuneError, OSError, ValueError) as error:
                 # A page must not end a search: the numbers are in the study and the spools.
@@ -132,8 +156,8 @@ class Recorder:
 
         board = leaderboard(self._folder, self._config)
         root = self._folder.root
-        write_atomically(root / "leaderboard.json", board.to_json())
-        write_atomically(root / "leaderboard.md", board.to_markdown())
+        write_text(root / "leaderboard.json", board.to_json())
+        write_text(root / "leaderboard.md", board.to_markdown())
         self._tracker.artifact(root / "leaderboard.json")
         self._tracker.artifact(root / "leaderboard.md")
         text = self._config.description + "\n\n" if self._config.description else ""

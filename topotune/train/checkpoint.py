@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from topotune.errors import CheckpointError
+from topotune.files import write_atomically
 from topotune.records import TrialSpec
-from topotune.train.files import write_atomically
 
 _log = logging.getLogger(__name__)
 

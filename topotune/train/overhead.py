@@ -18,9 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from topotune.data.splits import TensorPair
+from topotune.files import write_atomically
 from topotune.optim import fastest_adam
 from topotune.records import OverheadOptions, pack_metrics, unpack_metrics
-from topotune.train.files import write_atomically
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.learner import Learner
 

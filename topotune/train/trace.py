@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from topotune.errors import CheckpointError
-from topotune.train.files import write_atomically
+from topotune.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
