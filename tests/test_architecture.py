@@ -23,7 +23,7 @@ ROOM_ORDER = (
     ("trial",),
     ("search",),
     ("bench", "testing"),
-    ("cli",),
+    ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(ROOM_ORDER) for name in names}
 THIRD_PARTY_HOMES = {

@@ -77,6 +77,11 @@ def initial_fields(
     return alpha.to(parameter.device), beta.to(parameter.device)
 
 
+def host_readable(device: torch.device) -> bool:
+    """Whether reading a number makes nobody wait, so that the host may do the small sums."""
+    return device.type == "cpu"
+
+
 def control(xp: Any, energy: Array, move: Move) -> Array:
     """The factor that the energy control multiplies both fields by.
 
@@ -94,7 +99,9 @@ def control(xp: Any, energy: Array, move: Move) -> Array:
     to_target = xp.sqrt(move.target / (energy + TINY))
     if move.exact:
         return to_target
-    damping = xp.where(energy > BAND_WIDTH * move.target, BAND_DAMPING, 1.0)
+    # A tensor among the choices keeps the result float64.
+    unity = xp.ones_like(energy)
+    damping = xp.where(energy > BAND_WIDTH * move.target, BAND_DAMPING, unity)
     return xp.where(energy < move.target, to_target, damping)
 
 
@@ -128,7 +135,7 @@ class FieldBatch(ABC):
             state["scalars"] = column
         self.device = rows.device
         self.negligible = torch.finfo(self.dtype).tiny * 2.0**24
-        self.on_cpu = rows.device.type == "cpu"
+        self.on_cpu = host_readable(rows.device)
         self.xp: Any = np if self.on_cpu else torch
         self.rows: Array = rows.numpy() if self.on_cpu else rows
         end = COMMON + self.coefficients
