@@ -6,7 +6,6 @@ All recorded numbers are exact in float32, so that one float64 run of the twin s
 from __future__ import annotations
 
 import functools
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,8 @@ from torch.optim import Optimizer
 
 from topotune.optim import TopologicalAdam
 from topotune.optim.reference import ReferenceTopologicalAdam
+
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 SHAPES: tuple[tuple[int, ...], ...] = ((37, 11), (50,), ())
 WEIGHT_SIZE = 0.05

@@ -72,6 +72,21 @@ def run(*arguments: str | Path, code: int = 0) -> str:
     return done.stdout
 
 
+def run_error(*arguments: str | Path) -> str:
+    """Standard error of a command that must be refused: exit code 2, one line, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "topotune", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -227,7 +242,7 @@ def pids_of_actors(driver: int) -> list[str]:
 
     children = psutil.Process(driver).children(recursive=True)
     titles = {p.pid: " ".join(p.cmdline()) for p in children}
-    return [str(pid) for pid, t in titles.items() if t.startswith("ray::") and "IDLE" not in t]
+    return [str(pid) for pid, t in titles.items() if t.startswith("ray::") and "Trainable" in t]
 
 
 @pytest.mark.parametrize(
@@ -239,8 +254,12 @@ def test_a_broken_loss_ends_every_trial_with_its_cause_and_the_search_goes_on(
 ) -> None:
     space = {
         "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
-        "task.fault": {"type": "categorical", "choices": [fault, ""]},
+        "task.fault": {"type": "categorical", "choices": ["", fault]},
     }
+    always = {"name": "tests.paced_task:Paced", "options": {"fault": "raise"}}
+    if fault == "raise":  # what fails for every trial is found before any is started
+        refused = run_error("search", search_file(tmp_path, task=always))
+        assert "RuntimeError: the user's loss is broken" in refused
     file = search_file(
         tmp_path,
         space=space,

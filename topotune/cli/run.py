@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, console, print_json
+from topotune.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -129,6 +130,12 @@ def _finish(
         _print(report, results_dir)
     if not report.finished:
         raise typer.Exit(INTERRUPTED)
+    if report.board.best is None:
+        raise RunError(
+            f"search {config.name!r}: no trial finished within the constraints "
+            f"({report.board.summary}). The reasons are in the table above and in "
+            f"'topotune status {config.name}'"
+        )
 
 
 def _as_data(report: SearchReport) -> dict[str, object]:

@@ -27,11 +27,23 @@ FUSED_DEVICES = ("cpu", "cuda")
 """Where torch's fused Adam kernel is chosen unless the caller says otherwise."""
 
 
-def wants_fused(group: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether tensors on ``device`` go through torch's fused Adam kernel."""
+def wants_fused(group: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Whether a tensor goes through torch's fused Adam kernel."""
     if group["fused"] is None and group["foreach"] is None:
-        return device.type in FUSED_DEVICES
+        # The kernel walks memory, so a tensor with gaps in it (a strided view) is not for it.
+        dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+        return dense and parameter.device.type in FUSED_DEVICES
     return bool(group["fused"])
+
+
+def laid_out_like(parameter: Tensor, other: Tensor) -> Tensor:
+    """``other`` with the strides that torch gives to a tensor like ``parameter``.
+
+    The fused kernel pairs elements by their place in memory; it does not look at strides.
+    """
+    if other.stride() == parameter.stride():
+        return other
+    return torch.empty_like(parameter, dtype=other.dtype).copy_(other)
 
 
 class Batch:
@@ -57,7 +69,7 @@ class Batch:
         group: Mapping[str, Any],
     ) -> None:
         self.places, self.parameters = list(places), list(parameters)
-        self.fused = wants_fused(group, self.parameters[0].device)
+        self.fused = wants_fused(group, self.parameters[0])
         for parameter, state in zip(parameters, states, strict=True):
             self._start_adam(parameter, state)
         self.exp_avgs = [state["exp_avg"] for state in states]
@@ -95,6 +107,8 @@ class Batch:
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["step"] = state["step"].to(device=device, dtype=kind)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = laid_out_like(parameter, state[name])
 
     def step(self, gradients: Sequence[Tensor], group: Mapping[str, Any]) -> FieldBatch | None:
         """Update the tensors in place.
@@ -135,7 +149,7 @@ class Batch:
             eps = 0.0
         adam(
             self.parameters,
-            list(gradients),
+            list(map(laid_out_like, self.parameters, gradients)) if self.fused else list(gradients),
             self.exp_avgs,
             self.exp_avg_sqs,
             [],
@@ -167,8 +181,9 @@ class Plan:
         self.kind, self.parameters = kind, list(parameters)
         members: dict[tuple[object, ...], list[int]] = {}
         for i, parameter in enumerate(parameters):
-            alone = group["foreach"] is False and not wants_fused(group, parameter.device)
-            key = (parameter.device, parameter.dtype, i if alone else -1)
+            fused = wants_fused(group, parameter)
+            alone = group["foreach"] is False and not fused
+            key = (parameter.device, parameter.dtype, fused, i if alone else -1)
             members.setdefault(key, []).append(i)
         self.batches = [
             Batch(
@@ -180,6 +195,7 @@ class Plan:
             )
             for places in members.values()
         ]
+        self._strides = [parameter.stride() for parameter in parameters]
         self._witness = [state["exp_avg"] for state in states]
 
     def fits(
@@ -196,5 +212,6 @@ class Plan:
             kind == self.kind
             and len(parameters) == len(self.parameters)
             and all(map(is_, parameters, self.parameters))
+            and [parameter.stride() for parameter in parameters] == self._strides
             and all(map(is_, [state.get("exp_avg") for state in states], self._witness))
         )

@@ -108,10 +108,16 @@ class StudyScheduler(NotStored, FIFOScheduler):
 
 
 class Clock(NotStored, Callback):
-    """Keeps the ledger running and calls ``pulse`` on every turn of Tune's event loop."""
+    """Keeps the ledger running and calls ``pulse`` on every turn of Tune's event loop.
 
-    def __init__(self, book: Book, pulse: Callable[[], None]) -> None:
-        self._book, self._pulse = book, pulse
+    Args:
+        book: the search's books.
+        pulse: called on every turn.
+        note: told, in a line, of a worker that died.
+    """
+
+    def __init__(self, book: Book, pulse: Callable[[], None], note: Callable[[str], None]) -> None:
+        self._book, self._pulse, self._note = book, pulse, note
 
     def _tick(self) -> None:
         guarded(self._book, lambda: self._book.ledger.tick(self._book.holding), None)
@@ -128,7 +134,13 @@ class Clock(NotStored, Callback):
     ) -> None:
         """Its worker died; it holds nothing until it starts again."""
         self._tick()
-        self._book.holding.discard(trial.config[NUMBER])
+        number = trial.config[NUMBER]
+        self._book.holding.discard(number)
+        left = self._book.config.budget.max_failures - trial.num_failures
+        self._note(
+            f"trial {number}: its worker died; it goes on from its last epoch ({left} more "
+            "restarts allowed)"
+        )
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

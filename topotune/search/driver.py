@@ -157,7 +157,7 @@ def _run(
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus)
         failure: TopotuneError | None = None
         try:
-            execute(folder, config, book, pulse, gpus, interrupts)
+            execute(folder, config, book, pulse, gpus, interrupts, listener.note)
         except TopotuneError as error:
             failure = error
         ledger.save()

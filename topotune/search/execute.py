@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from topotune.config import SearchConfig
@@ -20,6 +21,7 @@ def execute(
     pulse: Pulse,
     gpus: float,
     interrupts: Interrupts,
+    note: Callable[[str], None],
 ) -> None:
     """Let Ray Tune execute what the book hands out.
 
@@ -63,7 +65,7 @@ def execute(
                 checkpoint_config=tune.CheckpointConfig(
                     checkpoint_frequency=0, checkpoint_at_end=False
                 ),
-                callbacks=[Clock(book, pulse)],
+                callbacks=[Clock(book, pulse, note)],
                 stop=Overdue(),
                 verbose=0,
             ),

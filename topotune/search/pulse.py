@@ -6,6 +6,7 @@ import math
 import time
 
 from topotune.config import SearchConfig
+from topotune.errors import RunError
 from topotune.search.book import Book
 from topotune.search.session import RaySession
 from topotune.search.shipping import Shipping
@@ -50,8 +51,8 @@ class Pulse:
         self._listener.tick(self._book.view(phase, self._why(now), self._shipping.line()))
 
     def overdue(self) -> bool:
-        """Whether draining has taken longer than it may."""
-        return time.monotonic() - self.stop_since > DRAIN_SECONDS
+        """Whether trials must end now: draining took too long, or nothing can end by itself."""
+        return self._book.fatal is not None or time.monotonic() - self.stop_since > DRAIN_SECONDS
 
     def _why(self, now: float) -> str:
         """Why a handed-out trial holds no device yet; empty while none waits."""
@@ -66,6 +67,12 @@ class Pulse:
             self._next_look = now + 5
             cpus, gpus = self._ray.free()
             total_cpus, total_gpus = self._ray.size()
+            if total_cpus == 0 and self._ray.local:
+                # Nobody adds a node to a cluster of our own: waiting would last for ever.
+                self._book.fatal = self._book.fatal or RunError(
+                    "Ray's local node has died (killed, or out of memory). What is finished is "
+                    f"kept; 'topotune resume {self._config.name}' continues"
+                )
             needs = f"{self._config.resources.cpus} CPU"
             has = f"{cpus:g} of {total_cpus:g} CPUs"
             if self._gpus:

@@ -50,13 +50,20 @@ class RaySession:
             configure_logging=True,
             **options,
         )
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        # Tune logs a traceback when a worker dies; ours says it in a line, and the cause is kept.
+        for name in ("ray", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *_: object) -> None:
         import ray
 
         ray.shutdown()
+
+    @property
+    def local(self) -> bool:
+        """Whether the cluster is our own."""
+        return self._address == "local"
 
     def size(self) -> tuple[float, float]:
         """CPUs and GPUs of the whole cluster."""

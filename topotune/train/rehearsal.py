@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from topotune.data.splits import TensorPair
-from topotune.errors import DivergedError
+from topotune.errors import DivergedError, PluginError, TopotuneError
 from topotune.records import OverheadOptions, TrialSpec
 from topotune.train.assemble import assemble, make_learner, make_optimizer
 from topotune.train.generators import capture_generators, restore_generators
@@ -25,32 +25,46 @@ def metric_names(spec: TrialSpec) -> list[str]:
     process's random generators are left as they were.
 
     Raises:
-        UserError: the spec names something that does not exist or breaks a rule, or its data
-            cannot be had.
+        UserError: the spec names something that does not exist or breaks a rule, its data cannot
+            be had, or the task's code fails.
     """
     cpu = torch.device("cpu")
     states = capture_generators(cpu)
     try:
-        parts = assemble(spec, cpu)
-        few = dataclasses.replace(
-            parts, train=parts.train.rows(0, ROWS), val=parts.val.rows(0, ROWS)
-        )
-        loop = TrainingLoop(few, spec.train, epochs=1, seed=spec.seed)
-        try:
-            names = set(next(loop.run()).metrics)
-        except DivergedError:
-            # This corner of the space diverges at once; a harmless method reports the same
-            # metrics but for its own.
-            plain = dataclasses.replace(spec, method="sgd", params={"lr": 0.0})
-            return metric_names(plain)
-        if spec.overhead.blocks:
-            names |= measure_overhead(
-                few.model,
-                TensorPair(few.task.prepare(few.train.inputs), few.train.targets),
-                lambda parameters: make_optimizer(spec, parameters),
-                lambda: make_learner(few.task),
-                OverheadOptions(blocks=1, steps=1, warmup=0),
-            ).keys()
+        return sorted(_rehearse(spec, cpu))
+    except TopotuneError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"task {spec.task!r} with method {spec.method!r} fails when it trains on {ROWS} rows "
+            f"with {dict(spec.params)}: {type(error).__name__}: {error}"
+        ) from error
     finally:
         restore_generators(states, cpu)
-    return sorted(names)
+
+
+def _rehearse(spec: TrialSpec, cpu: torch.device) -> set[str]:
+    parts = assemble(spec, cpu)
+    few = dataclasses.replace(parts, train=parts.train.rows(0, ROWS), val=parts.val.rows(0, ROWS))
+    loop = TrainingLoop(few, spec.train, epochs=1, seed=spec.seed)
+    try:
+        names = set(next(loop.run()).metrics)
+    except DivergedError as error:
+        # This corner of the space diverges at once; a method that moves nothing reports the same
+        # metrics but for its own. If that diverges too, every trial would.
+        plain = dataclasses.replace(spec, method="sgd", params={"lr": 0.0})
+        if spec == plain:
+            raise PluginError(
+                f"task {spec.task!r}: {error}, with a fresh model that nothing has changed yet; "
+                "every trial would diverge. Look at its data, model and loss"
+            ) from error
+        return _rehearse(plain, cpu)
+    if spec.overhead.blocks:
+        names |= measure_overhead(
+            few.model,
+            TensorPair(few.task.prepare(few.train.inputs), few.train.targets),
+            lambda parameters: make_optimizer(spec, parameters),
+            lambda: make_learner(few.task),
+            OverheadOptions(blocks=1, steps=1, warmup=0),
+        ).keys()
+    return names
