@@ -58,7 +58,7 @@ def test_a_correction_makes_a_difference() -> None:
     assert not any(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
-def test_foreach_and_single_tensor_corrections_agree_bit_for_bit() -> None:
+def test_foreach_and_single_tensor_steps_agree() -> None:
     """The batches differ (all tensors, one tensor), the arithmetic does not."""
     one, all_ = parameters(starts()), parameters(starts())
     replay(TopologicalAdam(one, foreach=False), one, gradients(30, 1.0))
@@ -85,11 +85,11 @@ def test_eps_placement_by_hand(inside: bool) -> None:
     assert p.item() == pytest.approx(expected, rel=1e-14)
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is dispatched below the Python level of ``step``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(

@@ -1,0 +1,80 @@
+"""What the README shows is true: its files load, its code runs, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from topotune.cli.main import app
+from topotune.configfile import parse_search, parse_yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+def commands() -> list[list[str]]:
+    """Every topotune command line of the README."""
+    lines = [line.partition("#")[0] for text in blocks("console") for line in text.splitlines()]
+    lines += re.findall(r"`(topotune [^`]*)`", README)
+    found = [re.search(r"(?:^|/)topotune (.*)$", line) for line in lines]
+    return [shlex.split(match[1]) for match in found if match]
+
+
+def test_the_first_two_commands_are_what_ci_runs() -> None:
+    install, tests = (text.strip() for text in blocks("console")[:2])
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert tests in script
+    setup = install.split(" && ")
+    assert setup[1].replace("uv venv", "uv venv --quiet") in script
+    assert setup[2].replace("uv pip install", "uv pip install --quiet") in script
+    assert shlex.split(setup[3])[1] == "search"
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_search_files_load(text: str) -> None:
+    data, lines = parse_yaml(text.encode(), "README.md")
+    assert parse_search(data, "README.md", lines).space
+
+
+def test_code_runs_in_order(tmp_path: Path) -> None:
+    code = "\n".join(blocks("python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    energy, step = done.stdout.split(maxsplit=1)
+    assert float(energy) > 0
+    assert "20" in step
+
+
+def test_the_readme_task_is_the_tested_one() -> None:
+    tested = (ROOT / "tests" / "user_task.py").read_text(encoding="utf-8").partition("\n\n")[2]
+    assert tested.strip() in README
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_every_command_and_option_exists(arguments: list[str]) -> None:
+    names = [word for word in arguments if not word.startswith("-")]
+    depth = 2 if names[0] == "bench" else 1
+    shown = CliRunner().invoke(app, [*names[:depth], "--help"])
+    assert shown.exit_code == 0, shown.output
+    for option in (word for word in arguments if word.startswith("--")):
+        assert option in shown.output
+
+
+def test_files_that_commands_name_exist() -> None:
+    for arguments in commands():
+        for word in arguments:
+            if word.startswith("search_spaces/"):
+                assert (ROOT / word).is_file()
