@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.user_task import Rings
-from topotune.records import Value
 
 
 class Paced(Rings):
@@ -23,9 +21,6 @@ class Paced(Rings):
     def __init__(self, pause: float = 0.0, fault: str = "") -> None:
         super().__init__()
         self._pause, self._fault = pause, fault
-
-    def model(self, name: str | None, options: Mapping[str, Value]) -> nn.Module:
-        return super().model(name, options)
 
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         time.sleep(self._pause)

@@ -234,7 +234,7 @@ class Book:
         return SearchView(
             name=self.config.name,
             phase=phase,
-            counts={**self._counts, "RUNNING": len(self.live)},
+            counts={**self._counts, "RUNNING": len(self.holding)},
             total=self.config.budget.trials,
             epochs=self.config.budget.epochs,
             best=self._best,
