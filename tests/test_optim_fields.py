@@ -128,18 +128,12 @@ def test_a_nonfinite_gradient_leaves_the_fields_of_its_tensor(coupling: str, poi
     # Adam's own part does what torch's does: the poison reaches one element and no other.
     clean = TopologicalAdam(others, coupling=coupling)
     replay(clean, others, recording[:3])
-    reference = others[0].detach().clone()
-    twin = torch.optim.Adam([others[0]], fused=True)
-    twin.load_state_dict(
-        {
-            "state": {0: {k: clean.state[others[0]][k] for k in ("step", "exp_avg", "exp_avg_sq")}},
-            "param_groups": twin.state_dict()["param_groups"],
-        }
-    )
-    others[0].grad = broken[0]
-    twin.step()
+    twin = torch.optim.Adam(others[:1], fused=True)
+    moments = {key: clean.state[others[0]][key] for key in ("step", "exp_avg", "exp_avg_sq")}
+    twin.state[others[0]] = moments
+    replay(twin, others[:1], [broken[:1]])
     assert torch.equal(others[0].isfinite(), tensors[0].isfinite())
-    assert not torch.equal(reference, others[0])
+    assert not tensors[0].isfinite().all()
     finite = tensors[0].isfinite()
     assert torch.equal(tensors[0][finite], others[0][finite])
 

@@ -151,13 +151,15 @@ def test_the_same_seed_twice_export_extend_and_a_foreign_folder(tmp_path: Path) 
         *("export", "rings", "--top", "2", "--verify", "--out", exports),
         *("--results-dir", tmp_path / "a", "--json"),
     )
-    for one in json.loads(out):
+    exported = json.loads(out)
+    for one in exported:
         assert one["verified"]
         assert 0 < one["test"]["test_accuracy"] <= 1
-        trained = json.loads(run("train", Path(one["folder"]) / "config.yaml", "--json"))
-        recorded = json.loads((Path(one["folder"]) / "metrics.json").read_text())
-        assert trained["metrics"]["val_accuracy"] == recorded["metrics"]["val_accuracy"]
-        assert trained["test"] == one["test"]
+    first_folder = Path(exported[0]["folder"])
+    trained = json.loads(run("train", first_folder / "config.yaml", "--json"))
+    recorded = json.loads((first_folder / "metrics.json").read_text())
+    assert trained["metrics"]["val_accuracy"] == recorded["metrics"]["val_accuracy"]
+    assert trained["test"] == exported[0]["test"]
 
     run("search", file, "--results-dir", tmp_path / "a", code=2)
     out = run("extend", "rings", "--trials", "2", "--results-dir", tmp_path / "a", "--json")
