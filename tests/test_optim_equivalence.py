@@ -104,7 +104,7 @@ def test_the_path_of_other_devices_equals_the_twin(
     """Where numbers may not be read by the host, torch does the small sums."""
     monkeypatch.setattr(_fields, "host_readable", lambda device: False)
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        found = compare(dtype, 1.0, steps=200, coupling=coupling, energy_control=control)
+        found = compare(dtype, 1.0, steps=80, coupling=coupling, energy_control=control)
         assert not found.fast._plans[0].batches[0].fields.on_cpu  # type: ignore[union-attr]
         assert found.error <= bound
 
@@ -155,7 +155,7 @@ def test_energy_trace_follows_the_twin() -> None:
     scale=st.floats(0.01, 20.0),
     middle=st.floats(-0.1, 0.1),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_polynomials_keep_their_accuracy(
     centre: float, reach: float, scale: float, middle: float
 ) -> None:

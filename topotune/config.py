@@ -58,8 +58,8 @@ class Objective(Frozen):
 class Bound(Frozen):
     """A constraint on a metric: at most ``max``, at least ``min``."""
 
-    max: float | None = None
-    min: float | None = None
+    max: float | None = Field(default=None, allow_inf_nan=False)
+    min: float | None = Field(default=None, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _some(self) -> Self:

@@ -164,6 +164,8 @@ def _check_point(
 def _check_sampler(config: SearchConfig) -> None:
     sampler, space = config.sampler.name, config.space
     if sampler == "grid":
+        if config.warm_start:
+            raise RuleError(("warm_start",), "a grid visits its points anyway; leave this out")
         for name, param in space.items():
             if param.when:
                 raise RuleError(("space", name, "when"), "the grid sampler takes no conditions")

@@ -7,7 +7,10 @@ reads its gradient two or three times, instead of rewriting two fields.
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,70 @@ NORM_FLOOR = 1e-12
 """Added to the gradient's norm that ``exchange`` divides by."""
 
 
-class UniformFields(FieldBatch):
+def value_range(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle and half width of the range of a tensor's elements, 0-d float64."""
+    low, high = (end.double() for end in torch.aminmax(tensor))
+    return 0.5 * (low + high), 0.5 * (high - low)
+
+
+class LowRankFields(FieldBatch):
+    """What both share: a gap that is a combination of constants, and its correction."""
+
+    @abstractmethod
+    def gap_rows(self) -> Array:
+        """(2, k): the two numbers a tensor that combine its constants to ``alpha - beta``."""
+
+    @abstractmethod
+    def combine(self, places: Sequence[int], first: list[Any], second: list[Any]) -> list[Tensor]:
+        """``alpha - beta`` of the tensors at ``places``, given their two numbers; fresh."""
+
+    @abstractmethod
+    def spread(self, place: int, first: float, second: float) -> tuple[float, float]:
+        """Middle and half width of an interval that holds all elements of ``alpha - beta``."""
+
+    @abstractmethod
+    def series(self, place: int, first: float, second: float, taylor_series: list[float]) -> Tensor:
+        """The polynomial of ``alpha - beta`` around the middle of its spread; fresh."""
+
+    def gaps(self, factor: float) -> list[Tensor]:
+        """See :meth:`FieldBatch.gaps`."""
+        first, second = self.weights(self.gap_rows() * factor)
+        return self.combine(range(len(first)), first, second)
+
+    def add_correction(self, parameters: list[Tensor], weight: float) -> None:
+        """See :meth:`FieldBatch.add_correction`.
+
+        The gap of a tensor spreads little around its middle: with ``tanh_cos`` it is nearly
+        constant for weights of usual size, and ``a`` vanishes under large gradients. On the CPU,
+        where the spread is known without waiting, tanh is then a polynomial of low degree.
+        """
+        if not self.on_cpu or self.dtype is not torch.float32:
+            super().add_correction(parameters, weight)
+            return
+        first, second = self.weights(self.gap_rows())
+        others = []
+        for i, parameter in enumerate(parameters):
+            degree = None
+            if parameter.numel() >= LARGE:
+                middle, reach = self.spread(i, first[i], second[i])
+                degree = degree_for(reach)
+            if degree is None:
+                others.append(i)
+            elif degree == 0:
+                parameter.add_(weight * math.tanh(middle))
+            else:
+                moved = self.series(i, first[i], second[i], taylor(middle, degree))
+                parameter.add_(moved, alpha=weight)
+        if others:
+            targets = [parameters[i] for i in others]
+            factor = self.tanh_factor(targets)
+            gaps = self.combine(
+                others, [factor * first[i] for i in others], [factor * second[i] for i in others]
+            )
+            self.add_tanh(targets, gaps, weight, factor)
+
+
+class UniformFields(LowRankFields):
     """``alpha = a*alpha0 + b`` and ``beta = a*beta0 - b`` with scalars ``a, b`` from ``(1, 0)``.
 
     The paper's equations read literally: ``J = <alpha-beta, g>`` is one number a tensor.
@@ -41,9 +107,7 @@ class UniformFields(FieldBatch):
         """See :meth:`FieldBatch.start`."""
         half_square = 0.5 * (mean_of_products(alpha, alpha) + mean_of_products(beta, beta))
         gap = alpha - beta
-        low, high = (end.double() for end in torch.aminmax(gap))
-        spread = (0.5 * (low + high), 0.5 * (high - low))
-        row = scalars(alpha, beta, 1.0, 0.0, half_square, gap.double().mean(), *spread)
+        row = scalars(alpha, beta, 1.0, 0.0, half_square, gap.double().mean(), *value_range(gap))
         return {"gap0": gap, "alpha0": alpha, "scalars": row}
 
     @staticmethod
@@ -69,71 +133,52 @@ class UniformFields(FieldBatch):
         energy = a * (a * half_square + b * gap_mean) + b * b
         return moved, energy, current
 
-    def gaps(self, factor: float) -> list[Tensor]:
-        """See :meth:`FieldBatch.gaps`: ``a*gap0 + 2b``."""
-        a, twice_b = self.weights(self.gap_rows() * factor)
-        gaps = torch._foreach_mul(self.shaped[0], a)
-        torch._foreach_add_(gaps, twice_b)
-        return list(gaps)
-
     def gap_rows(self) -> Array:
-        """``a`` and ``2b`` as (2, k)."""
+        """See :meth:`LowRankFields.gap_rows`: ``a`` and ``2b``."""
         rows = self.coefficient_rows + 0.0
         rows[1] *= 2.0
         return rows
 
-    def add_correction(self, parameters: list[Tensor], weight: float) -> None:
-        """See :meth:`FieldBatch.add_correction`.
+    def combine(self, places: Sequence[int], first: list[Any], second: list[Any]) -> list[Tensor]:
+        """See :meth:`LowRankFields.combine`: ``a*gap0 + 2b``."""
+        gaps = torch._foreach_mul([self.shaped[0][i] for i in places], first)
+        torch._foreach_add_(gaps, second)
+        return list(gaps)
 
-        The gaps of a tensor spread little around their middle: ``gap0`` is nearly constant for
-        weights of usual size, and ``a`` vanishes under large gradients. On the CPU, where the
-        spread is known without waiting, tanh is then a polynomial of low degree in ``gap0``.
-        """
-        if not self.on_cpu or self.dtype is not torch.float32:
-            super().add_correction(parameters, weight)
-            return
-        a, twice_b = self.weights(self.gap_rows())
-        others = []
-        for i, (parameter, gap0) in enumerate(zip(parameters, self.shaped[0], strict=True)):
-            degree = degree_for(abs(a[i]) * self.reaches[i]) if gap0.numel() >= LARGE else None
-            if degree is None:
-                others.append(i)
-                continue
-            series = taylor(a[i] * self.middles[i] + twice_b[i], degree)
-            if degree == 0:
-                parameter.add_(weight * series[0])
-            else:
-                series = shifted(series, a[i], self.middles[i])
-                parameter.add_(polynomial(gap0, series), alpha=weight)
-        if others:
-            targets = [parameters[i] for i in others]
-            factor = self.tanh_factor(targets)
-            gaps = torch._foreach_mul(
-                [self.shaped[0][i] for i in others], [factor * a[i] for i in others]
-            )
-            torch._foreach_add_(gaps, [factor * twice_b[i] for i in others])
-            self.add_tanh(targets, list(gaps), weight, factor)
+    def spread(self, place: int, first: float, second: float) -> tuple[float, float]:
+        """See :meth:`LowRankFields.spread`."""
+        return first * self.middles[place] + second, abs(first) * self.reaches[place]
+
+    def series(self, place: int, first: float, second: float, taylor_series: list[float]) -> Tensor:
+        """See :meth:`LowRankFields.series`; a polynomial of ``gap0`` itself."""
+        in_gap0 = shifted(taylor_series, first, self.middles[place])
+        return polynomial(self.shaped[0][place], in_gap0)
 
 
-class ExchangeFields(FieldBatch):
+class ExchangeFields(LowRankFields):
     """``alpha = c11*alpha0 + c12*beta0`` and ``beta = c21*alpha0 + c22*beta0``.
 
     The coupling of the published 1.0 release: ``J = <alpha-beta, g> / (|g| + 1e-12)`` and the
     fields rotate into each other. The coefficients stand in the order 11, 12, 21, 22; the
-    constants are the halved means of ``alpha0^2`` and ``beta0^2`` and the mean of
-    ``alpha0*beta0``.
+    constants are the halved means of ``alpha0^2`` and ``beta0^2``, the mean of ``alpha0*beta0``,
+    and of the range of ``alpha0`` and of ``beta0`` the middle and half the width.
     """
 
     tensors = ("alpha0", "beta0")
     basis_size = 2
     coefficients = 4
 
+    def __init__(self, states: Sequence[dict[str, Tensor]]) -> None:
+        super().__init__(states)
+        self.ranges = self.constants[3:].reshape(2, 2, -1).tolist() if self.on_cpu else []
+
     @classmethod
     def start(cls, alpha: Tensor, beta: Tensor) -> dict[str, Tensor]:
         """See :meth:`FieldBatch.start`."""
         squares = [0.5 * mean_of_products(field, field) for field in (alpha, beta)]
         product = mean_of_products(alpha, beta)
-        row = scalars(alpha, beta, 1.0, 0.0, 0.0, 1.0, *squares, product)
+        ranges = (*value_range(alpha), *value_range(beta))
+        row = scalars(alpha, beta, 1.0, 0.0, 0.0, 1.0, *squares, product, *ranges)
         return {"alpha0": alpha, "beta0": beta, "scalars": row}
 
     @staticmethod
@@ -160,16 +205,31 @@ class ExchangeFields(FieldBatch):
         moved[:2] += turn * of_beta
         moved[2:] -= turn * of_alpha
         c11, c12, c21, c22 = moved
-        alpha_square, beta_square, cross = self.constants
+        alpha_square, beta_square, cross = self.constants[:3]
         energy = (c11 * c11 + c21 * c21) * alpha_square
         energy += (c12 * c12 + c22 * c22) * beta_square
         energy += (c11 * c12 + c21 * c22) * cross
         return moved, energy, current
 
-    def gaps(self, factor: float) -> list[Tensor]:
-        """See :meth:`FieldBatch.gaps`: ``(c11-c21)*alpha0 + (c12-c22)*beta0``."""
-        difference = self.coefficient_rows[:2] - self.coefficient_rows[2:]
-        of_alpha, of_beta = self.weights(difference * factor)
-        gaps = torch._foreach_mul(self.shaped[0], of_alpha)
-        torch._foreach_add_(gaps, torch._foreach_mul(self.shaped[1], of_beta))
+    def gap_rows(self) -> Array:
+        """See :meth:`LowRankFields.gap_rows`: ``c11 - c21`` and ``c12 - c22``."""
+        return self.coefficient_rows[:2] - self.coefficient_rows[2:]
+
+    def combine(self, places: Sequence[int], first: list[Any], second: list[Any]) -> list[Tensor]:
+        """See :meth:`LowRankFields.combine`: ``first*alpha0 + second*beta0``."""
+        gaps = torch._foreach_mul([self.shaped[0][i] for i in places], first)
+        rest = torch._foreach_mul([self.shaped[1][i] for i in places], second)
+        torch._foreach_add_(gaps, rest)
         return list(gaps)
+
+    def spread(self, place: int, first: float, second: float) -> tuple[float, float]:
+        """See :meth:`LowRankFields.spread`; the two fields' ranges taken as independent."""
+        of_alpha, of_beta = self.ranges[0], self.ranges[1]
+        middle = first * of_alpha[0][place] + second * of_beta[0][place]
+        return middle, abs(first) * of_alpha[1][place] + abs(second) * of_beta[1][place]
+
+    def series(self, place: int, first: float, second: float, taylor_series: list[float]) -> Tensor:
+        """See :meth:`LowRankFields.series`."""
+        middle, _ = self.spread(place, first, second)
+        gap = torch.mul(self.shaped[0][place], first).add_(self.shaped[1][place], alpha=second)
+        return polynomial(gap, shifted(taylor_series, 1.0, middle))

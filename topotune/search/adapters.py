@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from topotune.errors import TopotuneError
+from topotune.errors import RunError, TopotuneError
 from topotune.search.book import Book, Progress, Turn
 from topotune.search.study import Handout
 
@@ -25,12 +25,20 @@ PAYLOAD = "payload"
 
 
 def guarded(book: Book, call: Callable[[], T], otherwise: T) -> T:
-    """The call's value; one of our errors goes into the book and drains the search instead."""
+    """The call's value; an error goes into the book and drains the search instead.
+
+    Every kind of error: Ray would swallow some, end the experiment on others, and take a trial
+    whose end could not be stored for one whose worker died.
+    """
     try:
         return call()
     except TopotuneError as error:
         book.fatal = book.fatal or error
-        return otherwise
+    except Exception as error:  # noqa: BLE001 - raised by the driver as the search's own error
+        cause = RunError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        cause.__cause__ = error
+        book.fatal = book.fatal or cause
+    return otherwise
 
 
 class NotStored:
@@ -79,6 +87,7 @@ class StudySearcher(NotStored, Searcher):
         if result and PAYLOAD in result and not error:
             progress = Progress.from_json(result[PAYLOAD])
             guarded(self._book, lambda: self._book.progress(number, progress), False)
+        guarded(self._book, lambda: self._book.ledger.tick(self._book.holding), None)
         retries = self._book.config.budget.max_failures
         cause = f"its worker died {retries + 1} times" if error else ""
         guarded(self._book, lambda: self._book.end(number, cause), None)
@@ -159,4 +168,4 @@ class Clock(NotStored, Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Charge the time and let the driver look around."""
         self._tick()
-        self._pulse()
+        guarded(self._book, self._pulse, None)

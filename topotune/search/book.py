@@ -107,6 +107,7 @@ class Book:
         self.live: dict[int, _Live] = {}
         self.holding: set[int] = set()
         self.stopping = ""
+        self.left_running = 0
         self.fatal: TopotuneError | None = None
         self._counts = Counter(row.state for row in finished)
         self._best: TrialSummary | None = None
@@ -117,7 +118,12 @@ class Book:
 
     def next(self) -> Handout | Turn:
         """The next trial to run, or why there is none now."""
-        if self.stopping or self.fatal or self._over_budget():
+        if self.stopping or self.fatal:
+            return Turn.END
+        if over := self._over_budget():
+            # Trials that an earlier session left running can have no more time either.
+            for row in self.store.close_orphans(Outcome.PRUNED, over, self.ledger.trials):
+                self._close(row)
             return Turn.END
         if len(self.live) >= self.concurrency:
             return Turn.WAIT
@@ -184,7 +190,9 @@ class Book:
                 live.verdict = (Outcome.DIVERGED, reason)
                 return
         live.value = live.metrics[self.config.objective[0].metric]
-        self.store.report(number, report)
+        known = self.store.report(number, report)
+        if known:
+            return  # judged when it was new; the study has moved on since
         if report.epoch < live.spec.epochs and self.store.should_prune(number):
             reason = f"{self.config.pruner.name} after epoch {report.epoch} of {live.spec.epochs}"
             live.verdict = (Outcome.PRUNED, reason)
@@ -196,22 +204,29 @@ class Book:
             number: the trial.
             error: why its worker is gone for good; empty if it ended by itself.
         """
-        live = self.live.pop(number, None)
+        live = self.live.get(number)
         self.holding.discard(number)
         if live is None:
             return None
-        if live.verdict is None and not error and (live.left_running or self.stopping):
+        unfinished = live.left_running or self.stopping or self.fatal
+        if live.verdict is None and not error and unfinished:
+            self.left_running += 1
+            del self.live[number]
             return None
         outcome, reason = live.verdict or (Outcome.FAILED, error or "the worker ended early")
         if outcome is Outcome.COMPLETE and live.epoch < live.spec.epochs:
             outcome, reason = Outcome.FAILED, f"ended after epoch {live.epoch} without a reason"
         seconds = self.ledger.trials.get(number, 0.0)
         row = self.store.finish(number, outcome, reason, live.metrics, live.epoch, seconds)
+        del self.live[number]
+        self._close(row)
+        return row
+
+    def _close(self, row: TrialSummary) -> None:
         self._counts[row.state] += 1
         self._session_ended += 1
         self._consider(row)
         self._ended(row)
-        return row
 
     def _consider(self, row: TrialSummary) -> None:
         """Keep the best by the first objective among complete rows that break no constraint."""

@@ -163,7 +163,7 @@ def _run(
         ledger.save()
         failure = book.fatal or failure
         reason = str(failure) if failure else book.stopping
-        done = not failure and not book.stopping and not book.live
+        done = not (failure or book.stopping or book.live or book.left_running)
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")
         listener.tick(book.view("done", tracking=shipping.line()))
         board = recorder.close(outcome, reason)

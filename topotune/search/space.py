@@ -65,7 +65,7 @@ def _axis(param: Param) -> list[Value]:
     step = param.step
     assert step is not None  # the config refuses a grid over a float without one
     count = int((param.high - param.low) / step + 1e-9) + 1
-    return [param.low + index * step for index in range(count)]
+    return [min(param.low + index * step, param.high) for index in range(count)]
 
 
 def resolve(

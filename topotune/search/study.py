@@ -87,9 +87,12 @@ class StudyStore:
         """Queue the warm-start points and the grid, once: a restart finds them there."""
         points: list[dict[str, Any]] = [dict(point) for point in self.config.warm_start]
         if self.config.sampler.name == "grid":
-            points = grid(self.config)[: self.config.budget.trials]
-        for point in points:
-            self._study.enqueue_trial(point, skip_if_exists=True)
+            points = [dict(point) for point in grid(self.config)[: self.config.budget.trials]]
+        # Optuna's own check for repeats takes close numbers for equal and reads all trials anew
+        # for every point. The points are queued first and in order, so counting is enough.
+        queued = sum("fixed_params" in t.system_attrs for t in self._study.get_trials(False))
+        for point in points[queued:]:
+            self._study.enqueue_trial(point)
 
     @property
     def left(self) -> int | None:
@@ -105,8 +108,13 @@ class StudyStore:
         Raises:
             ConfigError: a resolved value has the wrong type for its block.
         """
-        if self._orphans:
-            return self._adopt(self._orphans.pop(0))
+        while self._orphans:
+            number = self._orphans.pop(0)
+            end = self._trial(number).user_attrs.get("end")
+            if end is None:
+                return self._adopt(number)
+            # Killed between the note of its end and the study's own: finish what was begun.
+            self._tell(number, Outcome(end["outcome"]), unpack_metrics(end["metrics"]))
         if self.left == 0:
             return None
         self._study.sampler = make_sampler(self.config, self._started)
@@ -144,19 +152,23 @@ class StudyStore:
         """What was sampled for a trial that was handed out."""
         return self._trial(number).params
 
-    def report(self, number: int, report: EpochReport) -> None:
-        """Store the first objective's value at an epoch; a known epoch is ignored.
+    def report(self, number: int, report: EpochReport) -> bool:
+        """Store the first objective's value at an epoch; whether the study had it already.
 
         Nothing is stored for several objectives (Optuna compares one curve at most), nor for a
         value that is missing or not finite.
         """
         if len(self.config.objective) > 1:
-            return
+            return False
         value = report.metrics.get(self.config.objective[0].metric, math.nan)
-        if math.isfinite(value):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # "already reported", on a replay
-                self._trial(number).report(value, report.epoch)
+        if not math.isfinite(value):
+            return False
+        curve = self._frozen(number).intermediate_values
+        # The newest known epoch is judged again: its driver may have died before it could be.
+        if report.epoch in curve:
+            return report.epoch < max(curve)
+        self._trial(number).report(value, report.epoch)
+        return False
 
     def should_prune(self, number: int) -> bool:
         """Whether the pruner would stop the trial after what it has reported."""
@@ -174,9 +186,6 @@ class StudyStore:
         device_seconds: float,
     ) -> TrialSummary:
         """Store how a trial ended and return its row; a finished trial stays as it is."""
-        trial = self._trial(number)
-        self._trials.pop(number, None)
-        objectives = [metrics.get(o.metric, math.nan) for o in self.config.objective]
         note = {
             "outcome": outcome.value,
             "reason": reason,
@@ -184,10 +193,28 @@ class StudyStore:
             "epochs": epochs,
             "device_seconds": round(device_seconds, 3),
         }
-        trial.set_user_attr("end", note)
+        self._trial(number).set_user_attr("end", note)
+        self._tell(number, outcome, metrics)
+        return self.summary(number, device_seconds)
+
+    def close_orphans(
+        self, outcome: Outcome, reason: str, ledger: Mapping[int, float]
+    ) -> list[TrialSummary]:
+        """End the trials that an earlier session left running and nobody has taken up."""
+        rows = []
+        for number in self._orphans:
+            epochs = max(self._frozen(number).intermediate_values, default=0)
+            rows.append(self.finish(number, outcome, reason, {}, epochs, ledger.get(number, 0.0)))
+        self._orphans = []
+        return rows
+
+    def _tell(self, number: int, outcome: Outcome, metrics: Mapping[str, float]) -> None:
+        trial = self._trial(number)
+        objectives = [metrics.get(o.metric, math.nan) for o in self.config.objective]
         fine = outcome in (Outcome.COMPLETE, Outcome.PRUNED)
-        for key, value in self._constraints(metrics, fine).items():
-            trial.set_constraint(key, value)
+        for key, value in self._constraints(metrics, outcome).items():
+            if key not in trial.constraints:
+                trial.set_constraint(key, value)
         state, values = TrialState.PRUNED, None
         if outcome is Outcome.COMPLETE:
             state, values = TrialState.COMPLETE, objectives
@@ -197,18 +224,24 @@ class StudyStore:
             warnings.simplefilter("ignore", UserWarning)
             self._study.sampler = make_sampler(self.config, number)
             self._study.tell(number, values, state=state, skip_if_finished=True)
-        return self.summary(number, device_seconds)
+        self._trials.pop(number, None)
 
-    def _constraints(self, metrics: Mapping[str, float], fine: bool) -> dict[str, float]:
-        """Constraint values as Optuna wants them: the same keys every time, feasible at <= 0."""
+    def _constraints(self, metrics: Mapping[str, float], outcome: Outcome) -> dict[str, float]:
+        """Constraint values as Optuna wants them: the same keys every time, feasible at <= 0.
+
+        A value that is missing or NaN is a violation, but for a pruned trial, which may not have
+        come to measure it.
+        """
         found = {}
+        unknown = 0.0 if outcome is Outcome.PRUNED else 1.0
         for name, bound in self.config.constraints.items():
             value = metrics.get(name, math.nan)
             excess = [value - bound.max] if bound.max is not None else []
             excess += [bound.min - value] if bound.min is not None else []
-            found[name] = max(excess) if math.isfinite(value) else (0.0 if fine else 1.0)
+            found[name] = unknown if math.isnan(value) else max(-1e300, min(max(excess), 1e300))
         # A Gaussian process would fit one more model a constraint; the worst value tells it enough.
         if self.config.sampler.name != "gp":
+            fine = outcome in (Outcome.COMPLETE, Outcome.PRUNED)
             found[FINISHED] = -1.0 if fine else 1.0
         return found
 
@@ -230,9 +263,9 @@ class StudyStore:
 
     def summary(self, number: int, device_seconds: float = 0.0) -> TrialSummary:
         """One trial's row."""
-        return summarise(self._trial_frozen(number), self.config, {number: device_seconds})
+        return summarise(self._frozen(number), self.config, {number: device_seconds})
 
-    def _trial_frozen(self, number: int) -> FrozenTrial:
+    def _frozen(self, number: int) -> FrozenTrial:
         storage = self._study._storage
         found = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
         return storage.get_trial(found)
@@ -320,4 +353,6 @@ def _breach(name: str, value: float, config: SearchConfig) -> str:
         return name
     if bound.max is not None and value > bound.max:
         return f"{name}: {value:.4g} > {bound.max:g}"
+    if math.isnan(value):
+        return f"{name}: not measured"
     return f"{name}: {value:.4g} < {bound.min:g}"
