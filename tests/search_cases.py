@@ -12,7 +12,8 @@ from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.book import Book, Progress, Turn
 from topotune.search.folder import SearchFolder
 from topotune.search.ledger import Ledger
-from topotune.search.study import Handout, StudyStore, summaries
+from topotune.search.rows import summaries
+from topotune.search.study import Handout, StudyStore
 
 
 def make_config(**changes: Any) -> SearchConfig:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.search_cases import Desk, accuracy, make_config, report
-from topotune.errors import ConfigError, ResourceError, SearchFolderError
+from topotune.errors import ConfigError, ResourceError, RunError, SearchFolderError
 from topotune.records import EpochReport, Outcome, TrialSpec
+from topotune.search.adapters import StudySearcher
 from topotune.search.book import Progress, Turn
 from topotune.search.driver import extended
 from topotune.search.folder import Lease, SearchFolder, lease_holder, searches
@@ -21,6 +22,7 @@ from topotune.search.ledger import MAX_GAP, Ledger, read_ledger
 from topotune.search.preflight import check_writable, fit_resources
 from topotune.search.retention import Retention
 from topotune.search.study import Handout
+from topotune.search.view import SafeListener
 from topotune.train.checkpoint import CHECKPOINT_FILE
 
 
@@ -121,6 +123,91 @@ def test_a_limit_of_time_ends_the_search_and_its_trials(limit: str, tmp_path: Pa
     assert row.state == "PRUNED"
     assert f"budget.{limit}" in row.reason
     assert row.device_seconds == 6.0
+
+
+def test_a_spent_budget_closes_what_an_earlier_session_left_running(tmp_path: Path) -> None:
+    config = make_config(budget={"epochs": 4, "wall_clock": 5.0})
+    first = Desk(tmp_path, config)
+    handout = handed(first.book.next())
+    first.book.progress(handout.number, Progress((report(handout.spec, 1),)))
+    again = Desk(tmp_path, config)
+    again.ledger.wall_seconds = 6.0
+    assert again.book.next() is Turn.END
+    (row,) = again.rows()
+    assert row.state == "PRUNED"
+    assert row.epochs == 1
+    assert "budget.wall_clock" in row.reason
+    assert [ended.number for ended in again.ended] == [0]
+
+
+def test_an_end_that_cannot_be_stored_stops_the_search_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(budget={"trials": 2, "epochs": 1})
+    desk = Desk(tmp_path, config)
+    handout = handed(desk.book.next())
+    searcher = StudySearcher(desk.book, lambda handout: {})
+    searcher._numbers["t"] = handout.number
+    done = Progress((report(handout.spec, 1),), outcome=Outcome.COMPLETE)
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.store._study, "tell", broken)
+        searcher.on_trial_complete("t", {"payload": done.to_json()})
+    assert isinstance(desk.book.fatal, RunError)
+    assert "disk I/O error" in str(desk.book.fatal)
+    assert desk.book.next() is Turn.END
+    again = Desk(tmp_path, config)  # its end was noted: the next driver finishes it
+    again.run()
+    assert [row.state for row in again.rows()] == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_machine_that_fails_stops_the_search_and_keeps_the_trial(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    handout = handed(desk.book.next())
+    assert not desk.book.progress(handout.number, Progress(stop="no space left on device"))
+    assert desk.book.end(handout.number) is None
+    assert "no space left" in str(desk.book.fatal)
+    assert [row.state for row in desk.rows()] == ["RUNNING"]
+
+
+def test_a_listener_that_is_gone_does_not_end_a_search() -> None:
+    class Gone:
+        calls = 0
+
+        def note(self, text: str) -> None:
+            self.calls += 1
+            raise BrokenPipeError
+
+        tick = ended = note
+
+    gone = Gone()
+    safe = SafeListener(gone)  # type: ignore[arg-type]
+    safe.note("a")
+    safe.note("b")
+    assert gone.calls == 1
+
+
+def test_a_replayed_epoch_is_not_judged_anew(tmp_path: Path) -> None:
+    config = make_config(budget={"trials": 9, "epochs": 4}, pruner="median")
+    desk = Desk(tmp_path, config)
+    handout = handed(desk.book.next())
+    bad = tuple(report(handout.spec, epoch, val_accuracy=0.01) for epoch in (1, 2, 3))
+    for one in bad:
+        assert desk.book.progress(handout.number, Progress((one,)))
+    others = Desk(tmp_path / "x", config)
+    del others
+    for _ in range(6):  # better ones finish meanwhile, as with concurrency 2
+        desk.book.concurrency = 2
+        desk.train(handed(desk.book.next()))
+    again = Desk(tmp_path, config)
+    orphan = handed(again.book.next())
+    again.book.progress(orphan.number, Progress(bad))
+    row = again.book.end(orphan.number, "")
+    assert row is not None
+    assert row.epochs == 3
 
 
 def test_infinite_metrics_are_diverged_and_the_view_counts(tmp_path: Path) -> None:

@@ -132,6 +132,32 @@ def test_the_grid_visits_every_point_once_across_restarts(tmp_path: Path) -> Non
     assert len(points) == len(set(points)) == 18
 
 
+def test_close_and_typed_grid_points_are_all_visited(tmp_path: Path) -> None:
+    space = {
+        "n": {"type": "int", "low": 200000, "high": 200004},
+        "flag": {"type": "categorical", "choices": ["1", 1]},
+        "lr": {"type": "float", "low": 0.1, "high": 0.3, "step": 0.1},
+    }
+    config = make_config(sampler="grid", space=space, budget={"trials": 100, "epochs": 1})
+    desk = Desk(tmp_path, config)
+    desk.run()
+    points = {repr(sorted(row.params.items())) for row in desk.rows()}
+    assert len(points) == len(desk.rows()) == 30
+    assert max(row.params["lr"] for row in desk.rows()) <= 0.3  # type: ignore[type-var, operator]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_constraint_on_a_number_that_is_none_is_violated(value: float, tmp_path: Path) -> None:
+    def rough(spec: TrialSpec, epoch: int) -> EpochReport:
+        return report(spec, epoch, loss_roughness=value)
+
+    config = make_config(constraints={"loss_roughness": {"max": 0.5}}, budget={"trials": 2})
+    desk = Desk(tmp_path, config)
+    desk.run(rough)
+    assert all(row.state == "COMPLETE" and row.violated for row in desk.rows())
+    assert desk.book.view("done").best is None
+
+
 def test_conditional_parameters_appear_only_when_they_apply(tmp_path: Path) -> None:
     space = {
         "coupling": {"type": "categorical", "choices": ["uniform", "exchange"]},

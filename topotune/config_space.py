@@ -57,8 +57,8 @@ class CategoricalParam(Frozen):
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
-        keys = [(type(choice), choice) for choice in self.choices]
-        if len(set(keys)) < len(keys):
+        # As Optuna tells them apart: 1, 1.0 and true are one choice to it.
+        if len(set(self.choices)) < len(self.choices):
             raise ValueError(f"choices must differ from one another (got {list(self.choices)})")
         return self
 

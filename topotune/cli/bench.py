@@ -26,8 +26,10 @@ def optimizer(
     model: Annotated[
         list[str] | None, typer.Option(help="mlp, cnn; may be repeated. Default both.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Blocks a contender.")] = 30,
-    steps: Annotated[int, typer.Option(help="Training steps a block.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Blocks a contender.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps a block; default 10 (mlp), 1 (cnn).")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: AsJson = False,

@@ -9,6 +9,7 @@ import typer
 
 from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, print_json
 from topotune.errors import RunError
+from topotune.records import pack_metrics
 
 if TYPE_CHECKING:
     from topotune.records import EpochReport
@@ -49,7 +50,7 @@ def export(
                 {
                     "trial": one.number,
                     "folder": str(one.paths.folder),
-                    "test": one.test,
+                    "test": pack_metrics(one.test),
                     "verified": one.verification is not None and one.verification.exact,
                     "version": one.version,
                 }
@@ -107,7 +108,7 @@ def train(
         complete = result.outcome is Outcome.COMPLETE
         test = evaluate_test(spec, load_weights(spec, place)) if complete else {}
     if as_json:
-        print_json({**result.to_dict(), "test": test})
+        print_json({**result.to_dict(), "test": pack_metrics(test)})
     else:
         overhead = result.metrics.get("overhead_vs_adam")
         if overhead is not None:

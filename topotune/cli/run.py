@@ -115,14 +115,17 @@ def _finish(
     as_json: bool,
 ) -> None:
     """Run with something to watch, print the outcome, exit with its code."""
+    import contextlib
     import logging
+    import sys
 
     from topotune.cli.live import listener_for
     from topotune.search.view import SilentListener
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     if as_json:
-        report = work(SilentListener())
+        with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
+            report = work(SilentListener())
         print_json(_as_data(report))
     else:
         with listener_for(config.objective[0].metric) as listener:

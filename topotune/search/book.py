@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any
 
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, TopotuneError, did_you_mean
+from topotune.errors import ConfigError, RunError, TopotuneError, did_you_mean
 from topotune.records import (
     EpochReport,
     Outcome,
@@ -32,12 +32,17 @@ from topotune.search.view import RunningTrial, SearchView
 
 @dataclass(frozen=True)
 class Progress:
-    """What a worker sends after each step: reports that may repeat, and perhaps the end."""
+    """What a worker sends after each step: reports that may repeat, and perhaps the end.
+
+    ``stop`` is why no trial can go on where this worker is (a full disk, a damaged checkpoint):
+    the search stops, and the trial stays to be resumed.
+    """
 
     reports: tuple[EpochReport, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     outcome: Outcome | None = None
     reason: str = ""
+    stop: str = ""
 
     def to_json(self) -> str:
         """Strict JSON."""
@@ -47,6 +52,7 @@ class Progress:
                 "metrics": pack_metrics(self.metrics),
                 "outcome": self.outcome,
                 "reason": self.reason,
+                "stop": self.stop,
             },
             allow_nan=False,
         )
@@ -60,6 +66,7 @@ class Progress:
             unpack_metrics(data["metrics"]),
             Outcome(data["outcome"]) if data["outcome"] else None,
             data["reason"],
+            data["stop"],
         )
 
 
@@ -155,6 +162,8 @@ class Book:
             if report.epoch > live.epoch and live.verdict is None:
                 self._take(number, live, report, progress.metrics)
         live.metrics.update(progress.metrics)
+        if progress.stop:
+            self.fatal = self.fatal or RunError(f"trial {number}: {progress.stop}")
         if live.verdict is None and progress.outcome is not None:
             live.verdict = (progress.outcome, progress.reason)
         if live.verdict is not None:

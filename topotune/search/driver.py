@@ -13,7 +13,8 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.search.folder import Lease, SearchFolder
 from topotune.search.preflight import check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
-from topotune.search.view import Listener
+from topotune.search.shipping import check_addresses
+from topotune.search.view import Listener, SafeListener
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def start(
         UserError: the search cannot start as it is; nothing is written then.
         RunError: it was running and had to end; what it has done is kept.
     """
+    listener = SafeListener(listener)
+    check_addresses(config, results_dir)
     SearchFolder.check_free(results_dir, config)
     check_writable(results_dir)
     listener.note("checking the search: task, model and method at the ends of every range")
@@ -81,9 +84,11 @@ def resume(
         UserError: there is no such search, or another process drives it.
         RunError: as :func:`start`.
     """
+    listener = SafeListener(listener)
     folder = SearchFolder.open(results_dir, name)
     with Lease(folder.lock):
         config = folder.config()
+        check_addresses(config, results_dir)
         if extra_trials:
             config = extended(config, extra_trials)
         preflight(config)
@@ -128,9 +133,10 @@ def _run(
     from topotune.search.pulse import Pulse
     from topotune.search.recorder import Recorder
     from topotune.search.retention import Retention
+    from topotune.search.rows import summaries
     from topotune.search.shipping import Shipping
     from topotune.search.signals import Interrupts
-    from topotune.search.study import StudyStore, summaries
+    from topotune.search.study import StudyStore
 
     ledger = Ledger(folder.ledger, devices=gpus or 1.0)
     store = StudyStore(folder, config, gpus)
@@ -144,7 +150,7 @@ def _run(
         listener.ended(row)
 
     book = Book(config, store, ledger, concurrency, ended, before)
-    with Shipping(folder, config, listener) as shipping, Interrupts(book, listener) as interrupts:
+    with Shipping(folder, config, listener) as shipping, Interrupts(book) as interrupts:
         recorder.start(
             {
                 "topotune.version": __version__,

@@ -73,7 +73,7 @@ def execute(
         interrupts.install()
         try:
             tuner.fit()
-        except (TuneError, RayError) as error:
+        except (TuneError, RayError, RuntimeError, ValueError, OSError) as error:
             text = " ".join(str(error).split())[:500]
             raise RunError(
                 f"Ray ended the search: {text}. What is finished is kept; 'topotune resume "

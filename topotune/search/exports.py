@@ -103,7 +103,12 @@ def export_top(
         verification = None
         if check:
             note(f"rank {rank}: training trial {row.number} again to verify it")
-            verification = _verify(spec, dict(row.metrics), config.objective[0].metric)
+            # A measured cost never repeats exactly; what the training itself reached does.
+            metric = next(
+                (o.metric for o in config.objective if not o.metric.startswith("overhead_")),
+                "val_loss",
+            )
+            verification = _verify(spec, dict(row.metrics), metric)
         exported.append(Exported(row.number, paths, test, verification, None))
     if register is not None:
         exported[0] = _register(folder, exported[0], register, alias)

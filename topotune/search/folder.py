@@ -18,13 +18,15 @@ import fcntl
 import json
 import os
 import socket
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
 from topotune.config import SearchConfig
-from topotune.errors import ResourceError, SearchFolderError
+from topotune.configfile import parse_search
+from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.files import write_atomically
 
 
@@ -96,7 +98,7 @@ class SearchFolder:
             )
         if folder.root.exists() and not folder.root.is_dir():
             raise SearchFolderError(f"{folder.root}: is a file. Choose --name or --results-dir")
-        if folder.root.exists() and any(folder.root.iterdir()):
+        if folder.root.exists() and not folder._is_stub():
             raise SearchFolderError(
                 f"{folder.root}: is not empty and holds no search. Choose --name or --results-dir"
             )
@@ -112,7 +114,7 @@ class SearchFolder:
         """
         folder = cls.check_free(results_dir, config)
         try:
-            (folder.root / "trials").mkdir(parents=True)
+            (folder.root / "trials").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ResourceError(
                 f"{folder.root}: the results folder cannot be made: {error.strerror}. Choose a "
@@ -139,6 +141,14 @@ class SearchFolder:
         folder.identity()
         return folder
 
+    def _is_stub(self) -> bool:
+        """Whether there is only what a creation that was killed leaves."""
+        for path in self.root.iterdir():
+            empty = path.name == "trials" and path.is_dir() and not any(path.iterdir())
+            if not (empty or path.name.startswith("search.yaml")):
+                return False
+        return True
+
     def identity(self) -> dict[str, Any]:
         """The content of search.json."""
         try:
@@ -154,7 +164,12 @@ class SearchFolder:
 
     def config(self) -> SearchConfig:
         """The validated config as the search runs it now."""
-        return SearchConfig.model_validate(self.identity()["config"])
+        try:
+            return parse_search(self.identity()["config"], str(self.meta), {})
+        except ConfigError as error:
+            raise SearchFolderError(
+                f"{error}. Another version wrote it, or it was edited"
+            ) from None
 
     def save(self, config: SearchConfig, search_id: str | None = None) -> None:
         """Write identity and config."""
@@ -198,7 +213,7 @@ class Lease:
         except OSError as error:
             raise ResourceError(f"{self._path}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_exclusively(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -218,6 +233,16 @@ class Lease:
             self._file.truncate(0)
             self._file.close()
             self._file = None
+
+
+def _lock_exclusively(file: IO[str]) -> None:
+    """Lock, trying for a moment: 'topotune status' holds the file for an instant."""
+    for _ in range(10):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def lease_holder(path: Path) -> str | None:

@@ -47,6 +47,11 @@ class Pulse:
         self._next = now + TICK_SECONDS
         if (self._book.stopping or self._book.fatal) and self.stop_since == math.inf:
             self.stop_since = now
+            if self._book.stopping:
+                self._listener.note(
+                    f"{self._book.stopping}: trials finish their epoch and are saved; once more "
+                    "to abort"
+                )
         phase = "draining" if self.stop_since < math.inf else "running"
         self._listener.tick(self._book.view(phase, self._why(now), self._shipping.line()))
 

@@ -55,8 +55,9 @@ class SearchStatus:
             or self.wall_seconds >= (budget.wall_clock or math.inf)
             or self.board.device_seconds >= (budget.device_seconds or math.inf)
         )
+        waiting = 0 if limits else counts["WAITING"]
         done = limits or self.config.sampler.name == "grid"
-        return "finished" if done and not open_trials else "stopped"
+        return "finished" if done and not (counts["RUNNING"] + waiting) else "stopped"
 
     def line(self) -> str:
         """One line for a person."""

@@ -13,11 +13,10 @@ import threading
 from pathlib import Path
 
 from topotune.config import SearchConfig
-from topotune.errors import TopotuneError
 from topotune.records import Outcome, TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.search.folder import SearchFolder, write_text
-from topotune.search.study import summaries
+from topotune.search.rows import summaries
 from topotune.tracking.spool import SearchTracker, now_ms
 from topotune.train.trace import TRACE_FILE, TraceFolder
 
@@ -117,7 +116,11 @@ class Recorder:
         """Finish the files, renew the leaderboard and record how the search ended."""
         self._work.put(None)
         self._thread.join()
-        board = self._renew(final=True)
+        board = leaderboard(self._folder, self._config)
+        try:
+            self._renew(final=True)
+        except Exception as error:  # noqa: BLE001 - the numbers are in the study and the spools
+            _log.warning("a page of the search is missing: %s", error)
         self._record_best()
         spent = {"device_seconds": board.device_seconds}
         self._tracker.metrics(spent, self._ended, now_ms())
@@ -131,8 +134,7 @@ class Recorder:
                 self._filed += 1
                 if self._filed % LEADERBOARD_EVERY == 1:
                     self._renew(final=False)
-            except (TopotuneError, OSError, ValueError) as error:
-                # A page must not end a search: the numbers are in the study and the spools.
+            except Exception as error:  # noqa: BLE001 - a page must not end a search
                 _log.warning("trial %d: its plot or files are missing: %s", row.number, error)
 
     def _finish_trial(self, row: TrialSummary) -> None:
@@ -140,18 +142,20 @@ class Recorder:
 
         folder = self._folder.trial(row.number)
         chunks = folder / "trace"
-        epochs = len(list(chunks.glob("epoch-*.npz")))
+        epochs = max((int(p.stem[6:]) for p in chunks.glob("epoch-*.npz")), default=0)
         if epochs and TraceFolder(chunks).join(epochs, folder / TRACE_FILE):
             title = f"{self._config.name}, trial {row.number} ({row.state})"
             plot_trace(folder / TRACE_FILE, folder / "trace.png", title)
             self._artifact(row.number, folder / TRACE_FILE)
             self._artifact(row.number, folder / "trace.png")
-            shutil.rmtree(chunks)
+            # Renamed first: a kill half-way through must not leave chunks that look like all.
+            used = chunks.rename(folder / "trace.used")
+            shutil.rmtree(used)
 
     def _artifact(self, number: int, path: Path) -> None:
         self._tracker.trial_artifact(number, path)
 
-    def _renew(self, final: bool) -> Leaderboard:
+    def _renew(self, final: bool) -> None:
         from topotune.results.plots import plot_curves, plot_history
 
         board = leaderboard(self._folder, self._config)
@@ -167,4 +171,3 @@ class Recorder:
             plot_curves(board.trials, root / "curves.png", objectives(self._config))
             self._tracker.artifact(root / "history.png")
             self._tracker.artifact(root / "curves.png")
-        return board

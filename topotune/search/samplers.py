@@ -23,7 +23,11 @@ def _tpe(config: SearchConfig, seed: int) -> BaseSampler:
 
 
 def _gp(config: SearchConfig, seed: int) -> BaseSampler:
-    return optuna.samplers.GPSampler(n_startup_trials=config.sampler.startup_trials, seed=seed)
+    return optuna.samplers.GPSampler(
+        n_startup_trials=config.sampler.startup_trials,
+        seed=seed,
+        warn_independent_sampling=False,
+    )
 
 
 def _cmaes(config: SearchConfig, seed: int) -> BaseSampler:

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any, Self
 
+from topotune.errors import ResourceError
 from topotune.search.view import Listener
 
 # Read by Ray when it is imported or started: no usage reports, no signal handler of Tune's own
@@ -43,13 +44,21 @@ class RaySession:
         self._listener.note("starting Ray")
         local = self._address == "local"
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
-        ray.init(
-            address=self._address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            **options,
-        )
+        try:
+            ray.init(
+                address=self._address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                **options,
+            )
+        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
+            ray.shutdown()
+            text = " ".join(str(error).split())[:300]
+            raise ResourceError(
+                f"Ray does not start ({type(error).__name__}: {text}). 'topotune doctor' looks "
+                "into it; the logs are in the newest folder under /tmp/ray"
+            ) from error
         # Tune logs a traceback when a worker dies; ours says it in a line, and the cause is kept.
         for name in ("ray", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Self
 
 from topotune.config import SearchConfig
+from topotune.errors import ConfigError
 from topotune.search.folder import SearchFolder
 from topotune.search.view import Listener
 from topotune.tracking.mlflow import MlflowStore
@@ -26,6 +28,22 @@ def tracking_uri(config: SearchConfig) -> str | None:
     """
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
     return None if uri is None else check_tracking_uri(uri)
+
+
+def check_addresses(config: SearchConfig, results_dir: Path) -> None:
+    """Find an address that no store can have before anything is started or written.
+
+    Raises:
+        ConfigError: the tracking address, or a results path that no database address can express.
+    """
+    tracking_uri(config)
+    for sign in "?%#":
+        if sign in str(results_dir.absolute()):
+            raise ConfigError(
+                f"results folder {results_dir}",
+                f"its path holds a {sign!r}, which a database address cannot express",
+                "Choose another --results-dir",
+            )
 
 
 def open_store(folder: SearchFolder, config: SearchConfig) -> MlflowStore:

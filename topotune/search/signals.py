@@ -8,7 +8,6 @@ from types import FrameType
 from typing import Any, Self
 
 from topotune.search.book import Book
-from topotune.search.view import Listener
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -18,11 +17,10 @@ class Interrupts:
 
     Args:
         book: told to hand out nothing more.
-        listener: told what happens.
     """
 
-    def __init__(self, book: Book, listener: Listener) -> None:
-        self._book, self._listener = book, listener
+    def __init__(self, book: Book) -> None:
+        self._book = book
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -46,5 +44,5 @@ class Interrupts:
         name = signal.Signals(number).name
         if self._book.stopping:
             raise KeyboardInterrupt(f"second {name}")
+        # Nothing is printed here: the handler may have interrupted a print.
         self._book.stop(f"stopped by {name}")
-        self._listener.note(f"{name}: trials finish their epoch and are saved; once more to abort")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,6 +64,32 @@ class Listener(Protocol):
 
     def ended(self, trial: TrialSummary) -> None:
         """A trial ended."""
+
+
+class SafeListener:
+    """Passes everything on until the other side is gone (a closed terminal or pipe), then is
+    silent: a search does not end because nobody watches it."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener: Listener = listener
+
+    def _call(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except (OSError, ValueError, RuntimeError):
+            self._listener = SilentListener()
+
+    def note(self, text: str) -> None:
+        """Pass on."""
+        self._call(lambda: self._listener.note(text))
+
+    def tick(self, view: SearchView) -> None:
+        """Pass on."""
+        self._call(lambda: self._listener.tick(view))
+
+    def ended(self, trial: TrialSummary) -> None:
+        """Pass on."""
+        self._call(lambda: self._listener.ended(trial))
 
 
 class SilentListener:

@@ -18,7 +18,14 @@ from typing import Any
 
 from ray import tune
 
-from topotune.errors import DivergedError, TopotuneError
+from topotune.errors import (
+    CheckpointError,
+    DataUnavailableError,
+    DivergedError,
+    ResourceError,
+    SpoolError,
+    TopotuneError,
+)
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
@@ -67,13 +74,18 @@ class TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train one epoch; after a restart, first give all known epochs again."""
         progress = self._advance()
-        return {PAYLOAD: progress.to_json(), "done": progress.outcome is not None}
+        over = progress.outcome is not None or bool(progress.stop)
+        return {PAYLOAD: progress.to_json(), "done": over}
 
     def _advance(self) -> Progress:
         try:
             return self._next()
         except DivergedError as error:
             return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
+        except (CheckpointError, SpoolError, ResourceError, DataUnavailableError) as error:
+            # The machine's fault, not the trial's: the same would meet every other trial, so the
+            # search stops and this trial stays resumable.
+            return Progress((), self._overhead(), stop=str(error))
         except TopotuneError as error:
             return Progress((), self._overhead(), Outcome.FAILED, f"{error}")
         except Exception as error:  # noqa: BLE001 - user code raises anything; none is lost
