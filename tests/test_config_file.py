@@ -119,6 +119,7 @@ BAD: list[tuple[tuple[Any, ...], str, tuple[str, ...]]] = [
     (("warm_start", [{"depth": 1.5}]), "warm_start[0].depth", ("outside",)),
     (("warm_start", [{"depth": True}]), "warm_start[0].depth", ("outside",)),
     (("space", "coupling", "choices", [1, True]), "space.coupling", ("differ",)),
+    (("fixed", {"lr": 0.1}), "fixed.lr", ("fixed and in space",)),
     (("objective", []), "objective", ("at least 1",)),
     (("name", "../x"), "name", ("letters",)),
     (("name", "a" * 101), "name", ("100",)),

@@ -31,6 +31,11 @@ def check_search(config: SearchConfig) -> None:
         RuleError: the first broken rule.
     """
     _check_names(config)
+    for name in config.fixed:
+        if name in config.space and not config.space[name].when:
+            raise RuleError(
+                ("fixed", name), f"{name} stands in fixed and in space; remove one of them"
+            )
     _check_conditions(config.space)
     for index, point in enumerate(config.warm_start):
         _check_point(config.space, point, ("warm_start", index))

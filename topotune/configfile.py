@@ -7,6 +7,7 @@ that unfold (aliases) to too many nodes are refused.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import re
@@ -202,8 +203,8 @@ _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model,
 
 def _suggest_file(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path()
-    near = did_you_mean(path.name, sorted(p.name for p in folder.glob("*.yaml"))[:40])
-    return near.removeprefix("; ")
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1)
+    return f"Did you mean {str(folder / near[0])!r}?" if near else ""
 
 
 def _translate(

@@ -31,7 +31,7 @@ def print_best(out: Console, board: Leaderboard) -> None:
     """The best trial and its parameters, one a line, as a search file would hold them."""
     best = board.best
     if best is None:
-        out.print("No trial finished within the constraints.", markup=False)
+        out.print("No trial has finished that may be called best.", markup=False)
         return
     pairs = zip(board.objectives, best.values, strict=True)
     figures = ", ".join(f"{clean(name)} {value:.4f}" for name, value in pairs)

@@ -30,7 +30,7 @@ def status(
         print_board(out, report.board, limit=len(report.board.trials))
         print_best(out, report.board)
         return
-    reports = reading.all_status(results_dir)
+    reports = reading.all_status(results_dir, lambda text: typer.echo(text, err=True))
     if as_json:
         print_json([report.to_dict(trials=False) for report in reports])
         return

@@ -166,6 +166,8 @@ def _print(report: SearchReport, results_dir: Path) -> None:
         out.print(f"\nNot finished ({report.reason}). To go on:", markup=False)
         out.print(f"  topotune resume {name}{where}", markup=False)
         return
+    if report.board.best is None:
+        return
     out.print("\nNext:")
     out.print(f"  topotune dashboard {name}{where}        # look at it in MLflow", markup=False)
     out.print(

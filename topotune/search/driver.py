@@ -13,7 +13,7 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.search.folder import Lease, SearchFolder
 from topotune.search.preflight import check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
-from topotune.search.shipping import check_addresses
+from topotune.search.shipping import check_addresses, remembered
 from topotune.search.view import Listener, SafeListener
 
 
@@ -60,6 +60,7 @@ def start(
     """
     listener = SafeListener(listener)
     check_addresses(config, results_dir)
+    config = remembered(config)
     SearchFolder.check_free(results_dir, config)
     check_writable(results_dir)
     listener.note("checking the search: task, model and method at the ends of every range")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topotune.errors import CheckpointError, SearchFolderError, TrackingError
+from topotune.errors import CheckpointError, RunError, TrackingError
 from topotune.records import EpochReport, OverheadOptions, TrialResult, TrialSpec
 from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
 from topotune.results.leaderboard import top
@@ -69,7 +69,7 @@ def export_top(
         note: told what happens, one line at a time.
 
     Raises:
-        SearchFolderError: no trial has finished within the constraints.
+        RunError: no trial has finished within the constraints.
         VerificationError: a config did not reproduce its metric; what was written stays.
         TrackingError: the registry refused.
     """
@@ -77,7 +77,7 @@ def export_top(
     board = leaderboard(folder, config)
     best = top(board.trials, [o.direction for o in config.objective], count)
     if not best:
-        raise SearchFolderError(
+        raise RunError(
             f"{folder.root}: no trial finished within the constraints, so there is nothing to "
             f"export ({board.summary})"
         )

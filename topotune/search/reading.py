@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topotune.config import SearchConfig
+from topotune.errors import SearchFolderError
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import clean
 from topotune.search.folder import SearchFolder, lease_holder, searches
@@ -93,9 +94,20 @@ def status(results_dir: Path, name: str) -> SearchStatus:
     return _status(SearchFolder.open(results_dir, name))
 
 
-def all_status(results_dir: Path) -> list[SearchStatus]:
-    """All searches of a results directory, by name."""
-    return [_status(folder) for folder in searches(results_dir)]
+def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[SearchStatus]:
+    """All searches of a results directory, by name; one that cannot be read is named instead.
+
+    Args:
+        results_dir: where they lie.
+        damaged: told, in a line, of each that cannot be read.
+    """
+    found = []
+    for folder in searches(results_dir):
+        try:
+            found.append(_status(folder))
+        except SearchFolderError as error:
+            damaged(f"{folder.name}: cannot be read: {error}")
+    return found
 
 
 def _status(folder: SearchFolder) -> SearchStatus:

@@ -54,6 +54,12 @@ def summaries(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if not (folder.root / "study.db").exists():
+        trials_folder = folder.root / "trials"
+        if trials_folder.is_dir() and any(trials_folder.iterdir()):
+            raise SearchFolderError(
+                f"{folder.root / 'study.db'}: is missing, though trials have run. Bring it back "
+                "from a copy; leaderboard.json holds the last known results"
+            )
         return []
     try:
         study = optuna.load_study(study_name=config.name, storage=open_storage(folder))

@@ -46,6 +46,18 @@ def check_addresses(config: SearchConfig, results_dir: Path) -> None:
             )
 
 
+def remembered(config: SearchConfig) -> SearchConfig:
+    """The search with its tracking server written down, wherever that was named.
+
+    A later resume or sync from another shell must not send the records elsewhere. An address
+    with a password in it is not written down.
+    """
+    uri = tracking_uri(config)
+    if uri is None or config.tracking.uri is not None or redact(uri) != uri:
+        return config
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
 def open_store(folder: SearchFolder, config: SearchConfig) -> MlflowStore:
     """The store that a search is shipped to; nothing is contacted yet."""
     uri = tracking_uri(config)
