@@ -197,8 +197,6 @@ def test_a_replayed_epoch_is_not_judged_anew(tmp_path: Path) -> None:
     bad = tuple(report(handout.spec, epoch, val_accuracy=0.01) for epoch in (1, 2, 3))
     for one in bad:
         assert desk.book.progress(handout.number, Progress((one,)))
-    others = Desk(tmp_path / "x", config)
-    del others
     for _ in range(6):  # better ones finish meanwhile, as with concurrency 2
         desk.book.concurrency = 2
         desk.train(handed(desk.book.next()))

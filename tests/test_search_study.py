@@ -77,7 +77,6 @@ def test_a_killed_drivers_trial_is_handed_out_again_and_known_epochs_count_once(
     assert orphan == handout
     replay = tuple(report(orphan.spec, epoch) for epoch in (1, 2))
     assert again.book.progress(orphan.number, Progress(replay))
-    again.run_from = None  # type: ignore[attr-defined]
     for epoch in (3, 4):
         outcome = Outcome.COMPLETE if epoch == 4 else None
         again.book.progress(orphan.number, Progress((report(orphan.spec, epoch),), outcome=outcome))

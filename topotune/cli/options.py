@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,3 +32,23 @@ def console() -> Console:
 
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=200)
+
+
+def changed(data: object, changes: Mapping[tuple[str, ...], object]) -> object:
+    """The file's data with options of the command line put over it."""
+    if not isinstance(data, dict):
+        return data
+    for path, value in changes.items():
+        if value is None:
+            continue
+        block = data
+        for key in path[:-1]:
+            inner = block.get(key, {})
+            inner = {"name": inner} if isinstance(inner, str) else inner
+            if not isinstance(inner, dict):
+                break
+            block[key] = inner
+            block = inner
+        else:
+            block[path[-1]] = value
+    return data

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, console, print_json
+from topotune.cli.options import (
+    DEFAULT_RESULTS,
+    AsJson,
+    ResultsDir,
+    changed,
+    console,
+    print_json,
+)
 from topotune.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from topotune.config import SearchConfig
     from topotune.search.driver import SearchReport
@@ -43,7 +50,7 @@ def search(
         ("task", "data_dir"): data_dir,
         ("tracking", "uri"): tracking_uri,
     }
-    config = parse_search(_changed(data, changes), str(file), lines)
+    config = parse_search(changed(data, changes), str(file), lines)
     from topotune.search import driver
 
     _finish(
@@ -86,26 +93,6 @@ def _again(name: str, results_dir: Path, trials: int, as_json: bool) -> None:
         results_dir,
         as_json,
     )
-
-
-def _changed(data: object, changes: Mapping[tuple[str, ...], object]) -> object:
-    """The file's data with options of the command line put over it."""
-    if not isinstance(data, dict):
-        return data
-    for path, value in changes.items():
-        if value is None:
-            continue
-        block = data
-        for key in path[:-1]:
-            inner = block.get(key, {})
-            inner = {"name": inner} if isinstance(inner, str) else inner
-            if not isinstance(inner, dict):
-                break
-            block[key] = inner
-            block = inner
-        else:
-            block[path[-1]] = value
-    return data
 
 
 def _finish(

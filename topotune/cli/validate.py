@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from topotune.cli.options import AsJson, console, print_json
+from topotune.cli.options import AsJson, changed, console, print_json
 
 
 def check(
@@ -21,11 +21,7 @@ def check(
     from topotune.configfile import parse_search, read_yaml
 
     data, lines = read_yaml(file)
-    if data_dir is not None and isinstance(data, dict):
-        task = data.get("task")
-        task = {"name": task} if isinstance(task, str) else task
-        data["task"] = {**task, "data_dir": data_dir} if isinstance(task, dict) else task
-    config = parse_search(data, str(file), lines)
+    config = parse_search(changed(data, {("task", "data_dir"): data_dir}), str(file), lines)
     metrics: list[str] = []
     if not quick:
         from topotune.search.preflight import preflight

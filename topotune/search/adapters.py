@@ -41,6 +41,11 @@ def guarded(book: Book, call: Callable[[], T], otherwise: T) -> T:
     return otherwise
 
 
+def charge(book: Book) -> None:
+    """Charge the ledger's time up to now to the trials that hold a device."""
+    guarded(book, lambda: book.ledger.tick(book.holding), None)
+
+
 class NotStored:
     """Mixin for what lives in the driver only: Tune's pickle of its own set-up, which nothing
     ever reads, gets an empty object in its place."""
@@ -87,7 +92,7 @@ class StudySearcher(NotStored, Searcher):
         if result and PAYLOAD in result and not error:
             progress = Progress.from_json(result[PAYLOAD])
             guarded(self._book, lambda: self._book.progress(number, progress), False)
-        guarded(self._book, lambda: self._book.ledger.tick(self._book.holding), None)
+        charge(self._book)
         retries = self._book.config.budget.max_failures
         cause = f"its worker died {retries + 1} times" if error else ""
         guarded(self._book, lambda: self._book.end(number, cause), None)
@@ -128,44 +133,41 @@ class Clock(NotStored, Callback):
     def __init__(self, book: Book, pulse: Callable[[], None], note: Callable[[str], None]) -> None:
         self._book, self._pulse, self._note = book, pulse, note
 
-    def _tick(self) -> None:
-        guarded(self._book, lambda: self._book.ledger.tick(self._book.holding), None)
+    def _release(self, trial: Trial) -> None:
+        charge(self._book)
+        self._book.holding.discard(trial.config[NUMBER])
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """The trial holds its device from now on."""
-        self._tick()
+        charge(self._book)
         self._book.holding.add(trial.config[NUMBER])
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Its worker died; it holds nothing until it starts again."""
-        self._tick()
-        number = trial.config[NUMBER]
-        self._book.holding.discard(number)
+        self._release(trial)
         left = self._book.config.budget.max_failures - trial.num_failures
         self._note(
-            f"trial {number}: its worker died; it goes on from its last epoch ({left} more "
-            "restarts allowed)"
+            f"trial {trial.config[NUMBER]}: its worker died; it goes on from its last epoch "
+            f"({left} more restarts allowed)"
         )
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """The device is free."""
-        self._tick()
-        self._book.holding.discard(trial.config[NUMBER])
+        self._release(trial)
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """The device is free."""
-        self._tick()
-        self._book.holding.discard(trial.config[NUMBER])
+        self._release(trial)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Charge the time and let the driver look around."""
-        self._tick()
+        charge(self._book)
         guarded(self._book, self._pulse, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from topotune.search.recorder import leaderboard, objectives
 from topotune.search.shipping import open_store
 from topotune.tracking.registry import register_model
 from topotune.train.checkpoint import CHECKPOINT_FILE
-
-_log = logging.getLogger(__name__)
 
 GPU_TOLERANCE = 5e-3
 """Accepted difference of a verified metric off the CPU, where kernels sum in varying order."""

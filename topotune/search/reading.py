@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from topotune.search.shipping import open_store
 from topotune.tracking.dashboard import search_page, serve_dashboard, trials_page
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

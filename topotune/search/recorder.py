@@ -10,7 +10,6 @@ import logging
 import queue
 import shutil
 import threading
-from pathlib import Path
 
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
@@ -146,14 +145,11 @@ class Recorder:
         if epochs and TraceFolder(chunks).join(epochs, folder / TRACE_FILE):
             title = f"{self._config.name}, trial {row.number} ({row.state})"
             plot_trace(folder / TRACE_FILE, folder / "trace.png", title)
-            self._artifact(row.number, folder / TRACE_FILE)
-            self._artifact(row.number, folder / "trace.png")
+            self._tracker.trial_artifact(row.number, folder / TRACE_FILE)
+            self._tracker.trial_artifact(row.number, folder / "trace.png")
             # Renamed first: a kill half-way through must not leave chunks that look like all.
             used = chunks.rename(folder / "trace.used")
             shutil.rmtree(used)
-
-    def _artifact(self, number: int, path: Path) -> None:
-        self._tracker.trial_artifact(number, path)
 
     def _renew(self, final: bool) -> None:
         from topotune.results.plots import plot_curves, plot_history

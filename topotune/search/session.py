@@ -38,7 +38,6 @@ class RaySession:
 
     def __enter__(self) -> Self:
         os.environ.update(_RAY_ENVIRONMENT)
-        # Actors find their bytecode by the same interpreter; nothing of theirs goes to our output.
         import ray
 
         self._listener.note("starting Ray")
