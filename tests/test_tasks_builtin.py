@@ -16,7 +16,7 @@ from topotune.models import MLP, ConvNet
 from topotune.tasks import TASKS, DataOptions, ImageTask, build_task, classification, describe_tasks
 from topotune.tasks.classification import ClassificationTask
 
-OFFLINE = ["digits", "mnist5k"]
+OFFLINE = ["digits", "digits_rolled", "mnist5k"]
 DOWNLOADED = ["cifar10", "fashion_mnist", "kmnist", "mnist"]
 ANALYTIC = ["quadratic", "rosenbrock"]
 
@@ -180,7 +180,7 @@ def test_tasks_data_and_contracts_import_nothing_heavy() -> None:
         "import sys, json, topotune.testing\n"
         "from topotune.tasks import build_task, DataOptions, describe_tasks\n"
         "describe_tasks()\n"
-        "for name in ('mnist5k', 'digits', 'quadratic'):\n"
+        "for name in ('mnist5k', 'digits', 'digits_rolled', 'quadratic'):\n"
         "    build_task(name, {}).splits(DataOptions())\n"
         "heavy = ('torchvision', 'sklearn', 'mlxtend', 'ray', 'optuna', 'mlflow', 'pydantic',"
         " 'pytest')\n"

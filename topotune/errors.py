@@ -5,6 +5,7 @@ The tree::
     TopotuneError                  caught once, at the command line
     +-- UserError                  the input or the environment must change: exit code 2
     |   +-- ConfigError            a search file, config or option; names place, value, rule, fix
+    |   |   +-- UnstableError      values whose dynamics cannot settle, however well they are solved
     |   +-- UnknownNameError       a name that no registry knows; lists the known and the nearest
     |   +-- PluginError            "package.module:Name" does not load or has the wrong type
     |   +-- DataUnavailableError   a data set is neither on disk nor downloadable
@@ -13,6 +14,7 @@ The tree::
     +-- RunError                   the input was fine, the run was not: exit code 1
         +-- CheckpointError        a checkpoint is unreadable or belongs to another trial
         +-- DivergedError          training left the finite numbers or its energy bound
+        +-- StoppedError           training goes on but cannot learn; the trial ends as pruned
         +-- SpoolError             the write-ahead spool cannot be written
         +-- TrackingError          the tracking server refused what it was sent
         +-- VerificationError      an exported config did not reproduce its recorded metric
@@ -55,6 +57,13 @@ class ConfigError(UserError):
         return type(self), (self.place, self.problem, self.fix)
 
 
+class UnstableError(ConfigError):
+    """Values that are legal one by one and together make dynamics that never settle.
+
+    A search refuses them where it can see them; a trial that samples them ends as DIVERGED.
+    """
+
+
 class UnknownNameError(UserError):
     """A name is not in the registry that it was looked up in."""
 
@@ -92,6 +101,13 @@ class CheckpointError(RunError):
 
 class DivergedError(RunError):
     """Training produced a non-finite number or left its energy bound; the text is the cause."""
+
+
+class StoppedError(RunError):
+    """Training goes on without learning, such as on states that never converge; the text says why.
+
+    The trial ends as PRUNED with this reason.
+    """
 
 
 class SpoolError(RunError):

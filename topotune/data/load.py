@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from topotune.data.digits import load_digits
+from topotune.data.digits import load_digits, load_rolled_digits
 from topotune.data.mnist5k import load_mnist5k
 from topotune.data.split import SplitPlan, stratified_splits
 from topotune.data.splits import Splits, TensorPair
@@ -15,6 +15,7 @@ from topotune.data.vision import load_vision
 
 PACKAGED: dict[str, Callable[[], TensorPair]] = {
     "digits": load_digits,
+    "digits_rolled": load_rolled_digits,
     "mnist5k": load_mnist5k,
 }
 """Data sets that an installed package carries; the test rows are carved out."""

@@ -12,11 +12,20 @@ from topotune.plugins import is_import_path, load_class
 from topotune.tasks.analytic import AnalyticTask, Quadratic, Rosenbrock
 from topotune.tasks.base import Task
 from topotune.tasks.classification import ImageTask
-from topotune.tasks.images import Cifar10, Digits, FashionMnist, Kmnist, Mnist, Mnist5k
+from topotune.tasks.images import (
+    Cifar10,
+    Digits,
+    DigitsRolled,
+    FashionMnist,
+    Kmnist,
+    Mnist,
+    Mnist5k,
+)
 
 TASKS: dict[str, type[ImageTask] | type[AnalyticTask]] = {
     "cifar10": Cifar10,
     "digits": Digits,
+    "digits_rolled": DigitsRolled,
     "fashion_mnist": FashionMnist,
     "kmnist": Kmnist,
     "mnist": Mnist,
