@@ -16,7 +16,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ROOM_ORDER = (
     ("__init__", "errors", "records", "plugins", "seeding", "files"),
     ("config_space", "config_rules", "config", "configfile"),
-    ("optim", "models", "data"),
+    ("optim", "data", "tcep"),
+    ("models",),
     ("tasks",),
     ("tracking", "results"),
     ("train",),
@@ -38,9 +39,10 @@ THIRD_PARTY_HOMES = {
     "typer": {"cli", "bench"},
     "rich": {"cli", "bench"},
     "matplotlib": {"results"},
+    "torchdiffeq": {"tcep"},
     "safetensors": {"results"},
 }
-GPU_MACHINE = ("optim", "models", "data", "tasks", "train", "records", "errors", "plugins")
+GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "errors", "plugins")
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 

@@ -11,12 +11,14 @@ from topotune.models.convnet import ConvNet
 from topotune.models.mlp import MLP
 from topotune.models.options import call_with_options
 from topotune.plugins import is_import_path, load_class
+from topotune.tcep.network import TCEPNetwork
 
-__all__ = ["MLP", "MODELS", "ConvNet", "build_model"]
+__all__ = ["MLP", "MODELS", "ConvNet", "TCEPNetwork", "build_model"]
 
 MODELS: dict[str, type[nn.Module]] = {
     "convnet": ConvNet,
     "mlp": MLP,
+    "tcep": TCEPNetwork,
 }
 
 

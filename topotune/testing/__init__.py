@@ -1,4 +1,4 @@
-"""Contracts: test classes to inherit, for a task or an optimizer of your own::
+"""Contracts: test classes to inherit, for a task, an optimizer or a TCEP field of your own::
 
     from topotune.testing import TaskContract
 
@@ -8,7 +8,8 @@
 Run it with pytest. A failure says what the rest of topotune relies on.
 """
 
+from topotune.testing.field import EnergyContract, KnownEquilibrium
 from topotune.testing.optimizer import OptimizerContract
 from topotune.testing.task import TaskContract
 
-__all__ = ["OptimizerContract", "TaskContract"]
+__all__ = ["EnergyContract", "KnownEquilibrium", "OptimizerContract", "TaskContract"]

@@ -1,0 +1,1 @@
+"""Toroidal continuous equilibrium propagation: networks that relax, and learn by being nudged."""

@@ -1,0 +1,121 @@
+"""Gradients to compare with: through the steps, by the adjoint equation, or of the readout only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topotune.tcep.adjoint import integrate_adjoint
+from topotune.tcep.gradients import Contrast, Phase, orbit_cost
+from topotune.tcep.network import DrivenFlow, TCEPNetwork
+from topotune.tcep.relax import Noise, unroll
+
+
+def _unrolled(
+    network: TCEPNetwork, drive: Tensor, noise: Noise | None = None
+) -> tuple[Tensor, int]:
+    """State (B, S), or orbit (T, B, S), after steps that automatic differentiation recorded."""
+    start = network.field.initial(drive)
+    state, steps, orbit = unroll(
+        network.free_flow(drive),
+        start,
+        network.dynamics.solver,
+        dt=network.time_step,
+        memory=network.memory(start),
+        noise=noise,
+    )
+    return (state if orbit is None else orbit), steps
+
+
+def unrolled_logits(network: TCEPNetwork, drive: Tensor) -> Tensor:
+    """Logits (B, classes) that plain backpropagation can go through."""
+    states, _ = _unrolled(network, drive)
+    if states.ndim == 2:
+        return network.logits(states)
+    return torch.stack([network.logits(state) for state in states]).mean(dim=0)
+
+
+def bptt(
+    network: TCEPNetwork, inputs: Tensor, targets: Tensor, noise: Noise | None = None
+) -> Contrast:
+    """Backpropagation through all steps of the free phase (damped Euler unless heun is chosen).
+
+    It stops where the free phase would, so it takes no step more than needed; memory grows with
+    the steps.
+    """
+    drive = network.drive(inputs)
+    states, steps = _unrolled(network, drive, noise)
+    cost = orbit_cost(network, states, targets)
+    cost.backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        final = states if states.ndim == 2 else states.mean(dim=0)
+        logits = network.logits(final)
+        flow = network.flow(final, drive)
+        residual = flow.square().mean(dim=1).sqrt()
+        measured = {
+            "residual_free": residual.mean(),
+            "nfe_free": residual.new_tensor(float(steps)),
+            "diverged_share": (~torch.isfinite(residual)).to(residual).mean(),
+        }
+        if network.recirculation.kind != "gain":
+            late = residual > 1.05 * network.dynamics.solver.tolerance
+            measured["unconverged_share"] = late.to(residual).mean()
+        if network.conservative:
+            measured["energy_free"] = network.energy(final, drive).mean()
+    return Contrast(cost.detach(), logits, measured)
+
+
+class _AdjointModule(nn.Module):
+    """A driven flow as the module of time and state that an ODE solver takes."""
+
+    def __init__(self, flow: DrivenFlow) -> None:
+        super().__init__()
+        self._flow = flow
+        self.evaluations = 0
+
+    def forward(self, time: Tensor, state: Tensor) -> Tensor:
+        self.evaluations += 1
+        return self._flow(state)
+
+
+def adjoint(network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
+    """The adjoint equation, integrated backwards by torchdiffeq (Chen et al. 2018).
+
+    The free phase is integrated by dopri5 over a fixed time, ``steps * dt``, and its adjoint over
+    the same. Memory does not depend on the steps. It replaces the nudged phase.
+    """
+    drive = network.drive(inputs)
+    module = _AdjointModule(network.free_flow(drive))
+    solver = network.dynamics.solver
+    state = integrate_adjoint(
+        module,
+        network.field.initial(drive),
+        duration=solver.steps * network.time_step,
+        tolerance=solver.tolerance,
+        # The drive stands for the embedding: given both, its gradient would be counted twice.
+        parameters=(drive, *network.field.parameters()),
+    )
+    logits = network.logits(state)
+    cost = F.cross_entropy(logits, targets)
+    forward = module.evaluations
+    cost.backward()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        residual = network.flow(state, drive).square().mean(dim=1).sqrt()
+        measured = {
+            "residual_free": residual.mean(),
+            "nfe_free": residual.new_tensor(float(forward)),
+            "nfe_nudged": residual.new_tensor(float(module.evaluations - forward)),
+            "unconverged_share": (residual > solver.tolerance).to(residual).mean(),
+            "diverged_share": (~torch.isfinite(residual)).to(residual).mean(),
+        }
+        if network.conservative:
+            measured["energy_free"] = network.energy(state, drive).mean()
+    return Contrast(cost.detach(), logits.detach(), measured)
+
+
+def head_only(network: TCEPNetwork, phase: Phase) -> dict[str, Tensor]:
+    """The readout's plain gradient at the free equilibrium; nothing else gets one (a control)."""
+    states = phase.free.state if phase.free.orbit is None else phase.free.orbit
+    orbit_cost(network, states, phase.targets).backward()  # type: ignore[no-untyped-call]
+    return {}

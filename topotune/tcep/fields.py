@@ -1,0 +1,167 @@
+"""What relaxes: the interface of a field, and how one is found by name."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from topotune.errors import ConfigError
+
+
+class Capped(NamedTuple):
+    """A matrix whose spectral norm is kept below a cap.
+
+    Attributes:
+        weight: (rows, columns) or (heads, rows, columns); each head has a norm of its own.
+        cap: the largest norm; 0 leaves the matrix alone.
+    """
+
+    weight: nn.Parameter
+    cap: float
+
+
+class Field(nn.Module, ABC):
+    """A vector field over the state of a network, driven by its input.
+
+    The state is one flat tensor ``s`` (B, S): first the tokens ``h``, N of width D, then whatever
+    hidden units the field has. The network adds damping ``-lambda h`` and the recirculation to
+    the tokens' part of :meth:`flow`; a field knows neither.
+
+    A conservative field has an energy: ``flow = -(1/G) dE/ds`` with a positive diagonal metric
+    ``G``. Subclass this, write :meth:`energy`, and leave :meth:`flow` to automatic
+    differentiation, or write the force by hand and have
+    :class:`topotune.testing.EnergyContract` check it. Name the class in a search file as
+    ``field: "my_module:MyField"``. Its constructor gets those of ``tokens``, ``width``, ``heads``,
+    ``hidden``, ``memory``, ``scale``, ``sharpness`` and ``caps`` that it names.
+
+    Attributes:
+        tokens, width: N and D.
+        size: S, at least N * D.
+        feature_size: R, the numbers that the readout sees.
+        conservative: whether there is an energy.
+    """
+
+    conservative: bool = True
+
+    def __init__(self, tokens: int, width: int, size: int, feature_size: int) -> None:
+        super().__init__()
+        self.tokens, self.width, self.size, self.feature_size = tokens, width, size, feature_size
+
+    def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens (B, N, D) and the hidden units (B, S - N D), as views of the state."""
+        count = self.tokens * self.width
+        return state[:, :count].view(-1, self.tokens, self.width), state[:, count:]
+
+    def initial(self, drive: Tensor) -> Tensor:
+        """Where a relaxation starts: the tokens at the drive (B, N, D), hidden units at zero."""
+        rest = drive.new_zeros(len(drive), self.size - self.tokens * self.width)
+        return torch.cat([drive.flatten(1), rest], dim=1)
+
+    def energy(self, state: Tensor, drive: Tensor) -> Tensor:
+        """The energy of each sample, (B,), differentiable in the state and in the parameters.
+
+        Raises:
+            TypeError: this field has none.
+        """
+        raise TypeError(f"{type(self).__name__} has no energy")
+
+    def metric(self, state: Tensor) -> Tensor:
+        """The diagonal of ``G``, (B, S): positive, and one constant number on all tokens (the
+        damping's and the recirculation's energy are weighted by it). All ones unless overridden.
+        """
+        return torch.ones_like(state)
+
+    def flow(self, state: Tensor, drive: Tensor) -> Tensor:
+        """``ds/dt`` without damping and recirculation, (B, S).
+
+        By automatic differentiation of the energy unless overridden.
+        """
+        return energy_flow(self, state, drive)
+
+    @abstractmethod
+    def features(self, state: Tensor) -> Tensor:
+        """What the readout sees, (B, R)."""
+
+    def nudge(self, state: Tensor, slope: Tensor) -> Tensor:
+        """``(1/G) (dfeatures/ds)^T slope``, (B, S): a cost's slope at the features, as a flow.
+
+        By automatic differentiation unless overridden.
+
+        Args:
+            state: (B, S).
+            slope: (B, R), the cost's derivative by the features.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            point = state.clone().detach().requires_grad_()
+            (back,) = torch.autograd.grad(self.features(point), point, slope.clone().detach())
+        return back.detach() / self.metric(state)
+
+    def eliminated(self, tokens: Tensor, drive: Tensor, state: Tensor) -> Tensor:
+        """The flow of the tokens alone, (B, N, D), with hidden units at their own equilibrium.
+
+        Its Jacobian is what the one-sided Lipschitz constant is measured of. Hidden units are held
+        at those of ``state`` unless overridden, which is right for fields that have none.
+        """
+        hidden = self.split(state)[1]
+        joined = torch.cat([tokens.flatten(1), hidden], dim=1)
+        return self.split(self.flow(joined, drive))[0]
+
+    def capped(self) -> list[Capped]:
+        """The matrices whose spectral norms are to be capped after every step."""
+        return []
+
+
+def energy_flow(field: Field, state: Tensor, drive: Tensor) -> Tensor:
+    """``-(1/G) dE/ds`` by automatic differentiation, whatever :meth:`Field.flow` does.
+
+    Differentiable when gradients are recorded. Works under inference mode too.
+    """
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        point = state if state.requires_grad else state.detach().requires_grad_()
+        total = field.energy(point, drive).sum()
+        (slope,) = torch.autograd.grad(total, point, create_graph=True)
+        return -slope / field.metric(point)
+    with torch.inference_mode(False), torch.enable_grad():
+        point = state.clone().detach().requires_grad_()
+        total = field.energy(point, drive.clone().detach()).sum()
+        (slope,) = torch.autograd.grad(total, point)
+        return (-slope / field.metric(point)).detach()
+
+
+def build_field(found: type[Field], facts: dict[str, object]) -> Field:
+    """Call a field's constructor with those of the facts that it names.
+
+    Raises:
+        ConfigError: it needs an argument that is not among them, or it refuses a value, or what
+            it built does not have the tokens and the width that were asked for.
+    """
+    parameters = inspect.signature(found).parameters.values()
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+    for parameter in parameters:
+        plain = parameter.kind in (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.KEYWORD_ONLY,
+        )
+        if plain and parameter.default is inspect.Parameter.empty and parameter.name not in facts:
+            raise ConfigError(
+                "field",
+                f"the constructor of {found.__qualname__} needs {parameter.name!r}",
+                f"A field can have {', '.join(sorted(facts))}; give others a default",
+            )
+    given = {name: value for name, value in facts.items() if takes_any or name in names}
+    try:
+        field = found(**given)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError("field", f"{found.__qualname__} rejects {given}: {error}") from error
+    if (field.tokens, field.width) != (facts["tokens"], facts["width"]):
+        raise ConfigError(
+            "field",
+            f"{found.__qualname__} has {field.tokens} tokens of width {field.width}, "
+            f"expected {facts['tokens']} of {facts['width']}",
+        )
+    return field

@@ -1,0 +1,178 @@
+"""The nudged phase: the free flow, pulled towards lower cost, corrected where it is asymmetric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from topotune.tcep.jacobian import Jacobian
+from topotune.tcep.network import TCEPNetwork
+from topotune.tcep.relax import Equilibrium, Noise, relax
+
+TOLERANCE_SHARE = 5e-4
+"""The nudged phase's tolerance is at most this share of the nudge itself. What is left of the flow
+becomes an error of the gradient, magnified by one over the stability margin."""
+
+COARSEST_SHARE = 0.02
+"""The share that rounding must allow at the least; with a much looser tolerance the free
+equilibrium would pass for the nudged one, and the gradient would be zero."""
+
+MINIMUM_STEPS = 4
+"""Steps of a nudged phase at least: the nudge enters at the readout and must reach the tokens."""
+
+ROUNDING = 2.0
+"""No tolerance below this many roundings of the typical token is asked for (0.6 were reached)."""
+
+
+def cost_slope(network: TCEPNetwork, state: Tensor, targets: Tensor) -> Tensor:
+    """The per-sample cross-entropy's derivative by the features, (B, R)."""
+    surplus = torch.softmax(network.logits(state), dim=1)
+    surplus = surplus - F.one_hot(targets, surplus.shape[1]).to(surplus)
+    return surplus @ network.head.weight
+
+
+class NudgedFlow:
+    """``F(s) - beta (1/G) dC/ds``, with the correction of asymmetric flows if asked for.
+
+    The correction subtracts ``(J - J^+)(s - s*)``, J the Jacobian at the free equilibrium ``s*``
+    and ``J^+`` its adjoint in the metric (design, section 4): what is left has a symmetric
+    Jacobian there, so a small nudge moves the state along the exact gradient's direction.
+
+    Args:
+        network: whose flow.
+        drive: (B, N, D).
+        targets: (B,) class numbers.
+        beta: (B,) strength and sign of each sample's nudge.
+        centre: (B, S) free equilibrium; None for no correction.
+    """
+
+    def __init__(
+        self,
+        network: TCEPNetwork,
+        drive: Tensor,
+        targets: Tensor,
+        beta: Tensor,
+        centre: Tensor | None,
+    ) -> None:
+        self._network, self._drive, self._targets = network, drive, targets
+        self._beta, self._centre = beta, centre
+        self._jacobian: Jacobian | None = None
+        self._metric = beta
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """``ds/dt``, (B, S)."""
+        network = self._network
+        recirculate = not network.recirculation.timed
+        flow = network.flow(state, self._drive, recirculate)
+        slope = cost_slope(network, state, self._targets)
+        flow = flow - self._beta.unsqueeze(1) * network.field.nudge(state, slope)
+        if self._centre is not None:
+            flow = flow - self._asymmetry(state - self._centre)
+        return flow
+
+    def rows(self, index: Tensor) -> NudgedFlow:
+        """The flow of some samples."""
+        centre = None if self._centre is None else self._centre[index]
+        return NudgedFlow(
+            self._network, self._drive[index], self._targets[index], self._beta[index], centre
+        )
+
+    def _asymmetry(self, away: Tensor) -> Tensor:
+        """``(J - J^+) away`` at the free equilibrium, (B, S)."""
+        network, field = self._network, self._network.field
+        assert self._centre is not None
+        if field.conservative:  # what is asymmetric is linear and known
+            h, _ = field.split(away)
+            term = network.recirculation.term(h) - network.recirculation.adjoint_term(h)
+            return F.pad(term.flatten(1), (0, field.size - h[0].numel()))
+
+        if self._jacobian is None:
+            recirculate = not network.recirculation.timed
+            self._jacobian = Jacobian(
+                lambda state: network.flow(state, self._drive, recirculate), self._centre
+            )
+            self._metric = field.metric(self._centre).detach()
+        against = self._jacobian.transposed_times(self._metric * away) / self._metric
+        return self._jacobian.times(away) - against
+
+
+@dataclass(frozen=True)
+class NudgedPhases:
+    """Nudged equilibria of one batch, phase by phase.
+
+    Attributes:
+        states: (P, B, S); of an orbit (P, T, B, S).
+        found: the relaxation of all phases in one batch of P B samples.
+        resolution: the coarsest tolerance that will do over the finest that the dtype's rounding
+            allows, 0-d; below 1 the nudge drowns in rounding.
+        force: RMS of the cost's pull at beta 1, over the batch.
+    """
+
+    states: Tensor
+    found: Equilibrium
+    resolution: Tensor
+    force: Tensor
+
+
+def relax_nudged(
+    network: TCEPNetwork,
+    drive: Tensor,
+    targets: Tensor,
+    free: Tensor,
+    betas: Tensor,
+    strength: Tensor,
+    *,
+    correct: bool,
+    noise: Noise | None = None,
+) -> NudgedPhases:
+    """Relax from the free equilibrium under several nudges at once.
+
+    The tolerance is the solver's, but at most ``TOLERANCE_SHARE * strength * RMS|dC|`` (over the
+    batch), and at least what rounding allows.
+
+    Args:
+        network: any.
+        drive: (B, N, D), detached.
+        targets: (B,).
+        free: (B, S), the free equilibrium.
+        betas: (P,) one nudge a phase, on the device; zero gives the free equilibrium again, to
+            the tighter tolerance.
+        strength: 0-d, beta.
+        correct: correct an asymmetric flow.
+        noise: the same noise for all phases.
+    """
+    phases, batch = len(betas), len(drive)
+    with torch.no_grad():
+        pull = network.field.nudge(free, cost_slope(network, free, targets))
+        force = pull.square().mean().sqrt()
+        solver = network.dynamics.solver
+        typical = (network.dynamics.damping * free).square().mean().sqrt().clamp_min(1.0)
+        floor = ROUNDING * torch.finfo(free.dtype).eps * typical
+        wanted = (TOLERANCE_SHARE * strength * force).clamp_max(solver.tolerance)
+        tolerance = torch.maximum(wanted, floor)
+        start = free.repeat(phases, 1)
+        centre = start if correct and not network.conservative else None
+        flow = NudgedFlow(
+            network,
+            drive.repeat(phases, 1, 1),
+            targets.repeat(phases),
+            betas.to(free.dtype).repeat_interleave(batch),
+            centre,
+        )
+        found = relax(
+            flow,
+            start,
+            solver,
+            dt=network.time_step,
+            tolerance=tolerance.expand(phases * batch),
+            min_steps=MINIMUM_STEPS,
+            memory=network.memory(start),
+            noise=None if noise is None else replace(noise, copies=phases),
+        )
+    states = found.state.view(phases, batch, -1)
+    if found.orbit is not None:
+        states = found.orbit.view(len(found.orbit), phases, batch, -1).transpose(0, 1)
+    return NudgedPhases(states, found, COARSEST_SHARE * strength * force / floor, force)

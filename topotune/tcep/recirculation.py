@@ -1,0 +1,294 @@
+"""Recirculation: what a token gets back of its neighbours on a ring, or of its own past.
+
+The six readings of the proposal's ``tau(h, t) = gamma exp(-kappa |t mod T|) h(t mod T)``. At an
+equilibrium each is one linear map of the tokens; those over time also have a :class:`Memory`,
+which the solvers step through time with.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from topotune.errors import ConfigError, UnknownNameError, UnstableError
+from topotune.tcep.memory import DelayMemory, FadeMemory, GainMemory, Memory
+from topotune.tcep.options import Dynamics
+
+__all__ = ["Memory", "Recirculation", "build_recirculation"]
+
+DEFAULT_TIME = 4.0
+"""T of the recirculations over time, where it is not given."""
+
+DEFAULT_SHIFT = 1
+"""T of ``shift``, where it is not given: all tokens would be a full turn, the identity."""
+
+MOST_STATES = 10_000
+"""Stored states of the past at most; beyond, T was meant in another unit."""
+
+
+def build_recirculation(dynamics: Dynamics, tokens: int, gamma: float) -> Recirculation:
+    """The recirculation that the dynamics describe.
+
+    Args:
+        dynamics: kind, kappa, T and lambda; its gamma is not read.
+        tokens: N.
+        gamma: the strength, resolved.
+
+    Raises:
+        ConfigError: T or gamma breaks its rule.
+        UnstableError: the damping does not exceed what flows back.
+        UnknownNameError: no such kind.
+    """
+    try:
+        kind = _KINDS[dynamics.recirculation]
+    except KeyError:
+        raise UnknownNameError("recirculation", dynamics.recirculation, _KINDS) from None
+    if not math.isfinite(gamma):
+        raise ConfigError("gamma", f"must be a finite number (got {gamma!r})")
+    built = kind(gamma, dynamics.kappa, dynamics.period, tokens)
+    built.check_stable(dynamics.damping)
+    return built
+
+
+class Recirculation(ABC):
+    """What flows back to the tokens ``h`` (B, N, D).
+
+    Attributes:
+        kind: its name in a search file.
+        gamma, kappa, period: strength, decay and T as resolved; T is 0 for ``none``.
+        symmetric: whether the term is the gradient of a quadratic form.
+        gain: coefficient at equilibrium: gamma (ring, shift), gamma exp(-kappa T) (delay),
+            gamma (1 - exp(-kappa T)) (fade), the mean over a period (gain), 0 (none).
+        timed: whether it acts through the past, so that :meth:`memory` is to be used.
+    """
+
+    kind: str
+    symmetric = True
+    timed = False
+
+    def __init__(self, gamma: float, kappa: float, period: float, gain: float) -> None:
+        self.gamma, self.kappa, self.period, self.gain = gamma, kappa, period, gain
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(gamma={self.gamma:g}, kappa={self.kappa:g}, "
+            f"period={self.period:g}, gain={self.gain:g})"
+        )
+
+    @property
+    def strongest(self) -> float:
+        """The largest rate at which tokens are fed back, which the damping must exceed."""
+        return abs(self.gamma)
+
+    def check_stable(self, damping: float) -> None:
+        """Refuse what no solver can settle, whatever the field does.
+
+        Raises:
+            UnstableError: lambda is not above :attr:`strongest`.
+        """
+        if self.strongest < damping:
+            return
+        bound = "|gain|" if self.strongest == abs(self.gain) else "|gamma|"
+        raise UnstableError(
+            "lambda",
+            f"must be above {bound} = {self.strongest:g} with recirculation {self.kind!r} "
+            f"(got lambda {damping:g}, gamma {self.gamma:g}, kappa {self.kappa:g}, "
+            f"T {self.period:g}: gain {self.gain:g})",
+            "Raise lambda, lower gamma, or give gamma_fraction, which stays in the stable range",
+        )
+
+    @abstractmethod
+    def term(self, h: Tensor) -> Tensor:
+        """``A h`` at an equilibrium, (B, N, D)."""
+
+    def adjoint_term(self, h: Tensor) -> Tensor:
+        """``A^T h``, (B, N, D)."""
+        return self.term(h)
+
+    def quadratic(self, h: Tensor) -> Tensor:
+        """``1/2 <h, A h>`` of each sample, (B,); its gradient is :meth:`term`.
+
+        Raises:
+            ValueError: the recirculation is directed, so no such form exists.
+        """
+        return 0.5 * (h * self.term(h)).sum(dim=(1, 2))
+
+    def time_step(self, dt: float) -> tuple[int, float]:
+        """Stored states of the past, and the step, at most ``dt``, that divides T into them.
+
+        Raises:
+            ConfigError: more than :data:`MOST_STATES` states would have to be kept.
+            ValueError: the recirculation does not act through the past.
+        """
+        if not self.timed:
+            raise ValueError(f"recirculation {self.kind!r} keeps no past")
+        if self.period / dt > MOST_STATES:
+            raise ConfigError(
+                "T",
+                f"must be at most {MOST_STATES} steps of {dt:g} for recirculation {self.kind!r} "
+                f"(got {self.period:g})",
+                "Lower T, or raise step",
+            )
+        count = math.ceil(self.period / dt)
+        return count, self.period / count
+
+    def memory(self, h0: Tensor, dt: float) -> Memory:
+        """A past that equals ``h0`` (B, N * D) at all times, on the grid of :meth:`time_step`.
+
+        Raises:
+            ConfigError, ValueError: as :meth:`time_step`.
+        """
+        raise ValueError(f"recirculation {self.kind!r} keeps no past")
+
+
+class _Ring(Recirculation):
+    """``gamma K h`` with ``K_ij`` decaying with the distance of i and j around a ring of T."""
+
+    kind = "ring"
+
+    def __init__(self, gamma: float, kappa: float, period: float | None, tokens: int) -> None:
+        size = _whole_period(self.kind, tokens if period is None else period, 2, tokens)
+        super().__init__(gamma, kappa, float(size), gamma)
+        self._tokens = tokens
+        self._kernels: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def _kernel(self, h: Tensor) -> Tensor:
+        key = (h.device, h.dtype)
+        if key not in self._kernels:
+            # Built outside of inference mode, so that a training step may use the same tensor.
+            with torch.inference_mode(False), torch.no_grad():
+                place = torch.arange(self._tokens)
+                around = (place[:, None] - place[None, :]).abs() % int(self.period)
+                distance = torch.minimum(around, int(self.period) - around)
+                kernel = torch.exp(-self.kappa * distance.double())
+                # One divisor for all rows: a divisor for each row would break the symmetry.
+                kernel = kernel * (self.gamma / kernel.sum(dim=1).max())
+                self._kernels[key] = kernel.to(device=h.device, dtype=h.dtype)
+        return self._kernels[key]
+
+    def term(self, h: Tensor) -> Tensor:
+        return torch.matmul(self._kernel(h), h)
+
+
+class _Shift(Recirculation):
+    """``gamma h`` rotated by T tokens: directed, so without an energy."""
+
+    kind = "shift"
+    symmetric = False
+
+    def __init__(self, gamma: float, kappa: float, period: float | None, tokens: int) -> None:
+        self._by = _whole_period(self.kind, DEFAULT_SHIFT if period is None else period, 1, tokens)
+        super().__init__(gamma, kappa, float(self._by), gamma)
+
+    def term(self, h: Tensor) -> Tensor:
+        return self.gamma * torch.roll(h, self._by, dims=1)
+
+    def adjoint_term(self, h: Tensor) -> Tensor:
+        return self.gamma * torch.roll(h, -self._by, dims=1)
+
+    def quadratic(self, h: Tensor) -> Tensor:
+        raise ValueError("recirculation 'shift' is directed: no energy has it as its gradient")
+
+
+class _Timed(Recirculation):
+    """A multiple of h at equilibrium, reached through the past."""
+
+    timed = True
+
+    def __init__(self, gamma: float, kappa: float, period: float | None, tokens: int) -> None:
+        period = DEFAULT_TIME if period is None else period
+        if not (math.isfinite(period) and period > 0):
+            raise ConfigError("T", f"must be a finite number above 0 (got {period!r})")
+        super().__init__(gamma, kappa, period, gamma * self._share(kappa, period))
+
+    @staticmethod
+    @abstractmethod
+    def _share(kappa: float, period: float) -> float:
+        """gain / gamma."""
+
+    def term(self, h: Tensor) -> Tensor:
+        return self.gain * h
+
+
+class _Delay(_Timed):
+    """``gamma exp(-kappa T) h(t - T)``."""
+
+    kind = "delay"
+
+    @property
+    def strongest(self) -> float:
+        return abs(self.gain)
+
+    @staticmethod
+    def _share(kappa: float, period: float) -> float:
+        return math.exp(-kappa * period)
+
+    def memory(self, h0: Tensor, dt: float) -> Memory:
+        return DelayMemory(h0, *self.time_step(dt), self.gain)
+
+
+class _Fade(_Timed):
+    """``gamma kappa`` times the integral of ``exp(-kappa s) h(t - s)`` over s from 0 to T."""
+
+    kind = "fade"
+
+    @property
+    def strongest(self) -> float:
+        return abs(self.gain)
+
+    @staticmethod
+    def _share(kappa: float, period: float) -> float:
+        return -math.expm1(-kappa * period)
+
+    def memory(self, h0: Tensor, dt: float) -> Memory:
+        return FadeMemory(h0, *self.time_step(dt), self.gamma, self.kappa)
+
+
+class _Gain(_Timed):
+    """``gamma exp(-kappa (t mod T)) h(t)``: settles on an orbit of period T, not on a point."""
+
+    kind = "gain"
+
+    @staticmethod
+    def _share(kappa: float, period: float) -> float:
+        decay = kappa * period
+        return -math.expm1(-decay) / decay if decay > 0 else 1.0
+
+    def memory(self, h0: Tensor, dt: float) -> Memory:
+        return GainMemory(h0, *self.time_step(dt), self.gamma, self.kappa, self.gain)
+
+
+class _NoRecirculation(Recirculation):
+    kind = "none"
+
+    def __init__(self, gamma: float, kappa: float, period: float | None, tokens: int) -> None:
+        super().__init__(0.0, kappa, 0.0, 0.0)
+
+    def term(self, h: Tensor) -> Tensor:
+        return torch.zeros_like(h)
+
+
+def _whole_period(kind: str, period: float, low: int, tokens: int) -> int:
+    if not (period == int(period) if math.isfinite(period) else False) or not (
+        low <= period <= tokens
+    ):
+        raise ConfigError(
+            "T",
+            f"must be a whole number of tokens, {low} to {tokens}, for recirculation {kind!r} "
+            f"(got {period:g})",
+            "Other kinds (delay, fade, gain) take T as a time",
+        )
+    return int(period)
+
+
+_KINDS: dict[str, type[_Ring | _Shift | _Timed | _NoRecirculation]] = {
+    "ring": _Ring,
+    "delay": _Delay,
+    "fade": _Fade,
+    "gain": _Gain,
+    "shift": _Shift,
+    "none": _NoRecirculation,
+}

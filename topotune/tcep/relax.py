@@ -1,0 +1,234 @@
+"""Relaxation: from a start to the equilibrium of each sample, with a status and what it took."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from topotune.tcep.anderson import Anderson
+from topotune.tcep.batch import Batch, Orbit, check_batch
+from topotune.tcep.memory import Memory
+from topotune.tcep.ode import Dopri5
+from topotune.tcep.options import Solver
+from topotune.tcep.stepping import DIVERGENCE, Explicit, Flow, Noise, Stepper, row_norm
+
+__all__ = ["Equilibrium", "Flow", "Noise", "Status", "relax", "unroll"]
+
+
+class Status(IntEnum):
+    """How a sample's relaxation ended."""
+
+    CONVERGED = 0
+    UNCONVERGED = 1
+    DIVERGED = 2
+
+
+@dataclass(frozen=True)
+class Equilibrium:
+    """Where a batch came to rest, or did not.
+
+    Attributes:
+        state: (B, S); of a diverged sample, the state at which it was seen to.
+        residual: (B,), root mean square of the flow at the state, infinite where it is no number.
+            With a past: of the flow once the past has become the state. On an orbit: of
+            ``(s(t) - s(t - T)) / T``.
+        status: (B,) of int8, values of :class:`Status`.
+        nfe: (B,) of float32, flow evaluations until the sample was done.
+        steps: steps that the batch took; of dopri5, chunks of time.
+        time_step: time a step covers (of dopri5, the last may be shorter).
+        energy: (steps + 1, B), along the way; None if not asked for.
+        orbit: (count, B, S), states at the grid times of the last whole period; None unless the
+            recirculation is ``gain``.
+    """
+
+    state: Tensor
+    residual: Tensor
+    status: Tensor
+    nfe: Tensor
+    steps: int
+    time_step: float
+    energy: Tensor | None = None
+    orbit: Tensor | None = None
+
+    @property
+    def converged(self) -> Tensor:
+        """(B,) of bool."""
+        return self.status == Status.CONVERGED
+
+    @property
+    def unconverged_share(self) -> Tensor:
+        """Share of samples that did not converge, diverged ones included; no dimensions."""
+        return (~self.converged).float().mean()
+
+    @property
+    def diverged_share(self) -> Tensor:
+        """Share of samples that diverged; no dimensions."""
+        return (self.status == Status.DIVERGED).float().mean()
+
+
+def relax(
+    flow: Flow,
+    start: Tensor,
+    solver: Solver,
+    *,
+    dt: float,
+    tolerance: float | Tensor | None = None,
+    min_steps: int = 0,
+    energy: Callable[[Tensor], Tensor] | None = None,
+    memory: Memory | None = None,
+    noise: Noise | None = None,
+) -> Equilibrium:
+    """Follow the flow until each sample rests; records no gradients.
+
+    Never raises for a sample that does not converge: its status says so. A sample that is done,
+    converged or diverged, is frozen and soon no longer evaluated.
+
+    Args:
+        flow: the right-hand side; with a memory, without the recirculation.
+        start: (B, S), floating point; not written into.
+        solver: which solver, its steps and its tolerance. "auto" is anderson, or euler with a
+            memory or noise. Noise makes any solver euler: all steps are taken, and the residual
+            is that of the flow without noise.
+        dt: step size; with a memory, the memory's own.
+        tolerance: instead of the solver's; one number, or one a sample, (B,).
+        min_steps: no sample is done before so many steps, even if it starts at rest.
+        energy: of states (B, S), (B,); its values are recorded after every step.
+        memory: the past of the first entries of the state, which must be at ``start``. It is
+            used up. With a periodic one, whole periods are run, at least one.
+        noise: added after each step.
+
+    Raises:
+        ValueError: the start is not (B, S), the tolerance does not fit it, or the solver cannot
+            step a memory.
+    """
+    check_batch(start)
+    chosen = _stepper(solver, dt, start, tolerance, memory, noise)
+    orbit = Orbit(memory) if memory is not None and memory.periodic else None
+    limit = _limit(solver, chosen, orbit)
+    least = limit if noise is not None else min(limit, math.ceil(min_steps / chosen.units))
+    with torch.no_grad():
+        batch = Batch(flow, start, solver.tolerance if tolerance is None else tolerance)
+        path = None if energy is None else [energy(start)]
+
+        def after_step() -> None:
+            if path is not None and energy is not None:
+                path.append(energy(batch.state()))
+
+        steps = _walk(batch, chosen, orbit, limit, least, noise is None, after_step)
+        state, norm, nfe, bound = batch.finish(chosen)
+        scale = math.sqrt(start.shape[1])
+        sound = torch.isfinite(state).all(dim=1) & (norm <= DIVERGENCE * scale)
+        status = torch.where(norm <= bound, int(Status.CONVERGED), int(Status.UNCONVERGED))
+        status = torch.where(sound, status, int(Status.DIVERGED)).to(torch.int8)
+        return Equilibrium(
+            state,
+            (norm / scale).nan_to_num(nan=math.inf, posinf=math.inf),
+            status,
+            nfe,
+            steps,
+            chosen.time_step,
+            None if path is None else torch.stack(path),
+            None if orbit is None else orbit.result(batch.rows.state),
+        )
+
+
+def unroll(
+    flow: Flow,
+    start: Tensor,
+    solver: Solver,
+    *,
+    dt: float,
+    memory: Memory | None = None,
+    noise: Noise | None = None,
+) -> tuple[Tensor, int, Tensor | None]:
+    """The same steps as :func:`relax` with euler or heun, recorded by automatic differentiation.
+
+    Samples that are done are frozen by the same rule and stay in the batch. Solvers other than
+    heun are stepped as euler. A sample that diverged is frozen where it was seen to; gradients
+    through it may be no numbers.
+
+    Returns:
+        The state (B, S), the number of steps, and the orbit (count, B, S) of a periodic memory.
+
+    Raises:
+        ValueError: as :func:`relax`.
+    """
+    batch = Batch(flow, start, solver.tolerance)
+    heun = solver.name == "heun" and noise is None
+    stepper = Explicit("heun" if heun else "euler", dt, memory, noise)
+    orbit = Orbit(memory) if memory is not None and memory.periodic else None
+    limit = _limit(solver, stepper, orbit)
+    least = 0 if noise is None else limit
+    steps = _walk(batch, stepper, orbit, limit, least)
+    state = batch.rows.state
+    return state, steps, None if orbit is None else orbit.result(state)
+
+
+def _stepper(
+    solver: Solver,
+    dt: float,
+    start: Tensor,
+    tolerance: float | Tensor | None,
+    memory: Memory | None,
+    noise: Noise | None,
+) -> Stepper:
+    name = solver.name
+    if name == "auto":
+        name = "anderson" if memory is None else "euler"
+    if memory is not None and name in ("anderson", "dopri5"):
+        raise ValueError(f"solver {name!r} cannot step a past; choose euler, heun or auto")
+    if noise is not None or name == "euler":
+        return Explicit("euler", dt, memory, noise)
+    if name == "heun":
+        return Explicit("heun", dt, memory)
+    if name == "anderson":
+        return Anderson(dt, start)
+    tightest = solver.tolerance if tolerance is None else float(torch.as_tensor(tolerance).min())
+    return Dopri5(dt, solver.steps, tightest)
+
+
+def _limit(solver: Solver, stepper: Stepper, orbit: Orbit | None) -> int:
+    if orbit is not None:
+        return orbit.limit(solver.steps)
+    return math.ceil(solver.steps / stepper.units)
+
+
+def _walk(
+    batch: Batch,
+    stepper: Stepper,
+    orbit: Orbit | None,
+    limit: int,
+    least: int,
+    compact: bool = False,
+    after_step: Callable[[], None] | None = None,
+) -> int:
+    """Step until no sample moves or the limit; the number of steps.
+
+    Without ``after_step`` the state after the last step is not evaluated.
+    """
+    for step in range(limit + 1):
+        if step == limit and after_step is None:
+            return step
+        force, vanishing = batch.evaluate(stepper)
+        norm = row_norm(vanishing.detach())
+        drift = norm if orbit is None else orbit.drift(step, batch.rows.state)
+        batch.judge(norm, drift, step >= least, stepper.excused())
+        if step == limit or not batch.look(step):
+            return step
+        if orbit is not None:
+            orbit.record(step, batch.rows.state, batch.mask)
+        if compact and batch.sparse:
+            kept = batch.compact()
+            stepper.keep(kept)
+            if orbit is not None:
+                orbit.keep(kept)
+            force, norm = force[kept], norm[kept]
+        batch.advance(stepper, force, norm)
+        if after_step is not None:
+            after_step()
+    raise AssertionError("unreachable: the last turn returns")
