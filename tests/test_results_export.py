@@ -338,6 +338,13 @@ def test_the_card_states_the_facts(tmp_path: Path) -> None:
         assert f"{name} {value}" in " ".join(text.split())
 
 
+def test_the_card_says_what_the_step_was_timed_against(tmp_path: Path) -> None:
+    summary = replace(SUMMARY, metrics={"val_accuracy": 0.97, "overhead_vs_bptt": 0.756})
+    text = " ".join(card_text(export(tmp_path, summary=summary).card.read_text()).split())
+    assert "0.76 times a training step of the same network by backpropagation" in text
+    assert "Adam" not in text.partition("Runtime")[2].partition(".")[0]
+
+
 def test_the_card_gives_a_test_metric_only_if_there_is_one(tmp_path: Path) -> None:
     summary = replace(SUMMARY, violated=("overhead_vs_adam: 1.3 > 1.2",), metrics={})
     card = export(tmp_path, summary=summary, test_metrics={"accuracy": 0.9125}).card

@@ -211,6 +211,20 @@ def test_rows_show_what_differs(board: Leaderboard) -> None:
     assert board.summary == "4 trials: 2 complete, 1 pruned, 1 failed; 3.8 device-seconds"
 
 
+def test_each_overhead_has_a_column_that_says_what_it_is_over() -> None:
+    trials = [
+        trial(0, 0.9, metrics={"overhead_vs_bptt": 0.756}),
+        trial(1, 0.8, metrics={"overhead_vs_adam": 1.25, "overhead_vs_adam_default": 1.1}),
+        trial(2, 0.7),
+    ]
+    board = Leaderboard.of(trials, "mixed", {"val_accuracy": UP})
+    assert board.columns[-4:] == ("vs adam", "vs bptt", "device-s", "reason")
+    assert [row[-4:-2] for row in board.plain_rows()] == [["", "0.76"], ["1.25", ""], ["", ""]]
+    alone = Leaderboard.of(trials[:1], "bptt", {"val_accuracy": UP})
+    assert "vs adam" not in alone.columns
+    assert "vs bptt" in alone.to_markdown()
+
+
 def test_several_objectives_have_fronts_and_a_column_each() -> None:
     trials = [trial(0, 0.9, 2.0), trial(1, 0.8, 1.0), trial(2, 0.7, 3.0), trial(3, 0.95, 9.0)]
     board = Leaderboard.of(trials, "s", {"val_accuracy": UP, "step_time_ms": DOWN})

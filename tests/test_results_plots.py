@@ -21,6 +21,7 @@ from topotune.results.trace import LIMIT, envelope, medians, read_trace
 Image = NDArray[np.uint8]
 HOSTILE = "$\\frac{$ 100% \x1b[31m 日本 \udc80 _x_ <b>\n" + "x" * 200
 UP = {"val_accuracy": "maximize"}
+PHASES = ("free", "nudged")
 
 
 def read(path: Path) -> Image:
@@ -77,6 +78,23 @@ def test_a_full_trace_shows_every_series_in_its_panel(tmp_path: Path) -> None:
     assert rows[fig.ORANGE].min() > 1.9 * third
     assert rows[fig.INK].size  # the target
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_a_network_that_relaxes_has_panels_for_its_energies_residuals_and_evaluations(
+    tmp_path: Path,
+) -> None:
+    step = np.arange(1.0, 101)
+    plain = {"step": step, "loss": 1 / step}
+    heights, orange = [], []
+    for names in ((), ("energy",), ("residual", "nfe"), ("energy", "residual", "nfe")):
+        arrays = plain | {f"{n}_{p}": step + i for n in names for i, p in enumerate(PHASES)}
+        plot_trace(save(tmp_path / "t.npz", **arrays), tmp_path / "t.png")
+        image = read(tmp_path / "t.png")
+        heights.append(image.shape[0])
+        orange.append(has(image, fig.ORANGE))
+    panel = round(1.75 * fig.DPI)
+    assert np.diff(heights).tolist() == pytest.approx([panel, panel, panel], abs=1)
+    assert orange == [False, True, True, True]
 
 
 def test_the_same_trace_gives_the_same_bytes(tmp_path: Path) -> None:

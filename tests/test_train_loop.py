@@ -172,7 +172,8 @@ def test_a_learners_own_metrics_are_asked_for_once_an_epoch() -> None:
             self.calls += 1
             return super().gradients(model, batch)
 
-        def metrics(self) -> dict[str, float]:
+        def metrics(self, model: nn.Module) -> dict[str, float]:
+            assert model.training
             counted, self.calls = self.calls, 0
             return {"learner_batches": float(counted)}
 

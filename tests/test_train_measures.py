@@ -128,6 +128,26 @@ def test_the_earliest_breach_is_named(columns: dict[str, list[float]], text: str
     assert str(fault).startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("known", "text"),
+    [
+        ((1, "the relaxation diverged"), "the relaxation diverged, at step 42 (epoch 3)"),
+        ((0, "beta is zero"), "beta is zero, at step 41 (epoch 3)"),
+        ((2, "what followed"), "loss is nan at step 42 (epoch 3)"),
+    ],
+)
+def test_a_learners_cause_outranks_the_nan_that_it_led_to(
+    known: tuple[int, str], text: str
+) -> None:
+    steps = _steps(loss=[1.0, math.nan, math.nan], grad_norm=[1.0, 1.0, 1.0])
+    assert str(find_divergence(steps, 41, 3, None, known)) == text
+
+
+def test_a_learners_cause_needs_no_nan() -> None:
+    steps = _steps(loss=[1.0], grad_norm=[1.0])
+    assert str(find_divergence(steps, 1, 1, None, (0, "no gradient"))).startswith("no gradient")
+
+
 def test_the_bound_is_on_the_controlled_energy_only() -> None:
     steps = _steps(energy=[1e6], energy_controlled=[1e6])
     assert find_divergence(steps, 1, 1, None) is None

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.train_cases import Blobs, assert_same
+from tests.train_cases import Blobs, assert_same, blobs_spec
 from topotune.data.splits import TensorPair
 from topotune.records import OverheadOptions
 from topotune.tasks.base import DataOptions
 from topotune.train import overhead
 from topotune.train.generators import capture_generators
 from topotune.train.learner import Backprop, BatchResult, Learner
+from topotune.train.method import Contender, OptimizerMethod
 from topotune.train.overhead import measure_overhead
 
 CPU = torch.device("cpu")
@@ -37,7 +38,12 @@ def _measure(
     task = Blobs()
     batch = task.splits(DataOptions()).train.rows(0, 16)
     learner = make_learner or (lambda: Backprop(task))
-    return measure_overhead(model or task.model(None, {}), batch, build, learner, options)
+    others = OptimizerMethod(blobs_spec()).contenders(task, batch, CPU)
+    if make_learner is not None:
+        others = {name: Contender(other.optimizer, learner) for name, other in others.items()}
+    return measure_overhead(
+        model or task.model(None, {}), batch, Contender(build, learner), others, options
+    )
 
 
 def test_no_blocks_measure_nothing() -> None:
@@ -100,6 +106,9 @@ def test_every_contender_takes_full_steps_in_rotating_order() -> None:
             log.append((self.number, "gradients"))
             return super().gradients(model, batch)
 
+        def after_step(self, model: nn.Module) -> None:
+            log.append((self.number, "after"))
+
     class LoggingSGD(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
             log.append((2, "step"))
@@ -115,7 +124,8 @@ def test_every_contender_takes_full_steps_in_rotating_order() -> None:
     warmup, rounds = order[:3], order[3:]
     assert warmup == [0, 1, 2]
     assert rounds == [0, 0, 1, 1, 2, 2, 1, 1, 2, 2, 0, 0, 2, 2, 0, 0, 1, 1]
-    assert [what for number, what in log if number == 2] == ["gradients", "step"] * 7
+    assert [what for number, what in log if number == 2] == ["gradients", "step", "after"] * 7
+    assert sum(what == "after" for _, what in log) == 21
     assert all(value > 0 for value in measured.values())
 
 

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from topotune.errors import CheckpointError
-from topotune.train.trace import StepTrace, TraceFolder, read_columns
+from topotune.train.trace import (
+    RELAXATION_FILE,
+    TRACE_FILE,
+    Columns,
+    EpochRecord,
+    StepTrace,
+    read_columns,
+    relaxations,
+    stack,
+    step_traces,
+)
 
 
 def _trace(first: int, count: int, **columns: float) -> StepTrace:
@@ -17,6 +27,10 @@ def _trace(first: int, count: int, **columns: float) -> StepTrace:
     steps = np.arange(first, first + count)
     trace.append({"step": steps} | {name: steps * factor for name, factor in columns.items()})
     return trace
+
+
+def _columns(first: int, count: int, **columns: float) -> Columns:
+    return _trace(first, count, **columns).columns()
 
 
 def test_blocks_are_appended_in_order() -> None:
@@ -30,10 +44,10 @@ def test_blocks_are_appended_in_order() -> None:
 
 
 def test_epochs_are_joined_and_gaps_are_nan(tmp_path: Path) -> None:
-    folder = TraceFolder(tmp_path / "trace")
-    folder.write(1, _trace(1, 2, loss=1.0))
-    folder.write(2, _trace(3, 1, loss=1.0, energy=2.0))
-    folder.write(3, _trace(4, 9, loss=1.0))
+    folder = step_traces(tmp_path)
+    folder.write(1, _columns(1, 2, loss=1.0))
+    folder.write(2, _columns(3, 1, loss=1.0, energy=2.0))
+    folder.write(3, _columns(4, 9, loss=1.0))
     assert folder.join(2, tmp_path / "trace.npz")
     columns = read_columns(tmp_path / "trace.npz")
     assert columns["step"].tolist() == [1, 2, 3]
@@ -43,9 +57,10 @@ def test_epochs_are_joined_and_gaps_are_nan(tmp_path: Path) -> None:
 
 def test_equal_steps_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        folder = TraceFolder(tmp_path / name)
-        folder.write(1, _trace(1, 2, loss=1.0))
-        folder.write(1, _trace(1, 3, loss=1.0))  # an epoch trained again replaces its own
+        (tmp_path / name).mkdir()
+        folder = step_traces(tmp_path / name)
+        folder.write(1, _columns(1, 2, loss=1.0))
+        folder.write(1, _columns(1, 3, loss=1.0))  # an epoch trained again replaces its own
         folder.join(1, tmp_path / f"{name}.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert read_columns(tmp_path / "a.npz")["step"].tolist() == [1, 2, 3]
@@ -54,9 +69,9 @@ def test_equal_steps_give_equal_bytes(tmp_path: Path) -> None:
 def test_a_damaged_epoch_is_left_out_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = TraceFolder(tmp_path / "trace")
+    folder = step_traces(tmp_path)
     for epoch in (1, 2, 3):
-        folder.write(epoch, _trace(epoch, 1, loss=1.0))
+        folder.write(epoch, _columns(epoch, 1, loss=1.0))
     (tmp_path / "trace" / "epoch-00002.npz").write_bytes(b"PK nonsense")
     with caplog.at_level(logging.WARNING, logger="topotune"):
         assert folder.join(3, tmp_path / "trace.npz")
@@ -65,7 +80,36 @@ def test_a_damaged_epoch_is_left_out_and_named(
 
 
 def test_no_epoch_gives_no_file(tmp_path: Path) -> None:
-    assert not TraceFolder(tmp_path / "trace").join(0, tmp_path / "trace.npz")
+    assert not step_traces(tmp_path).join(0, tmp_path / "trace.npz")
     assert not (tmp_path / "trace.npz").exists()
     with pytest.raises(CheckpointError, match=r"trace\.npz"):
         read_columns(tmp_path / "trace.npz")
+
+
+def test_curves_of_several_epochs_are_rows_of_one_width() -> None:
+    joined = stack(
+        {
+            2: {"time": np.array([0.0, 0.5]), "energy": np.array([3.0, 1.0])},
+            5: {"time": np.array([0.0, 0.5, 1.0]), "residual": np.array([9.0, 3.0, 1.0])},
+        }
+    )
+    assert joined["epoch"].tolist() == [2.0, 5.0]
+    nan = np.nan
+    np.testing.assert_array_equal(joined["time"], [[0.0, 0.5, nan], [0.0, 0.5, 1.0]])
+    np.testing.assert_array_equal(joined["energy"], [[3.0, 1.0, nan], [nan, nan, nan]])
+    np.testing.assert_array_equal(joined["residual"], [[nan, nan, nan], [9.0, 3.0, 1.0]])
+
+
+def test_a_record_hands_over_what_there_is(tmp_path: Path) -> None:
+    record = EpochRecord(tmp_path)
+    record.write_steps(1, _trace(1, 3, loss=1.0))
+    record.write_curves(1, {})
+    assert record.join(1) == [tmp_path / TRACE_FILE]
+    assert relaxations(tmp_path).last == 0
+    record.write_curves(1, {"time": np.arange(2.0)})
+    record.write_curves(2, {"time": np.arange(4.0)})  # its checkpoint was never written
+    record.write_steps(2, _trace(4, 2, loss=1.0))  # the epoch diverged
+    assert record.join(1) == [tmp_path / TRACE_FILE, tmp_path / RELAXATION_FILE]
+    assert read_columns(tmp_path / TRACE_FILE)["step"].tolist() == [1, 2, 3, 4, 5]
+    assert read_columns(tmp_path / RELAXATION_FILE)["time"].tolist() == [[0.0, 1.0]]
+    assert step_traces(tmp_path).last == 2

@@ -187,7 +187,8 @@ class TrainConfig(Frozen):
 
 
 class OverheadConfig(Frozen):
-    """How the cost over Adam is measured; see :class:`topotune.records.OverheadOptions`."""
+    """How the cost over Adam (of tcep: over backpropagation) is measured; see
+    :class:`topotune.records.OverheadOptions`."""
 
     blocks: int = Field(default=9, ge=0, le=1000)
     steps: int = Field(default=4, ge=1, le=1000)
@@ -212,7 +213,8 @@ class SearchConfig(Frozen):
         name: names the results folder; letters, digits, ``.``, ``_`` and ``-``.
         description: a sentence for the dashboard.
         task, model, train: what is trained and how.
-        method: the optimizer: topological_adam, adam, adamw, sgd, nadam or an import path.
+        method: an optimizer (topological_adam, adam, adamw, sgd, nadam or an import path), which
+            trains by backpropagation; or tcep, whose parameter ``optimizer`` names one of these.
         fixed: parameters with one value; a conditional parameter that is off falls back to these.
         space: parameters that are searched.
         warm_start: points that are tried first.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from topotune.data.splits import TensorPair
-from topotune.errors import CheckpointError, DivergedError
+from topotune.errors import CheckpointError, DivergedError, StoppedError
 from topotune.files import make_folder
 from topotune.records import (
     EpochReport,
@@ -24,19 +24,20 @@ from topotune.train.assemble import (
     assemble,
     check_spec,
     data_options,
-    make_learner,
     make_model,
-    make_optimizer,
     preflight,
+    probe_rows,
     resolved_params,
 )
 from topotune.train.checkpoint import CheckpointStore
 from topotune.train.evaluation import evaluate
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.loop import TIMING_METRICS, TrainingLoop
+from topotune.train.method import Contender
+from topotune.train.methods import build_method
 from topotune.train.overhead import Overhead, measure_overhead, read_overhead, write_overhead
 from topotune.train.process import provenance, reset_process_state, resolve_device
-from topotune.train.trace import TRACE_FILE, TraceFolder
+from topotune.train.trace import EpochRecord
 
 __all__ = [
     "TIMING_METRICS",
@@ -69,7 +70,9 @@ class TrialRun:
         self._folder = folder
         self._device = resolve_device(spec.device)
         reset_process_state(spec.seed, spec.threads, self._device)
-        self._parts = assemble(spec, self._device)
+        self._method = build_method(spec)
+        self._parts = assemble(self._method, self._device)
+        self._resolved = self._method.resolved(self._parts.model)
         if folder is not None:
             make_folder(folder)
         self._loop = TrainingLoop(self._parts, spec.train, spec.epochs, spec.seed)
@@ -77,8 +80,7 @@ class TrialRun:
         self._overhead: Overhead | None = None
         self._result: TrialResult | None = None
         self._store = None if folder is None else CheckpointStore(folder, spec)
-        self._traces = None if folder is None else TraceFolder(folder / "trace")
-        self._traced_epochs = 0
+        self._record = None if folder is None else EpochRecord(folder)
         state = None if self._store is None else self._store.load()
         if state is not None:
             self._restore(state)
@@ -93,15 +95,18 @@ class TrialRun:
     def reports(self) -> Iterator[EpochReport]:
         """Yield every epoch's report: first those already known, then each as it is trained.
 
-        A new epoch is trained and evaluated, its step trace written, its checkpoint written with
-        the report in its history, then given to the tracker, then yielded. So an epoch that was
-        checkpointed is never trained again, and one that was checkpointed but perhaps not
-        reported is reported again with the same values. What the consumer does to the global
-        random generators between epochs has no effect on the training.
+        A new epoch is trained and evaluated, its step trace and its learner's curves written, its
+        checkpoint written with the report in its history, then given to the tracker, then
+        yielded. So an epoch that was checkpointed is never trained again, and one that was
+        checkpointed but perhaps not reported is reported again with the same values. What the
+        consumer does to the global random generators between epochs has no effect on the
+        training.
 
         Raises:
             DivergedError: training left the finite numbers or its energy bound; call
                 ``finish(Outcome.DIVERGED, str(error))``.
+            StoppedError: the learner refuses another epoch; call
+                ``finish(Outcome.PRUNED, str(error))``.
             CheckpointError: a checkpoint cannot be written.
         """
         self._begin()
@@ -118,21 +123,20 @@ class TrialRun:
                 yield report
                 restore_generators(self._generators, self._device)
         except DivergedError:
-            self._write_trace(len(self._history) + 1)
+            if self._record is not None:
+                self._record.write_steps(len(self._history) + 1, self._loop.trace)
             raise
 
     def finish(self, outcome: Outcome, reason: str = "") -> TrialResult:
-        """Hand the step trace and the outcome to the tracker. Later calls change nothing.
+        """Hand the trial's files and the outcome to the tracker. Later calls change nothing.
 
         Returns:
             The result, its metrics being the last epoch's and the overhead's.
         """
         if self._result is None:
-            if self._folder is not None and self._traces is not None:
-                # A diverged epoch has steps to show and no report.
-                target = self._folder / TRACE_FILE
-                if self._traces.join(max(len(self._history), self._traced_epochs), target):
-                    self._tracker.artifact(target)
+            if self._record is not None:
+                for path in self._record.join(len(self._history)):
+                    self._tracker.artifact(path)
             self._tracker.end(outcome, reason)
             metrics = dict(self._history[-1].metrics) if self._history else {}
             self._result = TrialResult(
@@ -150,7 +154,7 @@ class TrialRun:
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def _begin(self) -> None:
-        self._tracker.start(resolved_params(self.spec), self._tags())
+        self._tracker.start(resolved_params(self.spec, self._resolved), self._tags())
         if self._overhead is None:
             self._overhead = self._find_overhead()
         if self._overhead.metrics:
@@ -165,13 +169,14 @@ class TrialRun:
         known = None if path is None else read_overhead(path)
         if known is not None:
             return known
-        parts, spec = self._parts, self.spec
+        parts, spec, method = self._parts, self.spec, self._method
+        probe = probe_rows(parts.task, parts.train)
         rows = parts.train.rows(0, spec.train.batch_size)
         metrics = measure_overhead(
             parts.model,
             TensorPair(parts.task.prepare(rows.inputs), rows.targets),
-            lambda parameters: make_optimizer(spec, parameters),
-            lambda: make_learner(parts.task),
+            Contender(method.optimizer, lambda: method.learner(parts.task, probe)),
+            method.contenders(parts.task, probe, self._device),
             spec.overhead,
         )
         measured = Overhead(metrics, time.time_ns() // 1_000_000)
@@ -180,7 +185,9 @@ class TrialRun:
         return measured
 
     def _save(self, report: EpochReport) -> None:
-        self._write_trace(report.epoch)
+        if self._record is not None:
+            self._record.write_steps(report.epoch, self._loop.trace)
+            self._record.write_curves(report.epoch, self._parts.learner.curves(self._parts.model))
         overhead = self._overhead
         assert overhead is not None  # reports() measures or reads it before the first epoch
         if self._store is not None:
@@ -195,11 +202,6 @@ class TrialRun:
                     "overhead": overhead.to_dict(),
                 }
             )
-
-    def _write_trace(self, epoch: int) -> None:
-        if self._traces is not None and len(self._loop.trace):
-            self._traces.write(epoch, self._loop.trace)
-            self._traced_epochs = epoch
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         try:
@@ -255,8 +257,8 @@ def run_trial(
             trial as PRUNED. The answer to the last epoch's report stops nothing.
 
     Returns:
-        COMPLETE; PRUNED if ``on_epoch`` stopped it; DIVERGED with the cause. Any other exception
-        is the caller's to judge and passes through, the tracker not told of an end.
+        COMPLETE; PRUNED if ``on_epoch`` or the learner stopped it; DIVERGED with the cause. Any
+        other exception is the caller's to judge and passes through, the tracker not told of an end.
 
     Raises:
         UserError: as :func:`open_trial`.
@@ -271,6 +273,8 @@ def run_trial(
                 return run.finish(Outcome.PRUNED, reason)
     except DivergedError as cause:
         return run.finish(Outcome.DIVERGED, str(cause))
+    except StoppedError as cause:
+        return run.finish(Outcome.PRUNED, str(cause))
     return run.finish(Outcome.COMPLETE)
 
 
@@ -304,7 +308,7 @@ def evaluate_test(spec: TrialSpec, weights: Mapping[str, Tensor]) -> dict[str, f
     reset_process_state(spec.seed, spec.threads, device)
     task = build_task(spec.task, spec.task_options)
     rows = task.splits(data_options(spec)).test.to(device)
-    model = make_model(spec, task)
+    model = make_model(build_method(spec), task)
     try:
         model.load_state_dict(dict(weights))
     except RuntimeError as error:

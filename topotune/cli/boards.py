@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from topotune.results.leaderboard import Leaderboard
 
 
+_OVERHEADS = {
+    "overhead_vs_adam": "fused Adam",
+    "overhead_vs_adam_default": "default Adam",
+    "overhead_vs_bptt": "BPTT",
+}
+"""What a training step was timed against."""
+
+
 def print_board(out: Console, board: Leaderboard, limit: int) -> None:
     """The table of the first ``limit`` trials, and the counts of all."""
     from rich.table import Table
@@ -35,10 +43,13 @@ def print_best(out: Console, board: Leaderboard) -> None:
         return
     pairs = zip(board.objectives, best.values, strict=True)
     figures = ", ".join(f"{clean(name)} {value:.4f}" for name, value in pairs)
-    overhead = best.metrics.get("overhead_vs_adam")
-    if overhead is not None:
-        default = best.metrics.get("overhead_vs_adam_default", float("nan"))
-        figures += f", step time {overhead:.2f}x fused Adam, {default:.2f}x default Adam"
+    costs = [
+        f"{best.metrics[name]:.2f}x {label}"
+        for name, label in _OVERHEADS.items()
+        if name in best.metrics
+    ]
+    if costs:
+        figures += f", step time {', '.join(costs)}"
     out.print(f"\nBest: trial {best.number}, {figures}", markup=False)
     for name, value in best.params.items():
         out.print(f"  {clean(name)}: {parameter(value)}", markup=False)

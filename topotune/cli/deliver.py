@@ -110,9 +110,9 @@ def train(
     if as_json:
         print_json({**result.to_dict(), "test": pack_metrics(test)})
     else:
-        overhead = result.metrics.get("overhead_vs_adam")
-        if overhead is not None:
-            typer.echo(f"overhead_vs_adam {overhead:.3f}")
+        for cost in ("overhead_vs_adam", "overhead_vs_bptt"):
+            if cost in result.metrics:
+                typer.echo(f"{cost} {result.metrics[cost]:.3f}")
         for metric, value in test.items():
             typer.echo(f"{metric} {value:.4f}")
     if not complete:
@@ -121,6 +121,7 @@ def train(
 
 def _epoch_line(report: EpochReport, epochs: int) -> str:
     wanted = [n for n in report.metrics if n.startswith(("train_", "val_"))]
-    wanted += [n for n in ("energy", "topo_ratio", "step_time_ms") if n in report.metrics]
+    own = ("energy", "topo_ratio", "energy_free", "nfe_free", "unconverged_share", "step_time_ms")
+    wanted += [n for n in own if n in report.metrics]
     figures = "  ".join(f"{name} {report.metrics[name]:.4g}" for name in wanted)
     return f"epoch {report.epoch}/{epochs}  {figures}"

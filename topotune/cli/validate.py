@@ -23,12 +23,13 @@ def check(
     data, lines = read_yaml(file)
     config = parse_search(changed(data, {("task", "data_dir"): data_dir}), str(file), lines)
     metrics: list[str] = []
+    notes: list[str] = []
     if not quick:
         from topotune.search.preflight import preflight
 
-        metrics = preflight(config)
+        metrics = preflight(config, notes.append)
     if as_json:
-        print_json({"config": config.model_dump(mode="json"), "metrics": metrics})
+        print_json({"config": config.model_dump(mode="json"), "metrics": metrics, "notes": notes})
         return
     from rich.table import Table
 
@@ -50,6 +51,8 @@ def check(
         f"{config.sampler.name}, pruner {config.pruner.name}, seed {config.seed}",
         markup=False,
     )
+    for note in notes:
+        out.print(f"note: {note}", markup=False)
     if metrics:
         out.print(f"metrics: {', '.join(metrics)}", markup=False)
     out.print("ok" if not quick else "ok (the file's own rules)", markup=False)

@@ -83,7 +83,6 @@ def model_card(facts: CardFacts) -> str:
     """
     trial, spec, source = facts.summary, facts.spec, facts.provenance
     model = f"model `{_code(spec.model)}`" if spec.model else "the default model"
-    overhead = trial.metrics.get("overhead_vs_adam")
     parts = [
         f"# {markdown(source.search)}: trial {trial.number}",
         f"Rank {facts.rank} of {source.trials} trials in the topotune search "
@@ -101,9 +100,9 @@ def model_card(facts: CardFacts) -> str:
         "## Results",
         _table(("metric", "split", "value"), _results(facts)),
         *(
-            [f"Runtime: {overhead:.2f} times a training step with torch's fastest Adam."]
-            if overhead is not None
-            else []
+            f"Runtime: {trial.metrics[name]:.2f} times a training step {other}."
+            for name, other in _OVERHEADS.items()
+            if name in trial.metrics
         ),
         "## Train it again",
         "    topotune train config.yaml",
@@ -117,6 +116,13 @@ def model_card(facts: CardFacts) -> str:
         _limits(facts),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_OVERHEADS = {
+    "overhead_vs_adam": "with torch's fastest Adam",
+    "overhead_vs_bptt": "of the same network by backpropagation through its relaxation",
+}
+"""What the runtime was measured against."""
 
 
 def _limits(facts: CardFacts) -> str:

@@ -23,7 +23,8 @@ from topotune.results.text import clean, markdown, number, parameter, rich_text,
 
 __all__ = ["Leaderboard", "best", "counts", "rank", "top"]
 
-_OVERHEAD = "overhead_vs_adam"
+_OVERHEADS = {"overhead_vs_adam": "vs adam", "overhead_vs_bptt": "vs bptt"}
+"""What a training step costs over another way to train, and its column's title."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Leaderboard:
         Args:
             width: characters that a reason may take.
         """
-        varied, overhead, multiple = self.varied, self._has_overhead(), len(self.objectives) > 1
+        varied, overheads, multiple = self.varied, self._overheads(), len(self.objectives) > 1
         rows = []
         for place, trial in enumerate(self.trials, start=1):
             ranked = trial.number in self.fronts
@@ -131,8 +132,8 @@ class Leaderboard:
             row += self._objective_cells(trial)
             row.append(str(trial.epochs))
             row += [parameter(trial.params[n]) if n in trial.params else "" for n in varied]
-            if overhead:
-                ratio = trial.metrics.get(_OVERHEAD)
+            for name in overheads:
+                ratio = trial.metrics.get(name)
                 row.append("" if ratio is None else f"{ratio:.2f}")
             broken = "breaks " + "; ".join(trial.violated) if trial.violated else ""
             reason = ". ".join(part for part in (broken, trial.reason) if part)
@@ -141,12 +142,13 @@ class Leaderboard:
 
     def _titles(self) -> list[str]:
         front = ["front"] if len(self.objectives) > 1 else []
-        overhead = ["vs adam"] if self._has_overhead() else []
+        overheads = [_OVERHEADS[name] for name in self._overheads()]
         names = ["rank", *front, "trial", "state", *self.objectives, "epochs", *self.varied]
-        return [*names, *overhead, "device-s", "reason"]
+        return [*names, *overheads, "device-s", "reason"]
 
-    def _has_overhead(self) -> bool:
-        return any(_OVERHEAD in trial.metrics for trial in self.trials)
+    def _overheads(self) -> list[str]:
+        """The overheads that any trial has."""
+        return [name for name in _OVERHEADS if any(name in t.metrics for t in self.trials)]
 
     def _objective_cells(self, trial: TrialSummary) -> list[str]:
         if is_finished(trial, list(self.objectives.values())):

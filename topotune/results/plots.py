@@ -1,4 +1,4 @@
-"""Figures of a whole search; the trace of one trial is in ``trace.py``."""
+"""Figures of a whole search; those of one trial are in ``trace.py`` and ``relaxation.py``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from topotune.records import Outcome, TrialSummary
 from topotune.results import figure as fig
 from topotune.results.ranking import best, check_directions, is_eligible, last_value
+from topotune.results.relaxation import plot_relaxation
 from topotune.results.text import figure_text
 from topotune.results.trace import plot_trace
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_curves", "plot_history", "plot_trace"]
+__all__ = ["plot_curves", "plot_history", "plot_relaxation", "plot_trace"]
 
 _LOST = (Outcome.DIVERGED.value, Outcome.FAILED.value)
 _STYLE = {

@@ -38,7 +38,22 @@ _PANELS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         ),
     ),
     (_ENERGY, (("energy", "raw", fig.ORANGE), ("energy_controlled", "controlled", fig.BLUE))),
+    (
+        "relaxed energy",
+        (("energy_free", "free", fig.BLUE), ("energy_nudged", "nudged", fig.ORANGE)),
+    ),
+    (
+        "residual",
+        (("residual_free", "free", fig.BLUE), ("residual_nudged", "nudged", fig.ORANGE)),
+    ),
+    (
+        "flow evaluations",
+        (("nfe_free", "free", fig.BLUE), ("nfe_nudged", "nudged", fig.ORANGE)),
+    ),
 )
+_DASHED = frozenset({"energy_nudged"})
+"""Series that lie so close over another that both can only be seen through gaps."""
+
 _KNOWN = tuple(key for _, series in _PANELS for key, _, _ in series)
 
 
@@ -149,15 +164,17 @@ def plot_trace(
     epoch_steps: Sequence[int] = (),
     target_energy: float | None = None,
 ) -> None:
-    """Draw loss, gradient norm with coupling current, and field energies over shared steps.
+    """Draw loss, gradient norm with coupling current, and energies over shared steps.
 
-    A panel whose series are absent is left out; scales are logarithmic where values are positive
-    and span half a decade. A long series is a pale envelope, minimum to maximum, under a line of
-    medians. The first non-finite loss or gradient is marked by a dotted line.
+    Of networks that relax also the residuals and the evaluations of the flow. A panel whose
+    series are absent is left out; scales are logarithmic where values are positive and span half
+    a decade. A long series is a pale envelope, minimum to maximum, under a line of medians. The
+    first non-finite loss or gradient is marked by a dotted line.
 
     Args:
         npz_path: arrays ``step`` and any of ``loss``, ``grad_norm``, ``energy``,
-            ``energy_controlled``, ``coupling_current``, each of one value a step.
+            ``energy_controlled``, ``coupling_current``, and ``energy``, ``residual`` and ``nfe``
+            with ``_free`` or ``_nudged`` behind, each of one value a step.
         png_path: where to write; replaced only by a finished picture.
         title: shown above; any text.
         epoch_steps: last step of each epoch, marked by thin lines.
@@ -215,17 +232,20 @@ def _draw(
         x, y = envelope(trace.step, kept)
         alone = np.isfinite(y).sum() <= 40  # single points between gaps draw no line
         dense = len(kept) > 4 * MEDIANS
+        style = (0, (4, 3)) if key in _DASHED else "-"
         axis.plot(
             x,
             y,
             color=colour,
             alpha=0.5 if dense else 1.0,
             linewidth=0.6 if dense else 0.9,
+            linestyle="-" if dense else style,
             marker="." if alone else "",
             label=None if dense else label,
         )
         if dense:
-            axis.plot(*medians(trace.step, kept), color=colour, linewidth=1.3, label=label)
+            line = medians(trace.step, kept)
+            axis.plot(*line, color=colour, linewidth=1.3, linestyle=style, label=label)
         seen += y[np.isfinite(y)].tolist()
     if target is not None:
         axis.axhline(target, color=fig.INK, linewidth=0.9, linestyle="--", label="target")

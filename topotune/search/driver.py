@@ -64,7 +64,7 @@ def start(
     SearchFolder.check_free(results_dir, config)
     check_writable(results_dir)
     listener.note("checking the search: task, model and method at the ends of every range")
-    preflight(config)
+    preflight(config, listener.note)
     with RaySession(address, listener) as ray_session:
         gpus, concurrency = fit_resources(config, *ray_session.size())
         folder = SearchFolder.create(results_dir, config, source)
@@ -92,7 +92,7 @@ def resume(
         check_addresses(config, results_dir)
         if extra_trials:
             config = extended(config, extra_trials)
-        preflight(config)
+        preflight(config, listener.note)
         with RaySession(address, listener) as ray_session:
             gpus, concurrency = fit_resources(config, *ray_session.size())
             folder.save(config)

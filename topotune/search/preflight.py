@@ -7,34 +7,63 @@ would build: task, model and optimizer at the ends of every range, and the names
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, ResourceError, did_you_mean
+from topotune.errors import ConfigError, ResourceError, UnstableError, did_you_mean
+from topotune.records import TrialSpec
 from topotune.search.space import corners
 
 
-def preflight(config: SearchConfig) -> list[str]:
+def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: None) -> list[str]:
     """Check a search; the metrics that its trials will report.
 
+    A corner of the space whose dynamics cannot settle is noted and allowed while another is
+    stable: trials that sample such values end as DIVERGED, which is what teaches the sampler.
+
+    Args:
+        config: the search.
+        note: told, in a line, of corners that are unstable.
+
     Raises:
+        UnstableError: the dynamics are unstable at every corner of the space.
         UserError: a name that nothing knows, an option that nothing takes, a value that a
             constructor refuses anywhere in the space, data that cannot be had, an objective or a
             constraint on a metric that no trial reports.
     """
-    from topotune.train.assemble import preflight as preflight_spec
     from topotune.train.rehearsal import metric_names
 
-    specs = corners(config)
-    for spec in specs:
-        preflight_spec(spec, check_device=False)
-    names = metric_names(specs[0])
+    names = metric_names(_first_stable(corners(config), note))
     wanted = [("objective.metric", objective.metric) for objective in config.objective]
     wanted += [(f"constraints.{name}", name) for name in config.constraints]
     for place, metric in wanted:
         if metric not in names:
             raise ConfigError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
     return names
+
+
+def _first_stable(specs: list[TrialSpec], note: Callable[[str], None]) -> TrialSpec:
+    """Build at every corner; the first one that can be trained."""
+    from topotune.train.assemble import preflight as preflight_spec
+
+    stable: list[TrialSpec] = []
+    unstable: list[UnstableError] = []
+    for spec in specs:
+        try:
+            preflight_spec(spec, check_device=False)
+        except UnstableError as error:
+            unstable.append(error)
+        else:
+            stable.append(spec)
+    if not stable:
+        raise unstable[0]
+    if unstable:
+        note(
+            f"{len(unstable)} of {len(specs)} extremes of the space are unstable; trials there "
+            f"will end as DIVERGED. The first: {unstable[0]}"
+        )
+    return stable[0]
 
 
 def check_writable(results_dir: Path) -> None:

@@ -17,7 +17,14 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.search.folder import SearchFolder, write_text
 from topotune.search.rows import summaries
 from topotune.tracking.spool import SearchTracker, now_ms
-from topotune.train.trace import TRACE_FILE, TraceFolder
+from topotune.train.trace import (
+    RELAXATION_FILE,
+    RELAXATION_FOLDER,
+    TRACE_FILE,
+    TRACE_FOLDER,
+    relaxations,
+    step_traces,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +98,8 @@ class Recorder:
         self._tracker.trial_metrics(row.number, costs, 0, at)
         self._tracker.trial_tags(row.number, {"topotune.method": self._config.method})
         self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
-        if (self._folder.trial(row.number) / "trace").is_dir():
+        chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
+        if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
             self._work.put(row)
 
     def _improves(self, row: TrialSummary) -> bool:
@@ -137,18 +145,23 @@ class Recorder:
                 _log.warning("trial %d: its plot or files are missing: %s", row.number, error)
 
     def _finish_trial(self, row: TrialSummary) -> None:
-        from topotune.results.plots import plot_trace
+        from topotune.results.plots import plot_relaxation, plot_trace
 
-        folder = self._folder.trial(row.number)
-        chunks = folder / "trace"
-        epochs = max((int(p.stem[6:]) for p in chunks.glob("epoch-*.npz")), default=0)
-        if epochs and TraceFolder(chunks).join(epochs, folder / TRACE_FILE):
-            title = f"{self._config.name}, trial {row.number} ({row.state})"
-            plot_trace(folder / TRACE_FILE, folder / "trace.png", title)
-            self._tracker.trial_artifact(row.number, folder / TRACE_FILE)
-            self._tracker.trial_artifact(row.number, folder / "trace.png")
+        trial = self._folder.trial(row.number)
+        title = f"{self._config.name}, trial {row.number} ({row.state})"
+        for chunks, epochs, joined, plot in (
+            (TRACE_FOLDER, step_traces(trial), trial / TRACE_FILE, plot_trace),
+            (RELAXATION_FOLDER, relaxations(trial), trial / RELAXATION_FILE, plot_relaxation),
+        ):
+            last = epochs.last
+            if not (last and epochs.join(last, joined)):
+                continue
+            picture = joined.with_suffix(".png")
+            plot(joined, picture, title)
+            self._tracker.trial_artifact(row.number, joined)
+            self._tracker.trial_artifact(row.number, picture)
             # Renamed first: a kill half-way through must not leave chunks that look like all.
-            used = chunks.rename(folder / "trace.used")
+            used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
 
     def _renew(self, final: bool) -> None:

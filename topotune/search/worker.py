@@ -24,7 +24,9 @@ from topotune.errors import (
     DivergedError,
     ResourceError,
     SpoolError,
+    StoppedError,
     TopotuneError,
+    UnstableError,
 )
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.adapters import PAYLOAD
@@ -82,6 +84,12 @@ class TrialActor(tune.Trainable):
             return self._next()
         except DivergedError as error:
             return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
+        except StoppedError as error:
+            return Progress((), self._overhead(), Outcome.PRUNED, str(error))
+        except UnstableError as error:
+            # Dynamics that cannot settle: what would diverge is not even started.
+            self._note_start()
+            return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
         except (CheckpointError, SpoolError, ResourceError, DataUnavailableError) as error:
             # The machine's fault, not the trial's: the same would meet every other trial, so the
             # search stops and this trial stays resumable.
@@ -109,6 +117,12 @@ class TrialActor(tune.Trainable):
             if replayed:
                 return self._progress(replayed)
         return self._progress([next(self._reports)])
+
+    def _note_start(self) -> None:
+        """Record the parameters of a trial that cannot be opened, as an open one does itself."""
+        from topotune.train.assemble import resolved_params
+
+        self._tracker().start(resolved_params(self._spec, {}), {"seed": str(self._spec.seed)})
 
     def _progress(self, reports: list[EpochReport]) -> Progress:
         done = reports[-1].epoch >= self._spec.epochs

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
+from topotune.data.splits import TensorPair
 from topotune.errors import ConfigError
-from topotune.optim import build_optimizer
 from topotune.records import TrialSpec, Value
 from topotune.seeding import seed_everything
 from topotune.tasks import build_task
 from topotune.tasks.base import DataOptions, Task
 from topotune.train.generators import capture_generators, restore_generators
-from topotune.train.learner import Backprop, Learner, check_optimizer
 from topotune.train.loop import LoopParts
+from topotune.train.method import Method
+from topotune.train.methods import build_method
 from topotune.train.process import resolve_device
 from topotune.train.schedule import find_schedule
+
+PROBE_ROWS = 32
+"""First rows of the training split that a learner may measure on after every epoch."""
 
 
 def check_spec(spec: TrialSpec) -> None:
@@ -55,8 +58,8 @@ def check_spec(spec: TrialSpec) -> None:
 def preflight(spec: TrialSpec, *, check_device: bool = True) -> None:
     """Raise now what :func:`~topotune.trial.open_trial` would raise in a worker, data apart.
 
-    Builds the task, the model and the optimizer on the CPU and drops them; loads no data and
-    leaves the global random generators as they were.
+    Builds the method, the task, the model and the optimizer on the CPU and drops them; loads no
+    data and leaves the global random generators as they were.
 
     Args:
         spec: what a trial would train.
@@ -64,23 +67,24 @@ def preflight(spec: TrialSpec, *, check_device: bool = True) -> None:
             a GPU may start workers on one that has it.
 
     Raises:
+        UnstableError: dynamics that cannot settle; a search may have others that can.
         UserError: an unknown name, a bad value or option, or a missing device.
     """
     check_spec(spec)
+    method = build_method(spec)
     if check_device:
         resolve_device(spec.device)
     cpu = torch.device("cpu")
     states = capture_generators(cpu)
     try:
         task = build_task(spec.task, spec.task_options)
-        model = task.model(spec.model, spec.model_options)
-        make_optimizer(spec, model.parameters())
+        method.optimizer(method.model(task).parameters())
     finally:
         restore_generators(states, cpu)
 
 
-def assemble(spec: TrialSpec, device: torch.device) -> LoopParts:
-    """Load the data, and build model, learner and optimizer from the spec's seed.
+def assemble(method: Method, device: torch.device) -> LoopParts:
+    """Load the data, and build model, learner and optimizer from the seed of the method's spec.
 
     The model is initialised on the CPU and then moved, so that every device starts alike.
 
@@ -88,6 +92,7 @@ def assemble(spec: TrialSpec, device: torch.device) -> LoopParts:
         UserError: the spec names something that does not exist, breaks a rule, or leads to an
             empty split.
     """
+    spec = method.spec
     task = build_task(spec.task, spec.task_options)
     splits = task.splits(data_options(spec))
     for name, rows in (("training", splits.train), ("validation", splits.val)):
@@ -95,13 +100,15 @@ def assemble(spec: TrialSpec, device: torch.device) -> LoopParts:
             raise ConfigError(
                 f"task {spec.task!r}", f"its {name} split is empty", "Give it more examples"
             )
-    model = make_model(spec, task).to(device)
+    train = splits.train.to(device)
+    probe = probe_rows(task, train)  # before the seed is set: what preparing draws has no effect
+    model = make_model(method, task).to(device)
     return LoopParts(
         task=task,
         model=model,
-        learner=make_learner(task),
-        optimizer=make_optimizer(spec, model.parameters()),
-        train=splits.train.to(device),
+        learner=method.learner(task, probe),
+        optimizer=method.optimizer(model.parameters()),
+        train=train,
         val=splits.val.to(device),
         device=device,
     )
@@ -112,30 +119,25 @@ def data_options(spec: TrialSpec) -> DataOptions:
     return DataOptions(spec.data_dir, spec.download, spec.split_seed)
 
 
-def make_model(spec: TrialSpec, task: Task) -> nn.Module:
-    """The spec's model on the CPU, initialised from its seed whatever ran before."""
-    seed_everything(spec.seed)
-    return task.model(spec.model, spec.model_options)
+def probe_rows(task: Task, train: TensorPair) -> TensorPair:
+    """The first rows of the training split, prepared and not augmented; the same on a resume."""
+    rows = train.rows(0, min(PROBE_ROWS, len(train)))
+    return TensorPair(task.prepare(rows.inputs), rows.targets)
 
 
-def make_learner(task: Task) -> Learner:
-    """A fresh learner for the task."""
-    return Backprop(task)
+def make_model(method: Method, task: Task) -> nn.Module:
+    """The method's model on the CPU, initialised from the spec's seed whatever ran before."""
+    seed_everything(method.spec.seed)
+    return method.model(task)
 
 
-def make_optimizer(spec: TrialSpec, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """The spec's optimizer over these parameters.
+def resolved_params(spec: TrialSpec, found: Mapping[str, Value]) -> dict[str, Value]:
+    """A spec as one flat table: the method's own parameters by name, the rest with its place.
 
-    Raises:
-        UserError: the method is unknown, refuses its parameters, or needs a closure.
+    Args:
+        spec: the spec.
+        found: rows that only the built method knows, see :meth:`Method.resolved`.
     """
-    optimizer = build_optimizer(spec.method, parameters, spec.params)
-    check_optimizer(optimizer, spec.method)
-    return optimizer
-
-
-def resolved_params(spec: TrialSpec) -> dict[str, Value]:
-    """A spec as one flat table: the method's own parameters by name, the rest with its place."""
     table: dict[str, Value] = dict(spec.params)
     table |= {
         "task": spec.task,
@@ -149,4 +151,4 @@ def resolved_params(spec: TrialSpec) -> dict[str, Value]:
     }
     table |= {f"task.{name}": value for name, value in spec.task_options.items()}
     table |= {f"model.{name}": value for name, value in spec.model_options.items()}
-    return table
+    return {**table, **found}

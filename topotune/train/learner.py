@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,10 +24,14 @@ class BatchResult(NamedTuple):
         loss: the batch's mean loss, 0-d, detached, on the device. A fresh tensor each time: the
             loop keeps many of them before it looks at one.
         outputs: the model's outputs that the loss was taken of, detached, (batch, ...).
+        measured: further values of the batch, by name: 0-d, detached, on the device, fresh each
+            time, and of the same names at every batch. Each is a column of the step trace, and
+            its example-weighted mean over an epoch is a metric of that name.
     """
 
     loss: Tensor
     outputs: Tensor
+    measured: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Learner(ABC):
@@ -47,8 +53,47 @@ class Learner(ABC):
         Must not synchronise with the host: no ``.item()``, no ``print`` of a tensor.
         """
 
-    def metrics(self) -> dict[str, float]:
-        """Values of the epoch that just ended, asked for once an epoch; starts the next one."""
+    def before_epoch(self) -> None:
+        """Called before each epoch; a look back at what the epochs so far led to.
+
+        Raises:
+            StoppedError: another epoch would be wasted.
+        """
+        return
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after each optimizer step, such as to bring the parameters back to a set."""
+        return
+
+    def fault(self, columns: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
+        """The first step that cannot be trained on, if there is one among the last few.
+
+        Args:
+            columns: ``loss``, ``grad_norm`` and what :meth:`gradients` measured, one value a
+                step, on the host.
+
+        Returns:
+            The step's index in the columns and the cause, which ends the trial as diverged.
+        """
+        return None
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """Values of the epoch that just ended, asked for once an epoch; starts the next one.
+
+        Args:
+            model: after the epoch's last step, in training mode.
+        """
+        return {}
+
+    def curves(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """What the model does with one batch of probe rows, step by step, after an epoch.
+
+        Called once an epoch where a trial keeps files; must change neither model nor learner.
+
+        Returns:
+            ``time`` and whatever else is known at each time, 1-d; empty for a learner whose model
+            has no course of its own.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,27 +126,32 @@ class Backprop(Learner):
         return BatchResult(loss.detach(), outputs.detach())
 
 
-def check_optimizer(optimizer: Optimizer, name: str) -> None:
+def check_optimizer(optimizer: Optimizer, name: str, kind: str = "method") -> None:
     """Check that the loop can drive this optimizer.
 
     The loop computes each batch's gradients once; an optimizer that must evaluate the loss again
     within a step (L-BFGS) would not know how. Schedules need a rate to scale.
 
+    Args:
+        optimizer: to check.
+        name: what it was asked for by.
+        kind: the parameter that holds this name.
+
     Raises:
         ConfigError: ``step`` has a closure without a default, or a parameter group has no ``lr``.
     """
-    place, kind = f"method {name!r}", type(optimizer).__name__
+    place, found = f"{kind} {name!r}", type(optimizer).__name__
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
             place,
-            f"{kind}.step needs a closure that evaluates the loss again, and the training loop "
+            f"{found}.step needs a closure that evaluates the loss again, and the training loop "
             "computes the gradients of a batch once",
             "Choose an optimizer whose step can be called without arguments, such as 'adam'",
         )
     if any("lr" not in group for group in optimizer.param_groups):
         raise ConfigError(
             place,
-            f"{kind} has a parameter group without 'lr', which learning-rate schedules scale",
+            f"{found} has a parameter group without 'lr', which learning-rate schedules scale",
             "Give each of its param_groups an 'lr'",
         )

@@ -98,10 +98,13 @@ class TrainingLoop:
         """Train the remaining epochs; yields after each, its validation included.
 
         Raises:
-            DivergedError: a loss, gradient norm or field energy is not finite, or the controlled
-                field energy left its bound. The text names the quantity and the step.
+            DivergedError: a loss, gradient norm or field energy is not finite, the controlled
+                field energy left its bound, or the learner found fault with a step. The text
+                names the cause and the step.
+            StoppedError: the learner refuses to train another epoch.
         """
         while self.epoch < self._epochs:
+            self._parts.learner.before_epoch()
             yield self._run_epoch()
 
     def _run_epoch(self) -> EpochReport:
@@ -123,7 +126,7 @@ class TrainingLoop:
         metrics = epoch.metrics(self._spikes)
         metrics["learning_rate"] = float(self._parts.optimizer.param_groups[0]["lr"])
         metrics |= optimizer_metrics(self._parts.optimizer)
-        metrics |= self._parts.learner.metrics()
+        metrics |= self._parts.learner.metrics(self._parts.model)
         validation = evaluate(self._parts.task, self._parts.model, self._parts.val)
         metrics |= {f"val_{name}": value for name, value in validation.items()}
         if not np.isfinite(metrics["val_loss"]):
@@ -182,6 +185,7 @@ class _Epoch:
         # 0-d device tensors of the steps since the last check, by name: appending costs nothing,
         # and a check moves all of them in one copy.
         self._pending: dict[str, list[Tensor]] = {}
+        self._measured: dict[str, None] = {}  # names of the learner's own, in order
         self._sizes: list[int] = []
         self._sums: dict[str, float] = {}
         self._examples = 0
@@ -195,25 +199,31 @@ class _Epoch:
         batch = self._parts.train.at(rows)
         inputs = task.augment(task.prepare(batch.inputs), generator)
         optimizer.zero_grad(set_to_none=True)
-        loss, outputs = self._parts.learner.gradients(model, TensorPair(inputs, batch.targets))
+        learner = self._parts.learner
+        loss, outputs, further = learner.gradients(model, TensorPair(inputs, batch.targets))
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = get_total_norm(gradients)
         if self._clip is not None:
             clip_grads_with_norm_(self._parameters, self._clip, norm)
         optimizer.step()
+        learner.after_step(model)
         with torch.no_grad():
             measured = task.metrics(outputs, batch.targets)
         self._pending.setdefault("loss", []).append(loss)
         self._pending.setdefault("grad_norm", []).append(norm)
         for name, value in measured.items():
             self._pending.setdefault(f"train_{name}", []).append(value)
+        for name, value in further.items():
+            self._pending.setdefault(name, []).append(value)
+            self._measured[name] = None
         self._sizes.append(len(rows))
 
     def check(self, last: int) -> None:
         """Fetch the steps since the last check, the newest of them being number ``last``.
 
         Raises:
-            DivergedError: one of them left the finite numbers or the energy bound.
+            DivergedError: one of them left the finite numbers or the energy bound, or cannot be
+                trained on by the learner's word.
         """
         _synchronise(self._parts.device)
         now = time.perf_counter()
@@ -228,6 +238,8 @@ class _Epoch:
 
         steps = {"loss": columns["loss"], "grad_norm": columns["grad_norm"]}
         judged = dict(steps)
+        steps |= {name: columns[name] for name in self._measured}
+        known = self._parts.learner.fault(steps)
         for name, values in _traced(self._parts.optimizer).items():
             if len(values) > 0:
                 steps[name] = _aligned(values, count, np.nan)
@@ -235,7 +247,7 @@ class _Epoch:
                 judged[name] = _aligned(values, count, 0.0)
         first = last - count + 1
         self.trace.append({"step": np.arange(first, last + 1), **steps})
-        fault = find_divergence(judged, first, self._number, self._limit)
+        fault = find_divergence(judged, first, self._number, self._limit, known)
         if fault is not None:
             raise fault
         self._block_start = time.perf_counter()

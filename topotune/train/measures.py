@@ -106,7 +106,11 @@ def energy_limit(optimizer: Optimizer) -> float | None:
 
 
 def find_divergence(
-    steps: dict[str, np.ndarray], first: int, epoch: int, limit: float | None
+    steps: dict[str, np.ndarray],
+    first: int,
+    epoch: int,
+    limit: float | None,
+    known: tuple[int, str] | None = None,
 ) -> DivergedError | None:
     """The earliest breach of finiteness or of the energy bound in a run of steps, if any.
 
@@ -115,6 +119,8 @@ def find_divergence(
         first: number of the first of these steps, counted from 1.
         epoch: epoch that they belong to, counted from 1.
         limit: bound on ``energy_controlled``; None for no bound.
+        known: index and cause of a step that the learner itself found fault with; it knows more
+            than that the loss of this step is not a number, so its cause stands.
     """
     worst: tuple[int, str] | None = None
     for name, values in steps.items():
@@ -125,6 +131,8 @@ def find_divergence(
             index = int(np.argmax(bad))
             if worst is None or index < worst[0]:
                 worst = (index, name)
+    if known is not None and (worst is None or known[0] <= worst[0]):
+        return DivergedError(f"{known[1]}, at step {first + known[0]} (epoch {epoch})")
     if worst is None:
         return None
     index, name = worst

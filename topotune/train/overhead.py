@@ -1,4 +1,4 @@
-"""Runtime overhead of a trial's optimizer over Adam, measured on the trial's own model and data."""
+"""Runtime overhead of a trial's method over others, measured on the trial's own model and data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,22 +15,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from topotune.data.splits import TensorPair
 from topotune.files import write_atomically
-from topotune.optim import fastest_adam
 from topotune.records import OverheadOptions, pack_metrics, unpack_metrics
 from topotune.train.generators import capture_generators, restore_generators
-from topotune.train.learner import Learner
+from topotune.train.method import Contender
 
 _log = logging.getLogger(__name__)
-
-ADAM_RATE = 1e-3
-"""Learning rate of the Adam contenders: their cost does not depend on it, and torch's default
-keeps them away from overflow whatever the trial's own rate is."""
-
-OptimizerBuilder = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -71,15 +63,13 @@ def read_overhead(path: Path) -> Overhead | None:
         return None
 
 
-class _Contender:
-    """A private copy of the model, trained by one optimizer on one batch."""
+class _Runner:
+    """A private copy of the model, trained by one contender on one batch."""
 
-    def __init__(
-        self, model: nn.Module, build: OptimizerBuilder, learner: Learner, batch: TensorPair
-    ) -> None:
+    def __init__(self, model: nn.Module, contender: Contender, batch: TensorPair) -> None:
         self._model = copy.deepcopy(model).train()
-        self._optimizer = build(self._model.parameters())
-        self._learner = learner
+        self._optimizer = contender.optimizer(self._model.parameters())
+        self._learner = contender.learner()
         self._batch = batch
 
     def seconds(self, steps: int, device: torch.device) -> float:
@@ -91,6 +81,7 @@ class _Contender:
             self._optimizer.zero_grad(set_to_none=True)
             self._learner.gradients(self._model, self._batch)
             self._optimizer.step()
+            self._learner.after_step(self._model)
         _synchronise(device)
         return (clock() - start) / steps
 
@@ -98,16 +89,15 @@ class _Contender:
 def measure_overhead(
     model: nn.Module,
     batch: TensorPair,
-    build: OptimizerBuilder,
-    make_learner: Callable[[], Learner],
+    trial: Contender,
+    others: Mapping[str, Contender],
     options: OverheadOptions,
 ) -> dict[str, float]:
-    """Time full training steps of three optimizers in alternating blocks, on throw-away copies.
+    """Time full training steps of several contenders in alternating blocks, on throw-away copies.
 
-    The contenders are the fastest ``torch.optim.Adam`` of the device, torch's default Adam, and
-    the trial's optimizer. A round gives each one block; the order rotates from round to round, so
-    that a machine that slows down or speeds up favours none of them, and ratios are taken within
-    a round. Time is wall time, except on the CPU with one thread: there it is the thread's own CPU
+    A round gives each contender one block; the order rotates from round to round, so that a
+    machine that slows down or speeds up favours none of them, and ratios are taken within a
+    round. Time is wall time, except on the CPU with one thread: there it is the thread's own CPU
     time, which is the same on a free core and does not count the turns of other processes on a
     busy one. The given model, its gradients, and every global random generator are left as they
     were. Numbers that overflow in a copy are of no consequence.
@@ -115,48 +105,44 @@ def measure_overhead(
     Args:
         model: the trial's model, only copied.
         batch: prepared inputs and targets of the training split, on the model's device.
-        build: parameters to the trial's optimizer.
-        make_learner: a fresh learner for each contender.
+        trial: the trial's own optimizer and learner.
+        others: what it is compared with, by name, at least one.
         options: blocks, steps a block, warm-up steps; ``blocks=0`` measures nothing.
 
     Returns:
-        ``overhead_vs_adam`` and ``overhead_vs_adam_default``, the medians over the rounds of the
-        step time over that of the fastest and of the default Adam (1.0: no overhead);
-        ``..._iqr``, the distance between the quartiles of the same ratios; ``adam_step_ms``, the
-        median step time of the fastest Adam; ``overhead_blocks``, the rounds. Empty for
-        ``blocks=0``.
+        ``overhead_vs_<name>`` of each other, the median over the rounds of the trial's step time
+        over that contender's (1.0: no overhead); ``overhead_vs_<name>_iqr``, the distance between
+        the quartiles of the same ratios; ``overhead_blocks``, the rounds; ``<name>_step_ms``, the
+        median step time of the first of the others. Empty for ``blocks=0``.
     """
     if options.blocks == 0:
         return {}
     device = batch.inputs.device
-    builders: list[OptimizerBuilder] = [
-        lambda parameters: fastest_adam(parameters, device, ADAM_RATE),
-        lambda parameters: torch.optim.Adam(parameters, lr=ADAM_RATE),
-        build,
-    ]
     states = capture_generators(device)
     collecting = gc.isenabled()
     gc.disable()  # a collection would land in one contender's block and not in the others'
     try:
-        contenders = [_Contender(model, b, make_learner(), batch) for b in builders]
-        for contender in contenders:
+        runners = [_Runner(model, contender, batch) for contender in (*others.values(), trial)]
+        for runner in runners:
             if options.warmup:
-                contender.seconds(options.warmup, device)
-        times = np.empty((options.blocks, len(contenders)))
+                runner.seconds(options.warmup, device)
+        times = np.empty((options.blocks, len(runners)))
         for block in range(options.blocks):
-            for turn in range(len(contenders)):
-                index = (block + turn) % len(contenders)
-                times[block, index] = contenders[index].seconds(options.steps, device)
+            for turn in range(len(runners)):
+                index = (block + turn) % len(runners)
+                times[block, index] = runners[index].seconds(options.steps, device)
     finally:
         if collecting:
             gc.enable()
         restore_generators(states, device)
-    fastest, default, trial = times.T
+    own = times[:, -1]
+    found: dict[str, float] = {}
+    for index, name in enumerate(others):
+        found |= _ratio(f"overhead_vs_{name}", own / times[:, index])
     return {
-        **_ratio("overhead_vs_adam", trial / fastest),
-        **_ratio("overhead_vs_adam_default", trial / default),
+        **found,
         "overhead_blocks": float(options.blocks),
-        "adam_step_ms": 1e3 * float(np.median(fastest)),
+        f"{next(iter(others))}_step_ms": 1e3 * float(np.median(times[:, 0])),
     }
 
 

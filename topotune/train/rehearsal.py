@@ -9,9 +9,11 @@ import torch
 from topotune.data.splits import TensorPair
 from topotune.errors import DivergedError, PluginError, TopotuneError
 from topotune.records import OverheadOptions, TrialSpec
-from topotune.train.assemble import assemble, make_learner, make_optimizer
+from topotune.train.assemble import assemble, probe_rows
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.loop import TrainingLoop
+from topotune.train.method import Contender
+from topotune.train.methods import build_method
 from topotune.train.overhead import measure_overhead
 
 ROWS = 4
@@ -44,7 +46,8 @@ def metric_names(spec: TrialSpec) -> list[str]:
 
 
 def _rehearse(spec: TrialSpec, cpu: torch.device) -> set[str]:
-    parts = assemble(spec, cpu)
+    method = build_method(spec)
+    parts = assemble(method, cpu)
     few = dataclasses.replace(parts, train=parts.train.rows(0, ROWS), val=parts.val.rows(0, ROWS))
     loop = TrainingLoop(few, spec.train, epochs=1, seed=spec.seed)
     try:
@@ -52,7 +55,7 @@ def _rehearse(spec: TrialSpec, cpu: torch.device) -> set[str]:
     except DivergedError as error:
         # This corner of the space diverges at once; a method that moves nothing reports the same
         # metrics but for its own. If that diverges too, every trial would.
-        plain = dataclasses.replace(spec, method="sgd", params={"lr": 0.0})
+        plain = method.plain()
         if spec == plain:
             raise PluginError(
                 f"task {spec.task!r}: {error}, with a fresh model that nothing has changed yet; "
@@ -60,11 +63,12 @@ def _rehearse(spec: TrialSpec, cpu: torch.device) -> set[str]:
             ) from error
         return _rehearse(plain, cpu)
     if spec.overhead.blocks:
+        probe = probe_rows(few.task, few.train)
         names |= measure_overhead(
             few.model,
             TensorPair(few.task.prepare(few.train.inputs), few.train.targets),
-            lambda parameters: make_optimizer(spec, parameters),
-            lambda: make_learner(few.task),
+            Contender(method.optimizer, lambda: method.learner(few.task, probe)),
+            method.contenders(few.task, probe, cpu),
             OverheadOptions(blocks=1, steps=1, warmup=0),
         ).keys()
     return names
