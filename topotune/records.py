@@ -93,7 +93,7 @@ class TrainOptions(_JsonRecord):
 
 @dataclass(frozen=True)
 class OverheadOptions(_JsonRecord):
-    """How the runtime overhead against Adam is measured at the start of a trial.
+    """How the overhead is measured at the start of a trial: over Adam, or, for TCEP, over BPTT.
 
     Attributes:
         blocks: alternating blocks a contender; 0 switches the measurement off.
@@ -112,7 +112,7 @@ class TrialSpec(_JsonRecord):
 
     Attributes:
         task: a built-in task's name or ``package.module:Class``.
-        method: an optimizer's registry name or import path.
+        method: "tcep", or an optimizer's registry name or import path.
         epochs: passes over the training split.
         seed: seed of initialisation, batch order and augmentation (already derived for the trial).
         params: the method's keyword arguments (``lr``, ``eta``, ...).

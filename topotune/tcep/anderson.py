@@ -19,7 +19,7 @@ GROWTH = 2.0
 """An accelerated step is taken back where it leaves more than this multiple of the least norm."""
 
 REST = HISTORY
-"""Euler steps after a failure, so many that every difference is of the plain flow again."""
+"""Euler steps after a failure: so many that all older differences are forgotten."""
 
 
 class Anderson(Stepper):
@@ -28,9 +28,8 @@ class Anderson(Stepper):
     Where its last step went along an expanding direction of the flow, there is a saddle of the
     energy nearby: acceleration would be drawn in, again and again, and only the plain flow leads
     past it. And where an accelerated step made the flow much larger, or no number, the sample
-    also goes back to where it was, forgets its differences, and rests twice as long at every
-    further time. A solve for the combination that failed shows in that way too. Neither happens
-    where the flow contracts.
+    also goes back to where it was, and rests twice as long at every further time; a solve for
+    the combination that failed shows in that way too. Neither happens where the flow contracts.
 
     Args:
         dt: step of the Euler map.
@@ -48,7 +47,7 @@ class Anderson(Stepper):
         self._forces = state.new_zeros(batch, HISTORY + 1, size)
         self._moves = state.new_zeros(batch, HISTORY, size)  # differences of the Euler map
         # Products of the differences, scaled to length 1: the ridge then means the same for old,
-        # long ones and new, short ones. Scale 0: a difference that is not to be used.
+        # long ones and new, short ones. Scale 0: a difference that there is not yet.
         self._scale = state.new_zeros(batch, HISTORY, dtype=torch.float64)
         self._matrix = torch.zeros_like(self._scale).diag_embed()
         self._matrix.diagonal(dim1=1, dim2=2).fill_(1 + self._ridge)
@@ -75,14 +74,14 @@ class Anderson(Stepper):
         if self._before is None:
             torch.mul(force, self.time_step, out=self._move)
         else:
-            state, force, norm, failed = self._judge(state, force, norm)
+            state, force, norm = self._judge(state, force, norm)
             slot = self._count % HISTORY
             self._count += 1
             change = torch.sub(force, self._before[1], out=self._forces[:, slot])
             torch.add(self._move, change, alpha=self.time_step, out=self._moves[:, slot])
             self._forces[:, HISTORY] = force
             self._watch(change)
-            weights = self._combination(slot, failed).to(force.dtype)
+            weights = self._combination(slot).to(force.dtype)
             if self._failures:
                 resting = self._rest > 0
                 self._rest = (self._rest - 1).clamp_min(0)
@@ -112,12 +111,10 @@ class Anderson(Stepper):
         # Not "norm > ...", which is false of a NaN.
         return self._accelerated & ~(norm <= GROWTH * self._least)
 
-    def _judge(
-        self, state: Tensor, force: Tensor, norm: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Take failed steps back: the state, force and norm to go on from, and whose failed."""
+    def _judge(self, state: Tensor, force: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take failed steps back: the state, force and norm to go on from."""
         if not self._blind and bool((norm <= GROWTH * self._least).all()):
-            return state, force, norm, None  # by far the most frequent case, at two small steps
+            return state, force, norm  # by far the most frequent case, at two small steps
         assert self._before is not None
         grown = self._grown(norm)
         column = grown.unsqueeze(1)
@@ -128,7 +125,7 @@ class Anderson(Stepper):
         self._rest = torch.where(grown, self._pause, self._rest)
         self._pause = torch.where(grown, 2 * self._pause, self._pause)
         self._failures = True
-        return state, force, norm, grown
+        return state, force, norm
 
     def _watch(self, change: Tensor) -> None:
         """Send samples to rest whose last step went along an expanding direction."""
@@ -137,23 +134,15 @@ class Anderson(Stepper):
             self._rest = torch.where(expanding, self._rest.clamp_min(REST), self._rest)
             self._failures = True
 
-    def _combination(self, slot: int, failed: Tensor | None) -> Tensor:
+    def _combination(self, slot: int) -> Tensor:
         """The weights of the differences that best cancel the force, (B, HISTORY), float64.
 
-        Args:
-            slot: which difference is new.
-            failed: (B,), the samples whose differences are all to be forgotten.
+        ``slot`` is the place of the new difference.
         """
         pair = self._forces[:, slot :: HISTORY - slot]  # the new difference and the force
         products = torch.bmm(pair, self._forces[:, :HISTORY].mT).double()
         length = products[:, 0, slot].clamp_min(self._tiny).rsqrt()
         self._scale[:, slot] = length
-        if failed is not None:
-            self._scale.masked_fill_(failed.unsqueeze(1), 0.0)
-            others = failed.view(-1, 1, 1) & ~torch.eye(
-                HISTORY, dtype=torch.bool, device=failed.device
-            )
-            self._matrix.masked_fill_(others, 0.0)
         row = products[:, 0] * (self._scale * length.unsqueeze(1))
         self._matrix[:, slot] = row
         self._matrix[:, :, slot] = row

@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topotune.tcep.adjoint import integrate_adjoint
+from topotune.tcep.adjoint import integrate_adjoint, is_refusal
 from topotune.tcep.gradients import Contrast, Phase, orbit_cost
 from topotune.tcep.network import DrivenFlow, TCEPNetwork
 from topotune.tcep.relax import Noise, unroll
+from topotune.tcep.stepping import DIVERGENCE
+
+ADAPTIVE_STEPS = 100
+"""Steps of the adjoint method's solver at most, for each that the dynamics' solver may take."""
 
 
 def _unrolled(
@@ -56,7 +60,7 @@ def bptt(
         measured = {
             "residual_free": residual.mean(),
             "nfe_free": residual.new_tensor(float(steps)),
-            "diverged_share": (~torch.isfinite(residual)).to(residual).mean(),
+            "diverged_share": (~(residual <= DIVERGENCE)).to(residual).mean(),
         }
         if network.recirculation.kind != "gain":
             late = residual > 1.05 * network.dynamics.solver.tolerance
@@ -88,18 +92,24 @@ def adjoint(network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
     drive = network.drive(inputs)
     module = _AdjointModule(network.free_flow(drive))
     solver = network.dynamics.solver
-    state = integrate_adjoint(
-        module,
-        network.field.initial(drive),
-        duration=solver.steps * network.time_step,
-        tolerance=solver.tolerance,
-        # The drive stands for the embedding: given both, its gradient would be counted twice.
-        parameters=(drive, *network.field.parameters()),
-    )
-    logits = network.logits(state)
-    cost = F.cross_entropy(logits, targets)
-    forward = module.evaluations
-    cost.backward()  # type: ignore[no-untyped-call]
+    try:
+        state = integrate_adjoint(
+            module,
+            network.field.initial(drive),
+            duration=solver.steps * network.time_step,
+            tolerance=solver.tolerance,
+            most_steps=ADAPTIVE_STEPS * solver.steps,
+            # The drive stands for the embedding: given both, its gradient would count twice.
+            parameters=(drive, *network.field.parameters()),
+        )
+        logits = network.logits(state)
+        cost = F.cross_entropy(logits, targets)
+        forward = module.evaluations
+        cost.backward()  # type: ignore[no-untyped-call]
+    except AssertionError as error:
+        if not is_refusal(error):
+            raise
+        return _undefined(network, len(targets), float(module.evaluations))
     with torch.no_grad():
         residual = network.flow(state, drive).square().mean(dim=1).sqrt()
         measured = {
@@ -107,11 +117,28 @@ def adjoint(network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
             "nfe_free": residual.new_tensor(float(forward)),
             "nfe_nudged": residual.new_tensor(float(module.evaluations - forward)),
             "unconverged_share": (residual > solver.tolerance).to(residual).mean(),
-            "diverged_share": (~torch.isfinite(residual)).to(residual).mean(),
+            "diverged_share": (~(residual <= DIVERGENCE)).to(residual).mean(),
         }
         if network.conservative:
             measured["energy_free"] = network.energy(state, drive).mean()
     return Contrast(cost.detach(), logits.detach(), measured)
+
+
+def _undefined(network: TCEPNetwork, batch: int, evaluations: float) -> Contrast:
+    """What is left where the flow cannot be integrated: no loss, no gradient, all diverged."""
+    for parameter in network.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    none = torch.full_like(network.head.bias.detach()[0], torch.nan)
+    measured = {
+        "residual_free": torch.full_like(none, torch.inf),
+        "nfe_free": torch.full_like(none, evaluations),
+        "nfe_nudged": torch.zeros_like(none),
+        "unconverged_share": torch.ones_like(none),
+        "diverged_share": torch.ones_like(none),
+    }
+    if network.conservative:
+        measured["energy_free"] = none
+    return Contrast(none, none.expand(batch, network.head.out_features), measured)
 
 
 def head_only(network: TCEPNetwork, phase: Phase) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ class EnergyField(Field):
     def _heads(self, g: Tensor, weight: Tensor) -> Tensor:
         """``g`` times each head's matrix, by one product."""
         joined = g @ _joined(weight)
-        return joined.view(*g.shape[:2], self.heads, -1).transpose(1, 2)
+        return joined.unflatten(2, (self.heads, weight.shape[2])).transpose(1, 2)
 
     def _block(self, g: Tensor) -> Tensor:
         """The gradient with respect to ``g`` of attention and memory, (B, N, D)."""

@@ -119,9 +119,8 @@ def eqprop(
         total = (upper - lower).sum() / span
         measured["energy_nudged"] = (0.5 * (upper + lower)).mean().detach()
     else:
-        centre = phase.free.state
-        moved = network.field.metric(centre) * (high_state - low_state)
-        total = -(moved.detach() * network.flow(centre, phase.drive)).sum() / span
+        centre = phase.free.state if phase.free.orbit is None else phase.free.orbit
+        total = -orbit_pull(network, centre, high_state - low_state, phase.drive) / span
     costs = [orbit_cost(network, s, targets) for s in (high_state, low_state)]
     (total + 0.5 * (costs[0] + costs[1])).backward()  # type: ignore[no-untyped-call]
     found = phases.found
@@ -142,6 +141,15 @@ def orbit_energy(network: TCEPNetwork, states: Tensor, drive: Tensor) -> Tensor:
     if states.ndim == 2:
         return network.energy(states, drive)
     return torch.stack([network.energy(state, drive) for state in states]).mean(dim=0)
+
+
+def orbit_pull(network: TCEPNetwork, states: Tensor, moved: Tensor, drive: Tensor) -> Tensor:
+    """``<G moved, F>``, 0-d, at states (B, S), or its mean over an orbit (T, B, S)."""
+    if states.ndim == 2:
+        weights = (network.field.metric(states) * moved).detach()
+        return (weights * network.flow(states, drive)).sum()
+    pulls = [orbit_pull(network, s, m, drive) for s, m in zip(states, moved, strict=True)]
+    return torch.stack(pulls).mean()
 
 
 def orbit_cost(network: TCEPNetwork, states: Tensor, targets: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class EquilibriumLearner:
     def __init__(self, learning: Learning) -> None:
         self.learning = learning
         start = learning.beta_start if learning.beta == LEARNED else float(learning.beta)
-        self._beta = torch.tensor(start)
+        self._beta = torch.tensor(start, dtype=torch.float64)
         self._steps = 0
         self._first_force: float | None = None
         adapts = learning.beta == LEARNED
@@ -207,13 +207,14 @@ class EquilibriumLearner:
         Raises:
             KeyError: the state is another learner's.
         """
-        self._beta = torch.tensor(float(state["beta"]))
+        self._beta = torch.tensor(float(state["beta"]), dtype=torch.float64)
         self._steps = int(state["steps"])
         self._first_force = state["first_force"]
 
     def _adapt(self, gap: Tensor) -> None:
         """Move beta so that the gap, which grows in proportion, meets its bound."""
         factor = (self.learning.beta_bound / gap.clamp_min(1e-12)).clamp(0.25, 4.0).sqrt()
+        factor = factor.nan_to_num(nan=1.0)  # 0 / 0 where nothing is left to learn
         self._beta = (self._beta * factor.to(self._beta)).clamp(*BETA_RANGE)
 
     def _noise(self, device: torch.device) -> Noise | None:

@@ -21,8 +21,8 @@ from topotune.tcep.spectral import largest_eigenvalue
 if TYPE_CHECKING:
     from topotune.tcep.network import TCEPNetwork
 
-REFERENCE_SAMPLES = 16
-REFERENCE_STEPS = 100
+REFERENCE_SAMPLES = 8
+REFERENCE_STEPS = 40
 DEFAULT_FRACTION = 0.3
 """Share of the stable range that gamma takes when nothing is said about it."""
 
@@ -82,7 +82,8 @@ def stable_gamma(network: TCEPNetwork) -> tuple[float, float]:
         for weight, cap in field.capped():
             norms = torch.linalg.matrix_norm(weight.double(), ord=2, keepdim=True)
             if cap > 0:
-                weight.mul_((cap / norms).to(weight.dtype))
+                factor = torch.where(norms > 0, cap / norms, 1.0)  # zeros have no shape to scale
+                weight.mul_(factor.to(weight.dtype))
         generator = torch.Generator().manual_seed(0)
         shape = (REFERENCE_SAMPLES, network.tokens.count, network.tokens.size)
         inputs = torch.randn(shape, generator=generator).to(network.position)
@@ -93,7 +94,7 @@ def stable_gamma(network: TCEPNetwork) -> tuple[float, float]:
         count = field.tokens * field.width
         for _ in range(REFERENCE_STEPS):
             flow = field.flow(state, drive)
-            flow[:, :count] -= damping * state[:, :count]
-            state = state + step * flow
+            decay = torch.nn.functional.pad(state[:, :count], (0, field.size - count))
+            state = state + step * (flow - damping * decay)
         mu = float(one_sided_lipschitz(field, drive, state).max())
     return fraction * max(0.0, network.dynamics.damping - mu), mu

@@ -74,7 +74,8 @@ class Dynamics:
         gamma: strength of the recirculation; None: ``gamma_fraction`` says it.
         gamma_fraction: the strength as a share of the stable range; None with ``gamma``.
         kappa: decay of the recirculation, a token (ring) or a unit of time (delay, fade, gain).
-        period: T: tokens (ring, shift) or time (delay, fade, gain); None: all tokens, or 4.
+        period: T: tokens (ring, shift) or time (delay, fade, gain); None: all tokens for ring, 1
+            for shift, a time of 4 for the others.
         scale: c, the weight of the token energy against the hidden units'.
         sharpness: b, the attention's inverse temperature; None: 1 / sqrt(width of a head).
         solver: how equilibria are searched.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from topotune.tcep.fields import Capped
 
@@ -13,6 +14,9 @@ WARM_UP = 50
 """Power iterations when the vectors are fresh; afterwards one a step follows the weights."""
 
 LANCZOS_STEPS = 14
+
+ROUNDINGS = 100
+"""A new direction of a Krylov space whose share is below so many roundings is none."""
 
 
 class SpectralCaps(nn.Module):
@@ -44,7 +48,8 @@ class SpectralCaps(nn.Module):
             image = weight @ vector
             back = weight.mT @ (image / image.norm(dim=-2, keepdim=True).clamp_min(1e-30))
             norm = back.norm(dim=-2, keepdim=True)
-            vector.copy_(back / norm.clamp_min(1e-30))
+            # A matrix of zeros would leave no vector to notice by that it grew.
+            vector.copy_(torch.where(norm > 0, back / norm.clamp_min(1e-30), vector))
             found.append(norm.flatten() if weight.ndim == 3 else norm.squeeze())
         return found
 
@@ -70,7 +75,7 @@ def largest_eigenvalue(
         steps: products to take.
 
     Returns:
-        (B,), in the dtype of ``start``.
+        (B,), in the dtype of ``start``; NaN where a product is not finite.
     """
     count = min(steps, start.shape[1])
     vector = start / start.norm(dim=1, keepdim=True)
@@ -87,16 +92,17 @@ def largest_eigenvalue(
             image = image - ((known @ image.unsqueeze(2)).mT @ known).squeeze(1)
         norm = image.norm(dim=1)
         beside.append(norm)
-        # An exhausted Krylov space continues with zeros, which add zero eigenvalues of their own
-        # only where the matrix's own largest one is below zero; the guard below removes them.
-        basis.append(image / norm.clamp_min(1e-12).unsqueeze(1))
-    matrix = torch.diag_embed(torch.stack(diagonal, dim=1).double())
-    if beside:
-        side = torch.stack(beside, dim=1).double()
-        live = torch.cumprod((side > 1e-9).double(), dim=1)
-        side = side * live
-        matrix = matrix + torch.diag_embed(side, offset=1) + torch.diag_embed(side, offset=-1)
-        dead = torch.nn.functional.pad(1 - live, (1, 0))
-        matrix = matrix - torch.diag_embed(1e30 * dead)
+        basis.append(image / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(1))
+    main = torch.stack(diagonal, dim=1).double()
+    side = torch.stack(beside, dim=1).double() if beside else main[:, :0]
+    sound = torch.isfinite(torch.cat([main, side], dim=1)).all(dim=1)
+    main, side = (torch.where(sound.unsqueeze(1), x, 0.0) for x in (main, side))
+    # Once the Krylov space is exhausted, what follows is rounding. The first entry in its place
+    # is a value that the largest eigenvalue is never below.
+    largest = torch.cat([main, side], dim=1).abs().amax(dim=1, keepdim=True)
+    live = (side > ROUNDINGS * torch.finfo(start.dtype).eps * largest).double().cumprod(dim=1)
+    side = side * live
+    main = torch.where(functional.pad(live, (1, 0), value=1.0) > 0, main, main[:, :1])
+    matrix = main.diag_embed() + side.diag_embed(offset=1) + side.diag_embed(offset=-1)
     values: Tensor = torch.linalg.eigvalsh(matrix)
-    return values[:, -1].to(start.dtype)
+    return torch.where(sound, values[:, -1], torch.nan).to(start.dtype)
