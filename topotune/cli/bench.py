@@ -16,11 +16,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps the group a group while it has one command."""
-
-
 @app.command()
 def optimizer(
     model: Annotated[
@@ -49,3 +44,58 @@ def optimizer(
         print_json([dataclasses.asdict(record) for record in records])
     else:
         print_table(records)
+
+
+@app.command()
+def tcep(
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gradients, memory, solvers, accuracy or all; may be repeated. Default: all but "
+            "accuracy, which trains for minutes."
+        ),
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Image task for all parts but accuracy, or random.")
+    ] = "digits_rolled",
+    task: Annotated[
+        str, typer.Option(help="digits_rolled or mnist5k, for accuracy.")
+    ] = "digits_rolled",
+    seeds: Annotated[int | None, typer.Option(help="Seeds of accuracy; default 3.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of accuracy; default the task's own.")
+    ] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps of memory; may be repeated. Default 10, 30, 100, 300, 1000."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Alternating rounds of what is timed.")] = 5,
+    train_steps: Annotated[
+        int, typer.Option(help="Steps that the trained nets of gradients and solvers get.")
+    ] = 60,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure equilibrium propagation: exact gradients, memory, solvers, and what it learns."""
+    from topotune.bench.tcep import DEFAULT_PARTS, Options, print_report, run, tell
+    from topotune.bench.tcep_memory import STEPS
+    from topotune.train.process import resolve_device
+
+    options = Options(
+        parts=tuple(part or DEFAULT_PARTS),
+        data=data,
+        task=task,
+        seeds=seeds,
+        epochs=epochs,
+        steps=tuple(steps or STEPS),
+        rounds=rounds,
+        train_steps=train_steps,
+        threads=threads,
+        device=str(resolve_device(device)),
+    )
+    report = run(options, tell)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_report(report)
