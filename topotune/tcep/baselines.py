@@ -12,8 +12,13 @@ from topotune.tcep.network import DrivenFlow, TCEPNetwork
 from topotune.tcep.relax import Noise, unroll
 from topotune.tcep.stepping import DIVERGENCE
 
-ADAPTIVE_STEPS = 100
-"""Steps of the adjoint method's solver at most, for each that the dynamics' solver may take."""
+ADAPTIVE_STEPS = 20
+"""Steps of the adjoint method's solver at most, for each that the dynamics' solver may take; where
+it succeeds it takes 1 to 4."""
+ADJOINT_FAILED = "adjoint_failed"
+"""Name of the measured value that is 1 where the adjoint equation could not be integrated."""
+FEWEST_STEPS = 100
+"""And so many more."""
 
 
 def _unrolled(
@@ -35,6 +40,11 @@ def _unrolled(
 def unrolled_logits(network: TCEPNetwork, drive: Tensor) -> Tensor:
     """Logits (B, classes) that plain backpropagation can go through."""
     states, _ = _unrolled(network, drive)
+    return _orbit_logits(network, states)
+
+
+def _orbit_logits(network: TCEPNetwork, states: Tensor) -> Tensor:
+    """Logits at states (B, S), or their mean over an orbit (T, B, S)."""
     if states.ndim == 2:
         return network.logits(states)
     return torch.stack([network.logits(state) for state in states]).mean(dim=0)
@@ -54,7 +64,7 @@ def bptt(
     cost.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         final = states if states.ndim == 2 else states.mean(dim=0)
-        logits = network.logits(final)
+        logits = _orbit_logits(network, states)
         flow = network.flow(final, drive)
         residual = flow.square().mean(dim=1).sqrt()
         measured = {
@@ -63,7 +73,7 @@ def bptt(
             "diverged_share": (~(residual <= DIVERGENCE)).to(residual).mean(),
         }
         if network.recirculation.kind != "gain":
-            late = residual > 1.05 * network.dynamics.solver.tolerance
+            late = ~(residual <= 1.05 * network.dynamics.solver.tolerance)
             measured["unconverged_share"] = late.to(residual).mean()
         if network.conservative:
             measured["energy_free"] = network.energy(final, drive).mean()
@@ -88,53 +98,60 @@ def adjoint(network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
 
     The free phase is integrated by dopri5 over a fixed time, ``steps * dt``, and its adjoint over
     the same. Memory does not depend on the steps. It replaces the nudged phase.
+
+    The way back retraces a flow that contracts, so errors grow exponentially with the time: beyond
+    some steps it fails, which ``adjoint_failed`` and gradients of NaN then say.
     """
     drive = network.drive(inputs)
     module = _AdjointModule(network.free_flow(drive))
     solver = network.dynamics.solver
+    state = None
     try:
         state = integrate_adjoint(
             module,
             network.field.initial(drive),
             duration=solver.steps * network.time_step,
             tolerance=solver.tolerance,
-            most_steps=ADAPTIVE_STEPS * solver.steps,
+            most_steps=FEWEST_STEPS + ADAPTIVE_STEPS * solver.steps,
             # The drive stands for the embedding: given both, its gradient would count twice.
             parameters=(drive, *network.field.parameters()),
         )
+        forward = module.evaluations
         logits = network.logits(state)
         cost = F.cross_entropy(logits, targets)
-        forward = module.evaluations
         cost.backward()  # type: ignore[no-untyped-call]
     except AssertionError as error:
         if not is_refusal(error):
             raise
-        return _undefined(network, len(targets), float(module.evaluations))
+        return _undefined(network, len(targets), module.evaluations, back=state is not None)
     with torch.no_grad():
         residual = network.flow(state, drive).square().mean(dim=1).sqrt()
         measured = {
             "residual_free": residual.mean(),
             "nfe_free": residual.new_tensor(float(forward)),
             "nfe_nudged": residual.new_tensor(float(module.evaluations - forward)),
-            "unconverged_share": (residual > solver.tolerance).to(residual).mean(),
+            "unconverged_share": (~(residual <= solver.tolerance)).to(residual).mean(),
             "diverged_share": (~(residual <= DIVERGENCE)).to(residual).mean(),
+            ADJOINT_FAILED: torch.zeros_like(residual[0]),
         }
         if network.conservative:
             measured["energy_free"] = network.energy(state, drive).mean()
     return Contrast(cost.detach(), logits.detach(), measured)
 
 
-def _undefined(network: TCEPNetwork, batch: int, evaluations: float) -> Contrast:
-    """What is left where the flow cannot be integrated: no loss, no gradient, all diverged."""
+def _undefined(network: TCEPNetwork, batch: int, evaluations: int, back: bool) -> Contrast:
+    """What is left where torchdiffeq gives up on the way there or back: no loss, no gradient."""
     for parameter in network.parameters():
         parameter.grad = torch.full_like(parameter, torch.nan)
     none = torch.full_like(network.head.bias.detach()[0], torch.nan)
+    one, zero = torch.ones_like(none), torch.zeros_like(none)
     measured = {
-        "residual_free": torch.full_like(none, torch.inf),
-        "nfe_free": torch.full_like(none, evaluations),
-        "nfe_nudged": torch.zeros_like(none),
-        "unconverged_share": torch.ones_like(none),
-        "diverged_share": torch.ones_like(none),
+        "residual_free": none,
+        "nfe_free": one * evaluations,
+        "nfe_nudged": zero,
+        "unconverged_share": one,
+        "diverged_share": zero if back else one,
+        ADJOINT_FAILED: one if back else zero,
     }
     if network.conservative:
         measured["energy_free"] = none

@@ -150,7 +150,7 @@ class EnergyField(Field):
     def _heads(self, g: Tensor, weight: Tensor) -> Tensor:
         """``g`` times each head's matrix, by one product."""
         joined = g @ _joined(weight)
-        return joined.unflatten(2, (self.heads, weight.shape[2])).transpose(1, 2)
+        return joined.view(*g.shape[:2], self.heads, weight.shape[2]).transpose(1, 2)
 
     def _block(self, g: Tensor) -> Tensor:
         """The gradient with respect to ``g`` of attention and memory, (B, N, D)."""
@@ -168,11 +168,17 @@ def _joined(weight: Tensor) -> Tensor:
 
 
 def check_heads(width: int, heads: int) -> None:
-    """Raise unless the heads divide the width.
+    """Raise unless the heads divide the width, and the width is more than a number.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not, or it is not.
     """
+    if width < 2:
+        raise ConfigError(
+            "model.width",
+            f"must be at least 2 (got {width})",
+            "The layer norm of a single number is zero, whatever the number",
+        )
     if width % heads != 0:
         fitting = [n for n in range(1, width + 1) if width % n == 0]
         raise ConfigError(

@@ -156,8 +156,20 @@ def build_field(found: type[Field], facts: dict[str, object]) -> Field:
     given = {name: value for name, value in facts.items() if takes_any or name in names}
     try:
         field = found(**given)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigError("field", f"{found.__qualname__} rejects {given}: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            "field",
+            f"the constructor of {found.__qualname__} fails with {', '.join(sorted(given))}: "
+            f"{type(error).__name__}: {error}",
+        ) from error
+    if not {"tokens", "width", "size", "feature_size"} <= vars(field).keys():
+        raise ConfigError(
+            "field",
+            f"the constructor of {found.__qualname__} does not call that of Field",
+            "Begin it with super().__init__(tokens, width, size, feature_size)",
+        )
     if (field.tokens, field.width) != (facts["tokens"], facts["width"]):
         raise ConfigError(
             "field",

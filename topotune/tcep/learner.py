@@ -12,7 +12,7 @@ from torch import Tensor
 
 from topotune.errors import ConfigError
 from topotune.tcep import probe
-from topotune.tcep.baselines import adjoint, bptt, head_only
+from topotune.tcep.baselines import ADJOINT_FAILED, adjoint, bptt, head_only
 from topotune.tcep.gradients import (
     Contrast,
     eqprop,
@@ -30,6 +30,8 @@ ADAPT_EVERY = 5
 """Steps between two looks at a learned beta."""
 BETA_RANGE = (5e-3, 1.0)
 """Where a learned beta stays: rounding below, the symmetric rule's own breakdown above."""
+RESOLVED = 0.4
+"""Rounding makes a gap of about half of this over the nudge's resolution."""
 LEARNT = 0.2
 """A cost that pulls with less than this share of its first pull has little left to teach, and
 drowns in rounding for a good reason."""
@@ -130,21 +132,26 @@ class EquilibriumLearner:
                 measured["beta"] = self._beta.clone()
             if adapt:
                 gap = second_difference(network, inputs, phases, self._beta)
-                self._adapt(gap)
+                self._adapt(gap, phases.resolution)
         self._steps += 1
         loss = F.cross_entropy(phase.logits, targets)
         return Contrast(loss, phase.logits, measured)
 
     def after_step(self, network: TCEPNetwork) -> None:
-        """Bring spectral norms back below their caps."""
-        network.caps()
+        """Bring spectral norms back below their caps, where anything but the head moves."""
+        if self.learning.gradient != "head":
+            network.caps()
 
     def epoch_metrics(
         self, network: TCEPNetwork, inputs: Tensor, targets: Tensor
     ) -> dict[str, float]:
-        """Margins of a probe batch, and the gradient's cosine if asked for."""
+        """Margins of a probe batch, and the gradient's cosine if asked for.
+
+        There is no cosine for recirculation ``gain``: on an orbit there is no implicit gradient.
+        """
         found = probe.margins(network, inputs)
-        if self.learning.probe_cosine and self.learning.gradient == "eqprop":
+        exact = network.recirculation.kind != "gain"
+        if self.learning.probe_cosine and self.learning.gradient == "eqprop" and exact:
             found["gradient_cosine"] = probe.gradient_cosine(
                 network, inputs, targets, self.learning, self._beta
             )
@@ -170,8 +177,18 @@ class EquilibriumLearner:
                 (
                     int(bad[0]),
                     f"the relaxation of {share:.0%} of the samples left the "
-                    "finite numbers: lambda is too small for mu and the recirculation, or the "
-                    "learning rate too large",
+                    "finite numbers: lambda is too small for mu and the recirculation, the "
+                    "learning rate too large, or the field itself gives no number",
+                )
+            )
+        failed = np.flatnonzero(columns.get(ADJOINT_FAILED, np.zeros(0)) > 0)
+        if failed.size:
+            found.append(
+                (
+                    int(failed[0]),
+                    "the adjoint equation could not be integrated: it retraces the contracting "
+                    "flow backwards, where errors grow exponentially with the time. Lower steps, "
+                    "or choose gradient implicit",
                 )
             )
         silent = self._silent(columns)
@@ -211,10 +228,16 @@ class EquilibriumLearner:
         self._steps = int(state["steps"])
         self._first_force = state["first_force"]
 
-    def _adapt(self, gap: Tensor) -> None:
-        """Move beta so that the gap, which grows in proportion, meets its bound."""
-        factor = (self.learning.beta_bound / gap.clamp_min(1e-12)).clamp(0.25, 4.0).sqrt()
-        factor = factor.nan_to_num(nan=1.0)  # 0 / 0 where nothing is left to learn
+    def _adapt(self, gap: Tensor, resolution: Tensor) -> None:
+        """Move beta so that the gap, which grows in proportion, meets its bound.
+
+        Where rounding makes the gap, it grows as beta falls, and lowering beta would never end:
+        there beta rises to what rounding resolves.
+        """
+        bound = self.learning.beta_bound
+        wanted = (bound / gap.clamp_min(1e-12)).clamp(0.25, 4.0).sqrt()
+        resolved = (RESOLVED / bound / resolution).clamp_max(2.0)
+        factor = torch.maximum(wanted, resolved).nan_to_num(nan=1.0)  # 0 / 0: all is learnt
         self._beta = (self._beta * factor.to(self._beta)).clamp(*BETA_RANGE)
 
     def _noise(self, device: torch.device) -> Noise | None:

@@ -18,11 +18,15 @@ from topotune.tcep.relax import Equilibrium, Noise, relax
 from topotune.tcep.spectral import SpectralCaps
 from topotune.tcep.tokens import Tokens
 from topotune.tcep.transformer import TransformerField
+from topotune.tcep.vetting import vet_field
 
 FIELDS: dict[str, type[Field]] = {"energy": EnergyField, "transformer": TransformerField}
 
 CHUNK = 512
 """Samples that are relaxed at once when no gradient is wanted."""
+
+MINIMUM_STEPS = 4
+"""Steps of a phase at least: the drive must reach the hidden units, the nudge the tokens."""
 
 
 class DrivenFlow:
@@ -109,6 +113,8 @@ class TCEPNetwork(nn.Module):
             "caps": self.dynamics.caps,
         }
         self.field = build_field(_field_class(field), facts)
+        if is_import_path(field):
+            vet_field(self.field)
         self.embed = nn.Linear(self.tokens.size, width, bias=False)
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(self.tokens.size))
         self.position = nn.Parameter(0.5 * torch.randn(count, width))
@@ -124,6 +130,8 @@ class TCEPNetwork(nn.Module):
         if gamma is None:
             gamma, self.reference_mu = stable_gamma(self)
         self.recirculation = build_recirculation(self.dynamics, self.field.tokens, gamma)
+        if self.recirculation.timed:
+            self.recirculation.time_step(self.time_step)  # refuses a T of too many steps
 
     @property
     def time_step(self) -> float:
@@ -166,7 +174,7 @@ class TCEPNetwork(nn.Module):
         if recirculate and self.recirculation.gain != 0:
             linear = linear + self.recirculation.term(h)
         flow = self.field.flow(state, drive)
-        rest = self.field.size - h[0].numel()
+        rest = self.field.size - self.field.tokens * self.field.width
         return flow + nn.functional.pad(linear.flatten(1), (0, rest))
 
     def energy(self, state: Tensor, drive: Tensor) -> Tensor:
@@ -213,6 +221,7 @@ class TCEPNetwork(nn.Module):
                 self.dynamics.solver,
                 dt=self.time_step,
                 memory=self.memory(start),
+                min_steps=MINIMUM_STEPS,
                 noise=noise,
             )
 
@@ -233,7 +242,11 @@ class TCEPNetwork(nn.Module):
         if found.orbit is None:
             return self.logits(found.state)
         count, batch, size = found.orbit.shape
-        return self.logits(found.orbit.reshape(-1, size)).view(count, batch, -1).mean(dim=0)
+        return (
+            self.logits(found.orbit.reshape(-1, size))
+            .view(count, batch, self.head.out_features)
+            .mean(dim=0)
+        )
 
     def resolved(self) -> dict[str, float | str]:
         """What the parameters came to: values that the data or the sizes determine."""
@@ -256,7 +269,7 @@ class TCEPNetwork(nn.Module):
 def _field_class(name: str) -> type[Field]:
     if isinstance(name, str) and is_import_path(name):
         return load_class(name, Field)  # type: ignore[type-abstract]
-    if name not in FIELDS:
+    if not isinstance(name, str) or name not in FIELDS:
         raise UnknownNameError(
             "field", str(name), FIELDS, "or an import path, package.module:Class"
         )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topotune.tcep.jacobian import Jacobian
-from topotune.tcep.network import TCEPNetwork
+from topotune.tcep.network import MINIMUM_STEPS, TCEPNetwork
 from topotune.tcep.relax import Equilibrium, Noise, relax
 
 TOLERANCE_SHARE = 5e-4
@@ -19,9 +19,6 @@ becomes an error of the gradient, magnified by one over the stability margin."""
 COARSEST_SHARE = 0.02
 """The share that rounding must allow at the least; with a much looser tolerance the free
 equilibrium would pass for the nudged one, and the gradient would be zero."""
-
-MINIMUM_STEPS = 4
-"""Steps of a nudged phase at least: the nudge enters at the readout and must reach the tokens."""
 
 ROUNDING = 2.0
 """No tolerance below this many roundings of the typical token is asked for (0.6 were reached)."""
@@ -87,7 +84,7 @@ class NudgedFlow:
         if field.conservative:  # what is asymmetric is linear and known
             h, _ = field.split(away)
             term = network.recirculation.term(h) - network.recirculation.adjoint_term(h)
-            return F.pad(term.flatten(1), (0, field.size - h[0].numel()))
+            return F.pad(term.flatten(1), (0, field.size - field.tokens * field.width))
 
         if self._jacobian is None:
             recirculate = not network.recirculation.timed

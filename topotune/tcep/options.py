@@ -19,6 +19,13 @@ TIMED = ("delay", "fade", "gain")
 
 LEARNED = "learned"
 
+LOOSEST = 0.1
+"""Beyond this tolerance a free phase ends about where it began, and outputs tell nothing of
+inputs."""
+
+LARGEST_BETA = 2.0
+"""A symmetric nudge breaks down near 1: a negative one rewards a cost that has no upper bound."""
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -41,7 +48,7 @@ class Solver:
     def __post_init__(self) -> None:
         _one_of("solver", self.name, SOLVERS)
         _whole("steps", self.steps, 1)
-        _real("tolerance", self.tolerance, low=0.0, open_low=True)
+        _real("tolerance", self.tolerance, low=0.0, open_low=True, high=LOOSEST)
         _real("step", self.step, low=0.0, open_low=True, high=1.0)
 
 
@@ -153,8 +160,13 @@ class Learning:
 
     def __post_init__(self) -> None:
         _one_of("gradient", self.gradient, GRADIENTS)
-        if self.beta != LEARNED:
-            _real("beta", self.beta, low=0.0, open_low=True)
+        if isinstance(self.beta, str):
+            if self.beta != LEARNED:
+                raise ConfigError(
+                    "beta", f"must be a number above 0, or {LEARNED!r} (got {self.beta!r})"
+                )
+        else:
+            _real("beta", self.beta, low=0.0, open_low=True, high=LARGEST_BETA)
         _one_of("nudge", self.nudge, NUDGES)
         _real("beta_start", self.beta_start, low=0.0, open_low=True)
         _real("beta_bound", self.beta_bound, low=0.0, open_low=True, high=1.0)

@@ -85,7 +85,8 @@ class TcepMethod(Method):
                 raise
             raise self._unfit(f"has no network for it: {error}") from error
         except ConfigError as error:
-            if error.place.removeprefix("model.") in own:  # it is not the user who wrote these
+            written_by_us = {f"model.{name}" for name in own}
+            if error.place in written_by_us:
                 raise self._unfit(f"has model {spec.model!r}, which is no TCEPNetwork") from error
             raise
         if not isinstance(model, TCEPNetwork):
