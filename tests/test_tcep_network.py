@@ -89,7 +89,7 @@ def test_forward_reads_out_the_equilibrium(field: str, kind: str) -> None:
     torch.testing.assert_close(unrolled, found, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("count", [1, 4, 5, 9])
 @pytest.mark.parametrize("kind", ["ring", "gain"])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
     network = small_network(recirculation=kind, gamma=0.2, period=2, tolerance=1e-7)
@@ -118,7 +118,7 @@ def test_an_empty_batch_has_no_logits(kind: str, recorded: bool) -> None:
 @pytest.mark.parametrize("wild", [False, True])
 def test_energy_never_rises_along_a_relaxation(solver: str, kind: str, wild: bool) -> None:
     gamma = None if kind == "none" else 0.4
-    network = small_network(recirculation=kind, gamma=gamma, name=solver, step=0.1, steps=200)
+    network = small_network(recirculation=kind, gamma=gamma, name=solver, step=0.15, steps=80)
     if wild:
         with torch.no_grad():
             for parameter in network.field.parameters():
@@ -138,7 +138,7 @@ def test_energy_never_rises_along_a_relaxation(solver: str, kind: str, wild: boo
     assert float((found.energy[0] - found.energy[-1]).min()) > 1e-2
 
 
-@pytest.mark.parametrize("period", [0.1, 0.7, 4, 16])
+@pytest.mark.parametrize("period", [0.1, 2, 16])
 @pytest.mark.parametrize("kind", ["delay", "fade"])
 def test_the_past_leads_to_the_network_without_it_at_lambda_eff(kind: str, period: float) -> None:
     network = small_network(
@@ -159,7 +159,7 @@ def test_the_past_leads_to_the_network_without_it_at_lambda_eff(kind: str, perio
 # ---- gamma ----
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.9, None])
+@pytest.mark.parametrize("fraction", [0.0, 0.9, None])
 @pytest.mark.parametrize("field", ["energy", "transformer"])
 def test_gamma_is_a_share_of_lambda_less_mu(field: str, fraction: float | None) -> None:
     network = small_network(torch.float32, field=field, gamma_fraction=fraction, damping=2.0)

@@ -80,11 +80,13 @@ class Shipping:
         self._name = config.name
         store = open_store(folder, config)
         self._label = store.label
+        self._store = store
         self._shipper = Shipper(folder.root, store, folder.search_id, config.name)
         self._closed: Reconciliation | None = None
         self._warned = False
 
     def __enter__(self) -> Self:
+        self._store.preload()
         self._shipper.start()
         return self
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from topotune.tcep.adjoint import integrate_adjoint, is_refusal
 from topotune.tcep.gradients import Contrast, Phase, orbit_cost
-from topotune.tcep.network import DrivenFlow, TCEPNetwork
+from topotune.tcep.network import MINIMUM_STEPS, DrivenFlow, TCEPNetwork
 from topotune.tcep.relax import Noise, unroll
 from topotune.tcep.stepping import DIVERGENCE
 
@@ -31,6 +31,7 @@ def _unrolled(
         start,
         network.dynamics.solver,
         dt=network.time_step,
+        min_steps=MINIMUM_STEPS,
         memory=network.memory(start),
         noise=noise,
     )

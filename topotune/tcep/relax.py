@@ -143,6 +143,7 @@ def unroll(
     solver: Solver,
     *,
     dt: float,
+    min_steps: int = 0,
     memory: Memory | None = None,
     noise: Noise | None = None,
 ) -> tuple[Tensor, int, Tensor | None]:
@@ -163,7 +164,7 @@ def unroll(
     stepper = Explicit("heun" if heun else "euler", dt, memory, noise)
     orbit = Orbit(memory) if memory is not None and memory.periodic else None
     limit = _limit(solver, stepper, orbit)
-    least = 0 if noise is None else limit
+    least = min(limit, min_steps) if noise is None else limit
     steps = _walk(batch, stepper, orbit, limit, least)
     state = batch.rows.state
     return state, steps, None if orbit is None else orbit.result(state)

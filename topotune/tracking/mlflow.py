@@ -100,6 +100,15 @@ class MlflowStore:
         """Address and experiment in one line, without secrets."""
         return f"{redact(self.tracking_uri)} experiment {self.experiment}"
 
+    def preload(self) -> None:
+        """Import MLflow now, in this thread; contacts nothing.
+
+        To be called before a thread ships while another imports Ray Tune, which imports MLflow
+        too: its modules import each other in circles, and two threads at once can end up with
+        halves of them.
+        """
+        _quiet_mlflow()
+
     def _connect(self) -> tuple[MlflowClient, str]:
         with self._connecting:
             if self._connected is None:
@@ -164,11 +173,11 @@ class MlflowStore:
         return next(iter(self._find(search_id, f" and tags.`{ROLE_TAG}` = 'search'")), None)
 
     def _find(self, search_id: str, extra: str) -> list[StoredRun]:
-        from mlflow.entities import ViewType
-
         if not _SEARCH_ID.fullmatch(search_id):
             raise StoreRefusedError(f"search id {search_id!r:.80}: expected letters and digits")
         client, experiment_id = self._connect()
+        from mlflow.entities import ViewType
+
         query = f"tags.`{SEARCH_TAG}` = '{search_id}'{extra}"
         found: list[StoredRun] = []
         token = None
@@ -204,9 +213,9 @@ class MlflowStore:
 
     def log(self, run_id: str, batch: Sequence[Item]) -> None:
         """Send one batch, within MLflow's limits (1000 entities, 100 parameters, 100 tags)."""
+        client, _ = self._connect()
         from mlflow.entities import Metric, Param, RunTag
 
-        client, _ = self._connect()
         with translated():
             client.log_batch(
                 run_id,
