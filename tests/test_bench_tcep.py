@@ -24,7 +24,6 @@ from topotune.bench.tcep_setup import (
     build,
     load,
     median_and_spread,
-    resolve,
 )
 from topotune.cli.main import app
 from topotune.data.splits import TensorPair
@@ -33,6 +32,7 @@ from topotune.tcep import probe
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics
+from topotune.tcep.probe import resolve
 from topotune.tcep.reference import energy, implicit_gradient, ring_kernel, solve_equilibrium
 
 CPU = torch.device("cpu")

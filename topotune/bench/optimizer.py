@@ -16,7 +16,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,9 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from topotune.bench.machine import device_name
 from topotune.errors import ConfigError, UnknownNameError
 from topotune.optim import TopologicalAdam
 from topotune.optim.reference import ReferenceTopologicalAdam
+from topotune.train.process import synchronise
 
 Builder = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -111,7 +112,7 @@ class _Runner:
     def block(self, steps: int) -> float:
         """Seconds a step, over a synchronised block."""
         device = self._inputs.device
-        _synchronise(device)
+        synchronise(device)
         begin = time.perf_counter()
         for _ in range(steps):
             batch = self._taken % BATCHES
@@ -121,13 +122,8 @@ class _Runner:
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._taken += 1
-        _synchronise(device)
+        synchronise(device)
         return (time.perf_counter() - begin) / steps
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def run(
@@ -205,7 +201,7 @@ def _measure(
                 vs_adam_spread=vs_adam_spread,
                 vs_fused=vs_fused,
                 vs_fused_spread=vs_fused_spread,
-                device=_device_name(device),
+                device=device_name(device),
                 threads=torch.get_num_threads(),
                 rounds=rounds,
                 steps=steps,
@@ -219,12 +215,6 @@ def _ratio(times: Sequence[float], baseline: Sequence[float]) -> tuple[float, fl
     ratios = [mine / theirs for mine, theirs in zip(times, baseline, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return middle, high - low
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
 
 
 def print_table(records: Sequence[StepCost]) -> None:

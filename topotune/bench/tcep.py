@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from topotune.bench import tcep_gradients, tcep_memory, tcep_solvers
+from topotune.bench.machine import device_name
 from topotune.bench.tcep_gradients import GradientError
 from topotune.bench.tcep_memory import GradientCost
-from topotune.bench.tcep_setup import TRAIN_STEPS, Training, device_name, load
+from topotune.bench.tcep_setup import TRAIN_STEPS, Training, load
 from topotune.bench.tcep_solvers import SolverCost
 from topotune.errors import ConfigError, UnknownNameError
 

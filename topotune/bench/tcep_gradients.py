@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from topotune.bench.tcep_setup import TRAIN_STEPS, Data, Training, build, resolve, train
+from topotune.bench.tcep_setup import TRAIN_STEPS, Data, Training, build, train
 from topotune.data.splits import TensorPair
 from topotune.tcep import probe
 from topotune.tcep.baselines import bptt
 from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import NUDGES, Dynamics, Learning, Solver
+from topotune.tcep.probe import resolve
 
 BETAS = (0.01, 0.05, 0.1, 0.22, 0.5, 1.0)
 

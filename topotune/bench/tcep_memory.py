@@ -17,19 +17,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topotune.bench.machine import device_name
 from topotune.bench.tcep_setup import (
     BATCH,
     Data,
     alternate,
     build,
-    device_name,
     median_and_spread,
-    resolve,
 )
 from topotune.data.splits import TensorPair
 from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics, Learning, Solver
+from topotune.tcep.probe import resolve
 
 GRADIENTS = ("eqprop", "implicit", "adjoint", "bptt")
 STEPS = (10, 30, 100, 300, 1000)

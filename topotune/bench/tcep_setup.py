@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,8 @@ from topotune.tasks.builtin import TASKS, build_task
 from topotune.tasks.classification import ImageTask
 from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
-from topotune.tcep.options import Dynamics, Learning, Solver
+from topotune.tcep.options import Dynamics, Learning
+from topotune.train.process import synchronise
 
 BATCH = 32
 """Samples that every gradient and every relaxation is measured on."""
@@ -93,19 +92,6 @@ def build(data: Data, dynamics: Dynamics, field: str = "energy", seed: int = 0) 
             dynamics=dynamics,
         )
     return network.to(data.train.inputs.device)
-
-
-def resolve(
-    network: TCEPNetwork, dtype: torch.dtype | None = None, **solver: object
-) -> TCEPNetwork:
-    """A copy without gradients, in another dtype or with another solver."""
-    twin = copy.deepcopy(network)
-    if dtype is not None:
-        twin = twin.to(dtype)
-    changed: Solver = dataclasses.replace(twin.dynamics.solver, **solver)  # type: ignore[arg-type]
-    twin.dynamics = dataclasses.replace(twin.dynamics, solver=changed)
-    twin.zero_grad(set_to_none=True)
-    return twin
 
 
 @dataclass(frozen=True)
@@ -181,19 +167,6 @@ def train(
 
 def _mean(values: Sequence[Tensor]) -> float:
     return float(torch.stack(list(values)).mean())
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's own name, or the processor's kind."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
 
 
 def alternate(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from topotune.bench.machine import device_name
 from topotune.bench.tcep_setup import (
     BATCH,
     TRAIN_STEPS,
@@ -15,13 +16,12 @@ from topotune.bench.tcep_setup import (
     Training,
     alternate,
     build,
-    device_name,
     median_and_spread,
-    resolve,
     train,
 )
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics
+from topotune.tcep.probe import resolve
 from topotune.tcep.relax import Equilibrium
 
 SOLVERS = ("anderson", "euler", "heun", "dopri5")

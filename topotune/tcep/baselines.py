@@ -41,14 +41,7 @@ def _unrolled(
 def unrolled_logits(network: TCEPNetwork, drive: Tensor) -> Tensor:
     """Logits (B, classes) that plain backpropagation can go through."""
     states, _ = _unrolled(network, drive)
-    return _orbit_logits(network, states)
-
-
-def _orbit_logits(network: TCEPNetwork, states: Tensor) -> Tensor:
-    """Logits at states (B, S), or their mean over an orbit (T, B, S)."""
-    if states.ndim == 2:
-        return network.logits(states)
-    return torch.stack([network.logits(state) for state in states]).mean(dim=0)
+    return network.mean_logits(states)
 
 
 def bptt(
@@ -65,7 +58,7 @@ def bptt(
     cost.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         final = states if states.ndim == 2 else states.mean(dim=0)
-        logits = _orbit_logits(network, states)
+        logits = network.mean_logits(states)
         flow = network.flow(final, drive)
         residual = flow.square().mean(dim=1).sqrt()
         measured = {
@@ -161,6 +154,5 @@ def _undefined(network: TCEPNetwork, batch: int, evaluations: int, back: bool) -
 
 def head_only(network: TCEPNetwork, phase: Phase) -> dict[str, Tensor]:
     """The readout's plain gradient at the free equilibrium; nothing else gets one (a control)."""
-    states = phase.free.state if phase.free.orbit is None else phase.free.orbit
-    orbit_cost(network, states, phase.targets).backward()  # type: ignore[no-untyped-call]
+    orbit_cost(network, phase.free.states, phase.targets).backward()  # type: ignore[no-untyped-call]
     return {}

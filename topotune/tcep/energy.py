@@ -62,21 +62,12 @@ class EnergyField(Field):
         sharpness: float | None = None,
         caps: Caps | None = None,
     ) -> None:
-        if tokens < 2:
-            raise ConfigError(
-                "model.tokens",
-                f"attention needs at least 2 tokens (got {tokens})",
-                "Cut the image into rows or smaller patches",
-            )
-        check_heads(width, heads)
+        check_attention(tokens, width, heads)
         super().__init__(tokens, width, tokens * width + hidden, hidden)
         self.scale = float(scale)
         self.heads = heads
         self.sharpness = (width // heads) ** -0.5 if sharpness is None else float(sharpness)
         self.caps = caps or Caps()
-
-        def weight(*shape: int, fan_in: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape) * (INIT_GAIN / math.sqrt(fan_in)))
 
         head_width = width // heads
         self.query = weight(heads, width, head_width, fan_in=width)
@@ -167,12 +158,23 @@ def _joined(weight: Tensor) -> Tensor:
     return weight.transpose(0, 1).flatten(1)
 
 
-def check_heads(width: int, heads: int) -> None:
-    """Raise unless the heads divide the width, and the width is more than a number.
+def weight(*shape: int, fan_in: int) -> nn.Parameter:
+    """A fresh matrix, normal numbers of ``INIT_GAIN / sqrt(fan_in)``."""
+    return nn.Parameter(torch.randn(shape) * (INIT_GAIN / math.sqrt(fan_in)))
+
+
+def check_attention(tokens: int, width: int, heads: int) -> None:
+    """Raise unless there are tokens to attend to, of a width that the heads divide.
 
     Raises:
-        ConfigError: they do not, or it is not.
+        ConfigError: there is one token only, one number a token, or a rest.
     """
+    if tokens < 2:
+        raise ConfigError(
+            "model.tokens",
+            f"attention needs at least 2 tokens (got {tokens})",
+            "Cut the image into rows or smaller patches",
+        )
     if width < 2:
         raise ConfigError(
             "model.width",

@@ -58,8 +58,12 @@ class Field(nn.Module, ABC):
 
     def initial(self, drive: Tensor) -> Tensor:
         """Where a relaxation starts: the tokens at the drive (B, N, D), hidden units at zero."""
-        rest = drive.new_zeros(len(drive), self.size - self.tokens * self.width)
-        return torch.cat([drive.flatten(1), rest], dim=1)
+        return self.widen(drive)
+
+    def widen(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, D) as a state (B, S) whose hidden units are zero."""
+        rest = self.size - self.tokens * self.width
+        return torch.nn.functional.pad(tokens.flatten(1), (0, rest))
 
     def energy(self, state: Tensor, drive: Tensor) -> Tensor:
         """The energy of each sample, (B,), differentiable in the state and in the parameters.

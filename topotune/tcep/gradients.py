@@ -51,7 +51,7 @@ def free_phase(
     drive = network.drive(inputs)
     free = network.relax(drive.detach(), noise=noise)
     with torch.no_grad():
-        logits = network.equilibrium_logits(free)
+        logits = network.mean_logits(free.states)
     return Phase(drive, free, logits, targets)
 
 
@@ -119,7 +119,7 @@ def eqprop(
         total = (upper - lower).sum() / span
         measured["energy_nudged"] = (0.5 * (upper + lower)).mean().detach()
     else:
-        centre = phase.free.state if phase.free.orbit is None else phase.free.orbit
+        centre = phase.free.states
         total = -orbit_pull(network, centre, high_state - low_state, phase.drive) / span
     costs = [orbit_cost(network, s, targets) for s in (high_state, low_state)]
     (total + 0.5 * (costs[0] + costs[1])).backward()  # type: ignore[no-untyped-call]

@@ -174,8 +174,7 @@ class TCEPNetwork(nn.Module):
         if recirculate and self.recirculation.gain != 0:
             linear = linear + self.recirculation.term(h)
         flow = self.field.flow(state, drive)
-        rest = self.field.size - self.field.tokens * self.field.width
-        return flow + nn.functional.pad(linear.flatten(1), (0, rest))
+        return flow + self.field.widen(linear)
 
     def energy(self, state: Tensor, drive: Tensor) -> Tensor:
         """The energy whose stationary points are the equilibria, (B,).
@@ -234,19 +233,16 @@ class TCEPNetwork(nn.Module):
         parts = []
         for part in torch.split(inputs, CHUNK):
             found = self.relax(self.drive(part))
-            parts.append(self.equilibrium_logits(found))
+            parts.append(self.mean_logits(found.states))
         return torch.cat(parts) if parts else inputs.new_zeros(0, self.head.out_features)
 
-    def equilibrium_logits(self, found: Equilibrium) -> Tensor:
-        """Logits of a relaxation; of an orbit: their mean over the period."""
-        if found.orbit is None:
-            return self.logits(found.state)
-        count, batch, size = found.orbit.shape
-        return (
-            self.logits(found.orbit.reshape(-1, size))
-            .view(count, batch, self.head.out_features)
-            .mean(dim=0)
-        )
+    def mean_logits(self, states: Tensor) -> Tensor:
+        """Logits (B, classes) at states (B, S), or their mean over an orbit (T, B, S)."""
+        if states.ndim == 2:
+            return self.logits(states)
+        count, batch, _ = states.shape
+        each = self.logits(states.flatten(0, 1))
+        return each.view(count, batch, self.head.out_features).mean(dim=0)
 
     def resolved(self) -> dict[str, float | str]:
         """What the parameters came to: values that the data or the sizes determine."""

@@ -84,7 +84,7 @@ class NudgedFlow:
         if field.conservative:  # what is asymmetric is linear and known
             h, _ = field.split(away)
             term = network.recirculation.term(h) - network.recirculation.adjoint_term(h)
-            return F.pad(term.flatten(1), (0, field.size - field.tokens * field.width))
+            return field.widen(term)
 
         if self._jacobian is None:
             recirculate = not network.recirculation.timed

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from topotune.tcep.gradients import eqprop, free_phase, implicit
 from topotune.tcep.network import TCEPNetwork
-from topotune.tcep.options import Learning
+from topotune.tcep.options import Learning, Solver
 from topotune.tcep.relax import relax
 
 EXACT_TOLERANCE = 1e-11
@@ -86,15 +86,24 @@ def flat_gradient(network: TCEPNetwork) -> Tensor:
     )
 
 
-def exact_copy(network: TCEPNetwork) -> TCEPNetwork:
-    """A float64 copy that solves to rounding."""
-    twin = copy.deepcopy(network).double()
-    solver = dataclasses.replace(
-        twin.dynamics.solver, name="auto", tolerance=EXACT_TOLERANCE, steps=EXACT_STEPS
-    )
-    twin.dynamics = dataclasses.replace(twin.dynamics, solver=solver)
+def resolve(
+    network: TCEPNetwork, dtype: torch.dtype | None = None, **solver: object
+) -> TCEPNetwork:
+    """A copy without gradients, in another dtype or with another solver."""
+    twin = copy.deepcopy(network)
+    if dtype is not None:
+        twin = twin.to(dtype)
+    changed: Solver = dataclasses.replace(twin.dynamics.solver, **solver)  # type: ignore[arg-type]
+    twin.dynamics = dataclasses.replace(twin.dynamics, solver=changed)
     twin.zero_grad(set_to_none=True)
     return twin
+
+
+def exact_copy(network: TCEPNetwork) -> TCEPNetwork:
+    """A float64 copy that solves to rounding."""
+    return resolve(
+        network, torch.float64, name="auto", tolerance=EXACT_TOLERANCE, steps=EXACT_STEPS
+    )
 
 
 def exact_gradient(network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -109,8 +118,7 @@ def eqprop_gradient(
     network: TCEPNetwork, inputs: Tensor, targets: Tensor, learning: Learning, beta: Tensor
 ) -> Tensor:
     """The gradient that the learner would use, in the network's own dtype, as one row."""
-    twin = copy.deepcopy(network)
-    twin.zero_grad(set_to_none=True)
+    twin = resolve(network)
     phase = free_phase(twin, inputs, targets)
     eqprop(twin, phase, learning, beta.to(inputs))
     return flat_gradient(twin)

@@ -56,6 +56,11 @@ class Equilibrium:
     orbit: Tensor | None = None
 
     @property
+    def states(self) -> Tensor:
+        """Where it ended: the state (B, S), or the orbit (T, B, S)."""
+        return self.state if self.orbit is None else self.orbit
+
+    @property
     def converged(self) -> Tensor:
         """(B,) of bool."""
         return self.status == Status.CONVERGED

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topotune.errors import ConfigError
-from topotune.tcep.energy import INIT_GAIN, check_heads
+from topotune.tcep.energy import check_attention, weight
 from topotune.tcep.fields import Capped, Field
 from topotune.tcep.functions import layer_norm, smooth_relu
 from topotune.tcep.options import Caps
@@ -45,21 +42,12 @@ class TransformerField(Field):
         sharpness: float | None = None,
         caps: Caps | None = None,
     ) -> None:
-        if tokens < 2:
-            raise ConfigError(
-                "model.tokens",
-                f"attention needs at least 2 tokens (got {tokens})",
-                "Cut the image into rows or smaller patches",
-            )
-        check_heads(width, heads)
+        check_attention(tokens, width, heads)
         super().__init__(tokens, width, tokens * width, tokens * width)
         self.heads = heads
         head_width = width // heads
         self.sharpness = head_width**-0.5 if sharpness is None else float(sharpness)
         self.caps = caps or Caps()
-
-        def weight(*shape: int, fan_in: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape) * (INIT_GAIN / math.sqrt(fan_in)))
 
         self.query = weight(heads, width, head_width, fan_in=width)
         self.key = weight(heads, width, head_width, fan_in=width)

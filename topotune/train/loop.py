@@ -28,6 +28,7 @@ from topotune.train.measures import (
     loss_roughness,
     peak_memory_mb,
 )
+from topotune.train.process import synchronise
 from topotune.train.schedule import rate_factor, set_rates
 from topotune.train.trace import Columns, StepTrace
 
@@ -225,7 +226,7 @@ class _Epoch:
             DivergedError: one of them left the finite numbers or the energy bound, or cannot be
                 trained on by the learner's word.
         """
-        _synchronise(self._parts.device)
+        synchronise(self._parts.device)
         now = time.perf_counter()
         self._block_seconds.append((now - self._block_start, len(self._sizes)))
         columns = _fetch(self._pending)
@@ -294,8 +295,3 @@ def _fetch(pending: Mapping[str, list[Tensor]]) -> Columns:
     """All columns in one copy to the host, as float64."""
     stacked = torch.stack([torch.stack(values).double() for values in pending.values()])
     return dict(zip(pending, stacked.cpu().numpy(), strict=True))
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -21,6 +21,7 @@ from topotune.files import write_atomically
 from topotune.records import OverheadOptions, pack_metrics, unpack_metrics
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.method import Contender
+from topotune.train.process import synchronise
 
 _log = logging.getLogger(__name__)
 
@@ -75,14 +76,14 @@ class _Runner:
     def seconds(self, steps: int, device: torch.device) -> float:
         """Mean time of a full step: clear gradients, forward, loss, backward, update."""
         clock = _clock(device)
-        _synchronise(device)
+        synchronise(device)
         start = clock()
         for _ in range(steps):
             self._optimizer.zero_grad(set_to_none=True)
             self._learner.gradients(self._model, self._batch)
             self._optimizer.step()
             self._learner.after_step(self._model)
-        _synchronise(device)
+        synchronise(device)
         return (clock() - start) / steps
 
 
@@ -154,8 +155,3 @@ def _ratio(name: str, ratios: np.ndarray) -> dict[str, float]:
 def _clock(device: torch.device) -> Callable[[], float]:
     single = device.type == "cpu" and torch.get_num_threads() == 1
     return time.thread_time if single else time.perf_counter
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -16,6 +16,12 @@ from topotune.seeding import seed_everything
 _OWN_THREADS = torch.get_num_threads()
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def resolve_device(name: str) -> torch.device:
     """The torch device of a spec's ``device``.
 
