@@ -99,3 +99,31 @@ def tcep(
         print_json(report.to_dict())
     else:
         print_report(report)
+
+
+@app.command()
+def faults(
+    row: Annotated[
+        list[str] | None, typer.Option(help="Only this row; may be repeated. Default: all.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out the rows that wait for minutes.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Hurt real searches in every way that one can be hurt, and see whether anything is lost."""
+    from topotune.bench.faults.registry import named
+    from topotune.bench.faults.runner import print_table, run
+
+    scenarios = named(row, slow=not quick)
+    findings = []
+    for finding in run(scenarios, lambda text: typer.echo(text, err=True)):
+        verdict = "holds" if finding.ok else "FAILS"
+        typer.echo(f"  {verdict} after {finding.seconds:.0f} s: {finding.seen}", err=True)
+        findings.append(finding)
+    if as_json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        print_table(findings)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)

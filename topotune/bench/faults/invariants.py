@@ -1,0 +1,156 @@
+"""What must hold after every fault: nothing lost, nothing twice, everything readable."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from topotune.bench.faults.scenario import expect
+from topotune.bench.faults.site import NAME, Site
+from topotune.records import EpochReport, Outcome, TrialSpec
+from topotune.search.folder import SearchFolder
+from topotune.search.shipping import open_store
+from topotune.tracking.shipper import Shipper
+from topotune.train.checkpoint import CHECKPOINT_FILE, CheckpointStore
+from topotune.trial import TIMING_METRICS
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit counted.
+
+    Attributes:
+        trials: trials of the search, all ended.
+        epochs: epochs of all trials.
+        recorded: metric points in the spools.
+        stored: how many of them are in MLflow.
+    """
+
+    trials: int
+    epochs: int
+    recorded: int
+    stored: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.trials} trials, {self.epochs} epochs, {self.recorded} points recorded, "
+            f"{self.stored} stored"
+        )
+
+
+def audit(site: Site, trials: int = 4, undisturbed: bool = True) -> Audit:
+    """Check a search that has come to its end.
+
+    Args:
+        site: where it lies.
+        trials: how many trials it must have.
+        undisturbed: compare its trials with those of the same search without a fault, to be the
+            same in all but timings. For one trial at a time, where the fault changes no value.
+
+    Raises:
+        BrokenPromiseError: something does not hold.
+    """
+    status = site.status()
+    rows = status["trials"]
+    expect(status["state"] == "finished", f"state {status['state']}: {status['counts']}")
+    numbers = sorted(row["number"] for row in rows)
+    expect(numbers == list(range(trials)), f"trials {numbers}, expected 0 to {trials - 1}")
+    ended = {outcome.value for outcome in Outcome}
+    expect({row["state"] for row in rows} <= ended, f"not ended: {status['counts']}")
+    epochs = sum(_check_epochs(row, site.epochs(row["number"])) for row in rows)
+    _check_checkpoints(site.search, rows)
+    recorded, stored = _check_mlflow(site.search, trials)
+    if undisturbed:
+        _compare(rows, reference(site))
+    return Audit(trials, epochs, recorded, stored)
+
+
+def reference(site: Site) -> list[dict[str, Any]]:
+    """The trials of this site's search file without any fault; trained once, then remembered."""
+    text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
+    for known in site.shared.glob("*.yaml"):
+        if known.read_text(encoding="utf-8") == text:
+            found: list[dict[str, Any]] = json.loads(known.with_suffix(".json").read_text())
+            return found
+    calm = Site(site.shared / f"calm-{len(list(site.shared.glob('*.yaml')))}", site.shared)
+    with calm:
+        file = calm.folder / f"{NAME}.yaml"
+        file.write_text(text, encoding="utf-8")
+        calm.run("search", file)
+        rows: list[dict[str, Any]] = calm.status()["trials"]
+    target = site.shared / f"{calm.folder.name}.yaml"
+    target.with_suffix(".json").write_text(json.dumps(rows), encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+    return rows
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    """A trial's row without what depends on the clock."""
+    kept = {key: value for key, value in row.items() if key not in ("device_seconds", "rank")}
+    timings = TIMING_METRICS | {"adam_step_ms"}
+    kept["metrics"] = {
+        name: value
+        for name, value in row["metrics"].items()
+        if name not in timings and "overhead" not in name
+    }
+    return kept
+
+
+def _check_epochs(row: dict[str, Any], reports: list[EpochReport]) -> int:
+    """Each epoch is recorded once, none is left out, and the study counts the same."""
+    place = f"trial {row['number']}"
+    numbers = [report.epoch for report in reports]
+    repeated = [epoch for epoch, count in Counter(numbers).items() if count > 1]
+    expect(not repeated, f"{place}: epochs {repeated} are recorded twice")
+    expect(numbers == list(range(1, len(numbers) + 1)), f"{place}: recorded epochs {numbers}")
+    expect(len(numbers) == row["epochs"], f"{place}: {len(numbers)} recorded, {row['epochs']} told")
+    return len(numbers)
+
+
+def _check_checkpoints(folder: SearchFolder, rows: list[dict[str, Any]]) -> None:
+    """Every checkpoint that is kept can be read, and is that of the trial's last epoch."""
+    kept = 0
+    for row in rows:
+        if not (folder.trial(row["number"]) / CHECKPOINT_FILE).exists():
+            continue
+        spec = TrialSpec.from_dict(row["spec"])
+        state = CheckpointStore(folder.trial(row["number"]), spec).load()
+        epochs = 0 if state is None else len(state["history"])
+        expect(epochs == row["epochs"], f"trial {row['number']}: checkpoint of epoch {epochs}")
+        kept += 1
+    complete = sum(row["state"] == Outcome.COMPLETE for row in rows)
+    wanted = min(complete, folder.config().keep_checkpoints)
+    expect(kept == wanted, f"{kept} checkpoints are kept, expected {wanted}")
+
+
+def _check_mlflow(folder: SearchFolder, trials: int) -> tuple[int, int]:
+    """One run a trial and one for the search, all ended, with every recorded point."""
+    store = open_store(folder, folder.config())
+    shipper = Shipper(folder.root, store, folder.search_id, NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of MLflow's libraries
+        shipper.close(30)
+        checked = shipper.reconcile()
+        runs = [run for run in store.runs(folder.search_id) if not run.deleted]
+    counts = Counter(run.trial for run in runs)
+    expect(counts == Counter([None, *range(trials)]), f"MLflow's runs: {dict(counts)}")
+    open_runs = [run.trial for run in runs if run.status == "RUNNING"]
+    expect(not open_runs, f"still RUNNING in MLflow: {open_runs}")
+    expect(checked.complete, f"MLflow lacks or has too much: {checked}")
+    return checked.recorded, checked.stored
+
+
+def _compare(rows: list[dict[str, Any]], calm: list[dict[str, Any]]) -> None:
+    here = {row["number"]: untimed(row) for row in rows}
+    for row in calm:
+        mine, theirs = here[row["number"]], untimed(row)
+        differing = sorted(key for key in theirs if mine.get(key) != theirs[key])
+        expect(
+            not differing,
+            f"trial {row['number']} differs from the undisturbed run's in {differing}",
+        )
+    order, wanted = [row["number"] for row in rows], [row["number"] for row in calm]
+    expect(order == wanted, f"leaderboard {order}, undisturbed {wanted}")
