@@ -127,3 +127,24 @@ def faults(
         print_table(findings)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def load(
+    trials: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=2, help="Trials of a search; may be repeated. Default 125, 250, 500, 1000."
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Trials at once.", min=1)] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Search over almost nothing a thousand times: what the driver costs, and whether it grows."""
+    from topotune.bench.load import SIZES, print_report, run
+
+    report = run(trials or SIZES, concurrency, lambda text: typer.echo(text, err=True))
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        print_report(report)
