@@ -15,6 +15,7 @@ from tests.search_cases import Desk, make_config, report
 from tests.train_cases import BLOBS, STEPS
 from topotune.cli.boards import print_best
 from topotune.config import SearchConfig
+from topotune.config_budget import Limits
 from topotune.errors import ConfigError, UnstableError
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.book import Progress, Turn
@@ -54,7 +55,7 @@ def handed(turn: Handout | Turn) -> Handout:
 def actor_of(folder: SearchFolder, handout: Handout) -> TrialActor:
     """A worker as Ray would start it, in this process."""
     actor = TrialActor.__new__(TrialActor)
-    actor.setup(trial_config(handout.number, handout.spec, folder.root))
+    actor.setup(trial_config(handout.number, handout.spec, folder.root, Limits()))
     return actor
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from topotune.config_budget import Budget, Limits
 from topotune.config_space import Frozen, Param, Scalar
 from topotune.errors import did_you_mean
 from topotune.records import Value
@@ -121,49 +122,6 @@ class PrunerConfig(Frozen):
         return _known("pruner", "asha" if name == "successive_halving" else name, PRUNERS)
 
 
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def _seconds(value: object) -> object:
-    """Seconds from a number or from text such as "90s", "20m", "1.5h", "2d"."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smhd])", value.strip())
-        if found is None:
-            raise ValueError(
-                f"expected seconds or a number with s, m, h or d, such as 20m (got {value!r})"
-            )
-        return float(found[1]) * _UNITS[found[2]]
-    return value
-
-
-Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
-
-
-class Budget(Frozen):
-    """When the search ends: at the first limit that is reached.
-
-    Attributes:
-        trials: trials that are started at most.
-        epochs: epochs of a trial that nothing stops.
-        wall_clock: time of the search, all sessions together.
-        device_seconds: the ledger: time that trials held a device (a GPU, or their CPU slot),
-            summed over all trials, failed, pruned and repeated work included.
-        max_failures: how often a trial is restarted after its worker died, from its last epoch.
-    """
-
-    trials: int | None = Field(default=None, ge=1)
-    epochs: int = Field(default=5, ge=1)
-    wall_clock: Seconds | None = None
-    device_seconds: Seconds | None = None
-    max_failures: int = Field(default=2, ge=0)
-
-    @model_validator(mode="after")
-    def _ends(self) -> Self:
-        if self.trials is None and self.wall_clock is None and self.device_seconds is None:
-            raise ValueError("a search needs an end: give trials, wall_clock or device_seconds")
-        return self
-
-
 class Resources(Frozen):
     """What one trial holds, and how many run at once.
 
@@ -237,6 +195,7 @@ class SearchConfig(Frozen):
     sampler: Annotated[SamplerConfig, BeforeValidator(_by_name)] = SamplerConfig()
     pruner: Annotated[PrunerConfig, BeforeValidator(_by_name)] = PrunerConfig()
     budget: Budget
+    limits: Limits = Limits()
     resources: Resources = Resources()
     overhead: OverheadConfig = OverheadConfig()
     tracking: TrackingConfig = TrackingConfig()

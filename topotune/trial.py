@@ -64,8 +64,11 @@ class TrialRun:
             this is a replay.
     """
 
-    def __init__(self, spec: TrialSpec, tracker: Tracker, folder: Path | None) -> None:
+    def __init__(
+        self, spec: TrialSpec, tracker: Tracker, folder: Path | None, beat: Callable[[], None]
+    ) -> None:
         self.spec = spec
+        self._beat = beat
         self._tracker = tracker
         self._folder = folder
         self._device = resolve_device(spec.device)
@@ -75,7 +78,7 @@ class TrialRun:
         self._resolved = self._method.resolved(self._parts.model)
         if folder is not None:
             make_folder(folder)
-        self._loop = TrainingLoop(self._parts, spec.train, spec.epochs, spec.seed)
+        self._loop = TrainingLoop(self._parts, spec.train, spec.epochs, spec.seed, beat)
         self._history: list[EpochReport] = []
         self._overhead: Overhead | None = None
         self._result: TrialResult | None = None
@@ -178,6 +181,7 @@ class TrialRun:
             Contender(method.optimizer, lambda: method.learner(parts.task, probe)),
             method.contenders(parts.task, probe, self._device),
             spec.overhead,
+            self._beat,
         )
         measured = Overhead(metrics, time.time_ns() // 1_000_000)
         if path is not None:
@@ -220,7 +224,10 @@ class TrialRun:
 
 
 def open_trial(
-    spec: TrialSpec, tracker: Tracker | None = None, folder: Path | None = None
+    spec: TrialSpec,
+    tracker: Tracker | None = None,
+    folder: Path | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> TrialRun:
     """Build a trial and restore its newest checkpoint, if its folder has one.
 
@@ -231,13 +238,14 @@ def open_trial(
         spec: what to train.
         tracker: where reports go; None keeps nothing.
         folder: the trial's own folder, for checkpoints and the step trace; None writes nothing.
+        beat: called at every sign of progress, many times an epoch.
 
     Raises:
         UserError: the spec names something that does not exist or breaks a rule.
         CheckpointError: the folder's checkpoints are damaged or belong to another spec.
     """
     check_spec(spec)
-    return TrialRun(spec, NullTracker() if tracker is None else tracker, folder)
+    return TrialRun(spec, NullTracker() if tracker is None else tracker, folder, beat)
 
 
 def run_trial(

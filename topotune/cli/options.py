@@ -18,6 +18,14 @@ DEFAULT_RESULTS = Path("topotune-results")
 ResultsDir = Annotated[
     Path, typer.Option("--results-dir", help="Where searches lie.", show_default=True)
 ]
+RayAddress = Annotated[
+    str,
+    typer.Option(
+        "--ray-address",
+        help="A Ray cluster to run on, such as auto or HOST:6379; local starts one.",
+        show_default=True,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
 
 

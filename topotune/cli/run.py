@@ -10,6 +10,7 @@ import typer
 from topotune.cli.options import (
     DEFAULT_RESULTS,
     AsJson,
+    RayAddress,
     ResultsDir,
     changed,
     console,
@@ -37,6 +38,7 @@ def search(
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow server; default MLFLOW_TRACKING_URI, else embedded.")
     ] = None,
+    ray_address: RayAddress = "local",
     as_json: AsJson = False,
 ) -> None:
     """Run a new search to its end: leaderboard, best config, next commands."""
@@ -56,7 +58,7 @@ def search(
     _finish(
         config,
         lambda listener: driver.start(
-            config, file.read_text(encoding="utf-8"), results_dir, listener
+            config, file.read_text(encoding="utf-8"), results_dir, listener, ray_address
         ),
         results_dir,
         as_json,
@@ -66,30 +68,32 @@ def search(
 def resume(
     name: Annotated[str, typer.Argument(help="The search's name.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
+    ray_address: RayAddress = "local",
     as_json: AsJson = False,
 ) -> None:
     """Continue a search that was stopped or killed; finished epochs are not repeated."""
-    _again(name, results_dir, 0, as_json)
+    _again(name, results_dir, 0, ray_address, as_json)
 
 
 def extend(
     name: Annotated[str, typer.Argument(help="The search's name.")],
     trials: Annotated[int, typer.Option(min=1, help="How many trials more.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
+    ray_address: RayAddress = "local",
     as_json: AsJson = False,
 ) -> None:
     """Add trials to a search, finished or not."""
-    _again(name, results_dir, trials, as_json)
+    _again(name, results_dir, trials, ray_address, as_json)
 
 
-def _again(name: str, results_dir: Path, trials: int, as_json: bool) -> None:
+def _again(name: str, results_dir: Path, trials: int, address: str, as_json: bool) -> None:
     from topotune.search import driver
     from topotune.search.folder import SearchFolder
 
     config = SearchFolder.open(results_dir, name).config()
     _finish(
         config,
-        lambda listener: driver.resume(results_dir, name, listener, trials),
+        lambda listener: driver.resume(results_dir, name, listener, trials, address),
         results_dir,
         as_json,
     )
@@ -107,17 +111,24 @@ def _finish(
     import sys
 
     from topotune.cli.live import listener_for
+    from topotune.search.signals import discard
     from topotune.search.view import SilentListener
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     if as_json:
         with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
             report = work(SilentListener())
-        print_json(_as_data(report))
     else:
         with listener_for(config.objective[0].metric) as listener:
             report = work(listener)
-        _print(report, results_dir)
+    try:
+        if as_json:
+            print_json(_as_data(report))
+        else:
+            _print(report, results_dir)
+        sys.stdout.flush()
+    except OSError:  # the terminal or pipe is gone: nobody reads, and the results are on disk
+        discard(sys.stdout.fileno())
     if not report.finished:
         raise typer.Exit(INTERRUPTED)
     if report.board.best is None:

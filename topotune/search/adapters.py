@@ -7,6 +7,7 @@ experiment; so an error of ours is kept in the book, the search drains, and the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ray.tune import Callback
@@ -16,6 +17,9 @@ from ray.tune.search import Searcher
 
 from topotune.errors import RunError, TopotuneError
 from topotune.search.book import Book, Progress, Turn
+from topotune.search.deaths import classify, take_note
+from topotune.search.pulse import Pulse
+from topotune.search.stalls import Stalls, end_worker
 from topotune.search.study import Handout
 
 T = TypeVar("T")
@@ -93,8 +97,7 @@ class StudySearcher(NotStored, Searcher):
             progress = Progress.from_json(result[PAYLOAD])
             guarded(self._book, lambda: self._book.progress(number, progress), False)
         charge(self._book)
-        retries = self._book.config.budget.max_failures
-        cause = f"its worker died {retries + 1} times" if error else ""
+        cause = "Ray could not run it" if error else ""
         guarded(self._book, lambda: self._book.end(number, cause), None)
 
     def save(self, checkpoint_path: str) -> None:
@@ -105,11 +108,21 @@ class StudySearcher(NotStored, Searcher):
 
 
 class StudyScheduler(NotStored, FIFOScheduler):
-    """Stops a trial when the book says so; trials start in the order they were handed out."""
+    """Stops a trial when the book says so; trials start in the order they were handed out.
 
-    def __init__(self, book: Book) -> None:
+    Ray restarts a trial's worker as often as it dies; here the book is asked whether it should.
+
+    Args:
+        book: the search's books.
+        folder: a trial's folder, where its guard has left why it died.
+        note: told, in a line, of a worker that died.
+    """
+
+    def __init__(
+        self, book: Book, folder: Callable[[int], Path], note: Callable[[str], None]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._book = book
+        self._book, self._folder, self._note = book, folder, note
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """CONTINUE or STOP after a worker's step."""
@@ -120,6 +133,22 @@ class StudyScheduler(NotStored, FIFOScheduler):
         go_on = guarded(self._book, lambda: self._book.progress(number, progress), False)
         return TrialScheduler.CONTINUE if go_on else TrialScheduler.STOP
 
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Its worker died: find out why and let the book count it."""
+        number = trial.config[NUMBER]
+        if number in self._book.live:
+            guarded(self._book, lambda: self._died(number, trial), None)
+
+    def _died(self, number: int, trial: Trial) -> None:
+        error = trial.get_pickled_error()
+        death = classify(error, take_note(self._folder(number)))
+        self._note(self._book.died(number, death))
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """A trial is new, or about to be started again after its worker died."""
+        if self._book.over(trial.config[NUMBER]):
+            tune_controller.stop_trial(trial)
+
 
 class Clock(NotStored, Callback):
     """Keeps the ledger running and calls ``pulse`` on every turn of Tune's event loop.
@@ -127,11 +156,11 @@ class Clock(NotStored, Callback):
     Args:
         book: the search's books.
         pulse: called on every turn.
-        note: told, in a line, of a worker that died.
+        stalls: told which trials work, to find those whose process is frozen.
     """
 
-    def __init__(self, book: Book, pulse: Callable[[], None], note: Callable[[str], None]) -> None:
-        self._book, self._pulse, self._note = book, pulse, note
+    def __init__(self, book: Book, pulse: Pulse, stalls: Stalls) -> None:
+        self._book, self._pulse, self._stalls = book, pulse, stalls
 
     def _release(self, trial: Trial) -> None:
         charge(self._book)
@@ -149,11 +178,6 @@ class Clock(NotStored, Callback):
     ) -> None:
         """Its worker died; it holds nothing until it starts again."""
         self._release(trial)
-        left = self._book.config.budget.max_failures - trial.num_failures
-        self._note(
-            f"trial {trial.config[NUMBER]}: its worker died; it goes on from its last epoch "
-            f"({left} more restarts allowed)"
-        )
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -171,3 +195,12 @@ class Clock(NotStored, Callback):
         """Charge the time and let the driver look around."""
         charge(self._book)
         guarded(self._book, self._pulse, None)
+        working = {
+            trial.config[NUMBER]: trial
+            for trial in trials
+            if trial.status == Trial.RUNNING and trial.config[NUMBER] in self._book.holding
+        }
+        guarded(self._book, lambda: self._stalls.look(working), None)
+        if self._pulse.overdue():
+            for trial in working.values():
+                end_worker(trial)

@@ -25,6 +25,7 @@ from topotune.records import (
     pack_metrics,
     unpack_metrics,
 )
+from topotune.search.deaths import RETRIED, Death, restarts, verdict
 from topotune.search.ledger import Ledger
 from topotune.search.study import Handout, StudyStore
 from topotune.search.view import RunningTrial, SearchView
@@ -205,6 +206,32 @@ class Book:
         if report.epoch < live.spec.epochs and self.store.should_prune(number):
             reason = f"{self.config.pruner.name} after epoch {report.epoch} of {live.spec.epochs}"
             live.verdict = (Outcome.PRUNED, reason)
+
+    def died(self, number: int, death: Death) -> str:
+        """A trial's worker died; a line on whether it is tried again.
+
+        Deaths are counted in the study, each cause for itself, so that a resumed search goes on
+        counting; while the search stops nothing is counted, as it ends workers itself. Whoever
+        restarts workers asks :meth:`over` first.
+        """
+        live = self.live[number]
+        if (self.stopping or self.fatal) and death.cause in RETRIED:
+            live.left_running = True
+            return f"trial {number}: {verdict(death, 1)}; a resume goes on from its last epoch"
+        times = self.store.count_death(number, death.cause)[death.cause]
+        left = restarts(self.config.budget, death.cause) - times
+        if left < 0:
+            live.verdict = live.verdict or (Outcome.FAILED, verdict(death, times))
+            return f"trial {number} is given up: {verdict(death, times)}"
+        return (
+            f"trial {number}: {verdict(death, 1)}; it goes on from its last epoch "
+            f"({left} more restarts allowed)"
+        )
+
+    def over(self, number: int) -> bool:
+        """Whether a trial must not be started again."""
+        live = self.live.get(number)
+        return live is None or live.verdict is not None or live.left_running
 
     def end(self, number: int, error: str = "") -> TrialSummary | None:
         """A trial gave its slot back; its row, or None if it stays running for a resume.

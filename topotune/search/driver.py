@@ -14,6 +14,7 @@ from topotune.search.folder import Lease, SearchFolder
 from topotune.search.preflight import check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, remembered
+from topotune.search.signals import Interrupts
 from topotune.search.view import Listener, SafeListener
 
 
@@ -59,17 +60,18 @@ def start(
         RunError: it was running and had to end; what it has done is kept.
     """
     listener = SafeListener(listener)
-    check_addresses(config, results_dir)
-    config = remembered(config)
-    SearchFolder.check_free(results_dir, config)
-    check_writable(results_dir)
-    listener.note("checking the search: task, model and method at the ends of every range")
-    preflight(config, listener.note)
-    with RaySession(address, listener) as ray_session:
-        gpus, concurrency = fit_resources(config, *ray_session.size())
-        folder = SearchFolder.create(results_dir, config, source)
-        with Lease(folder.lock):
-            return _run(folder, config, listener, ray_session, gpus, concurrency)
+    with Interrupts() as interrupts:
+        check_addresses(config, results_dir)
+        config = remembered(config)
+        SearchFolder.check_free(results_dir, config)
+        check_writable(results_dir)
+        listener.note("checking the search: task, model and method at the ends of every range")
+        preflight(config, listener.note)
+        with RaySession(address, listener, interrupts) as ray_session:
+            gpus, concurrency = fit_resources(config, *ray_session.size())
+            folder = SearchFolder.create(results_dir, config, source)
+            with Lease(folder.lock):
+                return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts)
 
 
 def resume(
@@ -87,16 +89,16 @@ def resume(
     """
     listener = SafeListener(listener)
     folder = SearchFolder.open(results_dir, name)
-    with Lease(folder.lock):
+    with Interrupts() as interrupts, Lease(folder.lock):
         config = folder.config()
         check_addresses(config, results_dir)
         if extra_trials:
             config = extended(config, extra_trials)
         preflight(config, listener.note)
-        with RaySession(address, listener) as ray_session:
+        with RaySession(address, listener, interrupts) as ray_session:
             gpus, concurrency = fit_resources(config, *ray_session.size())
             folder.save(config)
-            return _run(folder, config, listener, ray_session, gpus, concurrency)
+            return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts)
 
 
 def extended(config: SearchConfig, trials: int) -> SearchConfig:
@@ -126,6 +128,7 @@ def _run(
     ray_session: RaySession,
     gpus: float,
     concurrency: int,
+    interrupts: Interrupts,
 ) -> SearchReport:
     """One session of a search on a running Ray."""
     from topotune.search.book import Book
@@ -136,7 +139,6 @@ def _run(
     from topotune.search.retention import Retention
     from topotune.search.rows import summaries
     from topotune.search.shipping import Shipping
-    from topotune.search.signals import Interrupts
     from topotune.search.study import StudyStore
 
     ledger = Ledger(folder.ledger, devices=gpus or 1.0)
@@ -151,7 +153,8 @@ def _run(
         listener.ended(row)
 
     book = Book(config, store, ledger, concurrency, ended, before)
-    with Shipping(folder, config, listener) as shipping, Interrupts(book) as interrupts:
+    interrupts.drain(book)
+    with Shipping(folder, config, listener) as shipping:
         recorder.start(
             {
                 "topotune.version": __version__,
@@ -164,7 +167,7 @@ def _run(
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus)
         failure: TopotuneError | None = None
         try:
-            execute(folder, config, book, pulse, gpus, interrupts, listener.note)
+            execute(folder, config, book, pulse, gpus, listener.note)
         except TopotuneError as error:
             failure = error
         ledger.save()
@@ -174,7 +177,8 @@ def _run(
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")
         listener.tick(book.view("done", tracking=shipping.line()))
         board = recorder.close(outcome, reason)
-        tracking = shipping.close()
+        interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
+        tracking = shipping.close(hurry=bool(book.stopping))
     if failure:
         raise failure
     return SearchReport(folder, config, board, done, reason, tracking)

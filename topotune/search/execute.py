@@ -11,7 +11,6 @@ from topotune.errors import RunError
 from topotune.search.book import Book
 from topotune.search.folder import SearchFolder
 from topotune.search.pulse import Pulse
-from topotune.search.signals import Interrupts
 
 
 def execute(
@@ -20,7 +19,6 @@ def execute(
     book: Book,
     pulse: Pulse,
     gpus: float,
-    interrupts: Interrupts,
     note: Callable[[str], None],
 ) -> None:
     """Let Ray Tune execute what the book hands out.
@@ -34,6 +32,7 @@ def execute(
     from ray.tune.error import TuneError
 
     from topotune.search.adapters import Clock, NotStored, StudyScheduler, StudySearcher
+    from topotune.search.stalls import Stalls
     from topotune.search.worker import TrialActor, trial_config
 
     class Overdue(NotStored, Stopper):
@@ -52,25 +51,27 @@ def execute(
             tune.with_resources(TrialActor, resources),
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(
-                    book, lambda handout: trial_config(handout.number, handout.spec, folder.root)
+                    book,
+                    lambda handout: trial_config(
+                        handout.number, handout.spec, folder.root, config.limits
+                    ),
                 ),
-                scheduler=StudyScheduler(book),
+                scheduler=StudyScheduler(book, folder.trial, note),
                 num_samples=-1,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=config.name,
                 storage_path=scratch,
-                failure_config=tune.FailureConfig(max_failures=config.budget.max_failures),
+                failure_config=tune.FailureConfig(max_failures=-1),  # the book decides
                 checkpoint_config=tune.CheckpointConfig(
                     checkpoint_frequency=0, checkpoint_at_end=False
                 ),
-                callbacks=[Clock(book, pulse, note)],
+                callbacks=[Clock(book, pulse, Stalls(config.limits.stall, folder.trial))],
                 stop=Overdue(),
                 verbose=0,
             ),
         )
-        interrupts.install()
         try:
             tuner.fit()
         except (TuneError, RayError, RuntimeError, ValueError, OSError) as error:

@@ -12,8 +12,9 @@ from topotune.search.session import RaySession
 from topotune.search.shipping import Shipping
 from topotune.search.view import Listener
 
-DRAIN_SECONDS = 20.0
-"""How long trials may finish their epoch after the first Ctrl-C, before they are cut short."""
+DRAIN_SECONDS = 8.0
+"""How long trials may finish their epoch after the first Ctrl-C, before they are cut short. With
+what closing takes (records, Ray) the process is gone within 20 seconds."""
 TICK_SECONDS = 0.5
 
 
@@ -57,7 +58,11 @@ class Pulse:
 
     def overdue(self) -> bool:
         """Whether trials must end now: draining took too long, or nothing can end by itself."""
-        return self._book.fatal is not None or time.monotonic() - self.stop_since > DRAIN_SECONDS
+        if self._book.fatal is not None:
+            return True
+        if self._book.stopping and not self._book.holding:
+            return True  # none trains: those that wait for a worker need not get it
+        return time.monotonic() - self.stop_since > DRAIN_SECONDS
 
     def _why(self, now: float) -> str:
         """Why a handed-out trial holds no device yet; empty while none waits."""

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any, Self
 
 from topotune.errors import ResourceError
+from topotune.search.signals import Interrupts
+from topotune.search.sweep import Sweeper
 from topotune.search.view import Listener
 
 # Read by Ray when it is imported or started: no usage reports, no signal handler of Tune's own
-# (ours drains), no CSV, JSON and TensorBoard writers, workers stay in the driver's folder.
+# (ours drains), no CSV, JSON and TensorBoard writers, workers stay in the driver's folder. What
+# workers print is kept up to a bound. What a killed worker leaves running is ended with it.
 _RAY_ENVIRONMENT = {
+    "RAY_ROTATION_MAX_BYTES": str(4 * 2**20),
+    "RAY_ROTATION_BACKUP_COUNT": "1",
+    "RAY_process_group_cleanup_enabled": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -31,18 +38,36 @@ class RaySession:
         address: "local" starts a cluster of its own, whatever the environment or a file in the
             temporary directory names; else a cluster's address.
         listener: told that Ray starts, which takes seconds.
+        interrupts: holds signals back while Ray starts; None where nobody handles them.
     """
 
-    def __init__(self, address: str, listener: Listener) -> None:
+    def __init__(
+        self, address: str, listener: Listener, interrupts: Interrupts | None = None
+    ) -> None:
         self._address, self._listener = address, listener
+        self._held = contextlib.nullcontext if interrupts is None else interrupts.held
+        self._sweeper = Sweeper()
 
     def __enter__(self) -> Self:
         os.environ.update(_RAY_ENVIRONMENT)
+        self._listener.note("starting Ray")
+        try:
+            with self._held():
+                self._connect()
+        except BaseException:
+            self.__exit__()
+            raise
+        # Tune logs a traceback when a worker dies; ours says it in a line, and the cause is kept.
+        for name in ("ray", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        return self
+
+    def _connect(self) -> None:
         import ray
 
-        self._listener.note("starting Ray")
         local = self._address == "local"
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
+        self._sweeper.__enter__()
         try:
             ray.init(
                 address=self._address,
@@ -52,21 +77,19 @@ class RaySession:
                 **options,
             )
         except (RuntimeError, ConnectionError, OSError, ValueError) as error:
-            ray.shutdown()
             text = " ".join(str(error).split())[:300]
             raise ResourceError(
                 f"Ray does not start ({type(error).__name__}: {text}). 'topotune doctor' looks "
                 "into it; the logs are in the newest folder under /tmp/ray"
             ) from error
-        # Tune logs a traceback when a worker dies; ours says it in a line, and the cause is kept.
-        for name in ("ray", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        return self
 
     def __exit__(self, *_: object) -> None:
         import ray
 
-        ray.shutdown()
+        try:
+            ray.shutdown()
+        finally:
+            self._sweeper.__exit__()
 
     @property
     def local(self) -> bool:

@@ -16,7 +16,8 @@ from topotune.tracking.shipper import Reconciliation, Shipper
 from topotune.tracking.store import check_tracking_uri
 
 CLOSE_SECONDS = 60.0
-CLOSE_SECONDS_OFFLINE = 5.0
+CLOSE_SECONDS_HURRY = 4.0
+"""With a store that cannot be reached, or a search that was told to stop: the spools keep all."""
 
 
 def tracking_uri(config: SearchConfig) -> str | None:
@@ -110,11 +111,15 @@ class Shipping:
             )
         return f"MLflow offline, {status.pending} items wait: {status.last_error}"
 
-    def close(self) -> str:
-        """Send what is left, within bounds; one line on the final count."""
+    def close(self, hurry: bool = False) -> str:
+        """Send what is left, within bounds; one line on the final count.
+
+        Args:
+            hurry: the search was told to stop, and its process is soon to be gone.
+        """
         if self._closed is None:
-            offline = self._shipper.status().last_error
-            self._closed = self._shipper.close(CLOSE_SECONDS_OFFLINE if offline else CLOSE_SECONDS)
+            hurry = hurry or bool(self._shipper.status().last_error)
+            self._closed = self._shipper.close(CLOSE_SECONDS_HURRY if hurry else CLOSE_SECONDS)
         count = self._closed
         text = f"MLflow: {count.recorded} items recorded, {count.shipped} stored"
         if count.refused:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -15,15 +18,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Interrupts:
     """Handles SIGINT, SIGTERM and SIGHUP while a search runs, and restores what was there.
 
-    Args:
-        book: told to hand out nothing more.
+    Before a search has begun a signal ends the command at once, by KeyboardInterrupt. A SIGHUP
+    that is ignored, as under nohup, stays ignored.
     """
 
-    def __init__(self, book: Book) -> None:
-        self._book = book
+    def __init__(self) -> None:
         self._before: dict[signal.Signals, Any] = {}
+        self._book: Book | None = None
+        self._held = 0
+        self._caught = ""
+        self._terminals: tuple[int, ...] = ()
 
     def __enter__(self) -> Self:
+        self._terminals = tuple(fd for fd in (0, 1, 2) if os.isatty(fd))
         self.install()
         return self
 
@@ -32,8 +39,28 @@ class Interrupts:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             before = signal.signal(number, self._handle)
             self._before.setdefault(number, before)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Put the first signal off until the block's end, where it must not be cut in two."""
+        self._held += 1
+        try:
+            yield
+        except SystemExit:  # Ray's own handler of SIGTERM, set half-way through its start
+            raise KeyboardInterrupt("SIGTERM") from None
+        finally:
+            self._held -= 1
+            self.install()
+        if self._caught and not self._held:
+            raise KeyboardInterrupt(self._caught)
+
+    def drain(self, book: Book | None) -> None:
+        """From now on the first signal stops this search in good order; without one, at once."""
+        self._book = book
 
     def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
@@ -42,7 +69,25 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self._book.stopping:
-            raise KeyboardInterrupt(f"second {name}")
+        if number == signal.SIGHUP:
+            self._leave_closed_terminals()
+        if self._caught or (self._book is None and not self._held):
+            raise KeyboardInterrupt(name)
         # Nothing is printed here: the handler may have interrupted a print.
-        self._book.stop(f"stopped by {name}")
+        self._caught = name
+        if self._book is not None:
+            self._book.stop(f"stopped by {name}")
+
+    def _leave_closed_terminals(self) -> None:
+        """Let what is still printed go nowhere: a write to a closed terminal is an error."""
+        for fd in self._terminals:
+            if not os.isatty(fd):
+                discard(fd)
+
+
+def discard(*descriptors: int) -> None:
+    """Let what is written to these file descriptors go nowhere."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in descriptors:
+        os.dup2(nowhere, fd)
+    os.close(nowhere)

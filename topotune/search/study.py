@@ -165,6 +165,14 @@ class StudyStore:
         self._trial(number).report(value, report.epoch)
         return False
 
+    def count_death(self, number: int, cause: str) -> dict[str, int]:
+        """Count a death of the trial's worker, for this and all later sessions; all its counts."""
+        trial = self._trial(number)
+        counts: dict[str, int] = dict(trial.user_attrs.get("deaths", {}))
+        counts[cause] = counts.get(cause, 0) + 1
+        trial.set_user_attr("deaths", counts)
+        return counts
+
     def should_prune(self, number: int) -> bool:
         """Whether the pruner would stop the trial after what it has reported."""
         if len(self.config.objective) > 1 or self.config.pruner.name == "none":

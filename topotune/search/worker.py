@@ -2,7 +2,8 @@
 
 What the trial leaves behind (checkpoint, spool, trace) lies in its own folder, and is all that a
 restart needs: Tune's checkpoints are not used. An exception in user code ends the trial as FAILED
-and is not retried; only the death of the process is.
+and is not retried; only the death of the process is. A :class:`~topotune.search.guard.Guard`
+watches each trial while it works.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
+from topotune.config_budget import Limits
 from topotune.errors import (
     CheckpointError,
     DataUnavailableError,
@@ -31,6 +34,7 @@ from topotune.errors import (
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
+from topotune.search.guard import Guard
 from topotune.tracking.base import Tracker
 
 ERROR_FILE = "error.txt"
@@ -39,10 +43,11 @@ ERROR_FILE = "error.txt"
 class TrialActor(tune.Trainable):
     """Runs :class:`topotune.trial.TrialRun` one epoch a step.
 
-    Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``cwd`` (where the
-    driver was started, so that a user's modules are found).
+    Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``limits``, ``cwd``
+    (where the driver was started, so that a user's modules are found).
     """
 
+    _guard: Guard | None = None
     _run: Any = None
     _reports: Iterator[EpochReport] | None = None
 
@@ -53,6 +58,8 @@ class TrialActor(tune.Trainable):
         self._search = Path(config["search"])
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
+        limits = Limits.model_validate(config["limits"])
+        self._guard = Guard(self._folder, limits.stall, limits.memory)
         if config["cwd"] not in sys.path:
             sys.path.insert(0, config["cwd"])
         with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
@@ -72,10 +79,15 @@ class TrialActor(tune.Trainable):
         if self._reports is not None:
             self._reports.close()  # type: ignore[attr-defined]
         self._run = self._reports = None
+        if self._guard is not None:
+            self._guard.close()
+        self._guard = None
 
     def step(self) -> dict[str, Any]:
         """Train one epoch; after a restart, first give all known epochs again."""
-        progress = self._advance()
+        assert self._guard is not None  # setup() makes it
+        with self._guard.watching():
+            progress = self._advance()
         over = progress.outcome is not None or bool(progress.stop)
         return {PAYLOAD: progress.to_json(), "done": over}
 
@@ -96,27 +108,38 @@ class TrialActor(tune.Trainable):
             return Progress((), self._overhead(), stop=str(error))
         except TopotuneError as error:
             return Progress((), self._overhead(), Outcome.FAILED, f"{error}")
-        except Exception as error:  # noqa: BLE001 - user code raises anything; none is lost
+        except BaseException as error:
+            if _raised_by_ray(error):
+                raise
             return self._failed(error)
 
     def _failed(self, error: BaseException) -> Progress:
         """FAILED with the exception's text; the traceback goes into the trial's folder."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
         where = self._folder / ERROR_FILE
-        where.write_text(traceback.format_exc(), encoding="utf-8")
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        return Progress((), self._overhead(), Outcome.FAILED, f"{text} (traceback: {where})")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            where.write_text(traceback.format_exc(), encoding="utf-8")
+        except OSError as full:
+            text += f" (its traceback could not be written: {full.strerror})"
+        else:
+            text += f" (traceback: {where})"
+        return Progress((), self._overhead(), Outcome.FAILED, text)
 
     def _next(self) -> Progress:
         if self._reports is None:
             from topotune.trial import open_trial
 
-            self._run = open_trial(self._spec, self._tracker(), self._folder)
+            self._run = open_trial(self._spec, self._tracker(), self._folder, self._beat)
             self._reports = self._run.reports()
             replayed = [next(self._reports) for _ in range(self._run.restored)]
             if replayed:
                 return self._progress(replayed)
         return self._progress([next(self._reports)])
+
+    def _beat(self) -> None:
+        if self._guard is not None:
+            self._guard.beat()
 
     def _note_start(self) -> None:
         """Record the parameters of a trial that cannot be opened, as an open one does itself."""
@@ -144,11 +167,20 @@ class TrialActor(tune.Trainable):
         """Nothing to load."""
 
 
-def trial_config(number: int, spec: TrialSpec, search: Path) -> dict[str, Any]:
+def _raised_by_ray(error: BaseException) -> bool:
+    """Whether Ray ends this process by a SystemExit, as after SIGTERM; no fault of the trial."""
+    if not isinstance(error, SystemExit):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(str(Path(ray.__file__).parent))
+
+
+def trial_config(number: int, spec: TrialSpec, search: Path, limits: Limits) -> dict[str, Any]:
     """The config that a :class:`TrialActor` takes."""
     return {
         "number": number,
         "spec": json.dumps(spec.to_dict()),
         "search": str(search),
+        "limits": limits.model_dump(mode="json"),
         "cwd": str(Path.cwd()),
     }

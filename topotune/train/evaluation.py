@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,13 @@ EVALUATION_BATCH = 4096
 """Rows a batch when no gradient is needed."""
 
 
-def evaluate(task: Task, model: nn.Module, rows: TensorPair) -> dict[str, float]:
+def evaluate(
+    task: Task, model: nn.Module, rows: TensorPair, beat: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Loss and metrics of a split: means over its rows, without gradients or augmentation.
 
-    The model is left in the mode (training or evaluation) it came in.
+    The model is left in the mode (training or evaluation) it came in. ``beat`` is called after
+    every batch.
     """
     mode = model.training
     model.eval()
@@ -29,5 +34,6 @@ def evaluate(task: Task, model: nn.Module, rows: TensorPair) -> dict[str, float]
             for name, value in values.items():
                 weighted = value.double() * len(part)
                 sums[name] = sums[name] + weighted if name in sums else weighted
+            beat()
     model.train(mode)
     return {name: value.item() / len(rows) for name, value in sums.items()}

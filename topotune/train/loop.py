@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,14 +71,29 @@ class TrainingLoop:
     - ``peak_memory_mb``: on a GPU that epoch's peak of torch's memory, on the CPU the process's
       peak resident set so far.
 
+    Args:
+        parts: what it trains with.
+        options: how.
+        epochs: how many in all.
+        seed: of the order of examples and of augmentation.
+        beat: called after every step and every block of validation, as a sign of life.
+
     Attributes:
         epoch: finished epochs.
         step: finished optimizer steps.
         trace: the steps of the epoch in training, or of the last finished one.
     """
 
-    def __init__(self, parts: LoopParts, options: TrainOptions, epochs: int, seed: int) -> None:
+    def __init__(
+        self,
+        parts: LoopParts,
+        options: TrainOptions,
+        epochs: int,
+        seed: int,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         self._parts = parts
+        self._beat = beat
         self._options = options
         self._epochs = epochs
         self._seed = seed
@@ -122,13 +137,14 @@ class TrainingLoop:
             self._set_rate()
             epoch.step(rows, self._augment)
             self.step += 1
+            self._beat()
             if count % CHECK_EVERY == 0 or count == self.steps_per_epoch:
                 epoch.check(last=self.step)
         metrics = epoch.metrics(self._spikes)
         metrics["learning_rate"] = float(self._parts.optimizer.param_groups[0]["lr"])
         metrics |= optimizer_metrics(self._parts.optimizer)
         metrics |= self._parts.learner.metrics(self._parts.model)
-        validation = evaluate(self._parts.task, self._parts.model, self._parts.val)
+        validation = evaluate(self._parts.task, self._parts.model, self._parts.val, self._beat)
         metrics |= {f"val_{name}": value for name, value in validation.items()}
         if not np.isfinite(metrics["val_loss"]):
             raise DivergedError(

@@ -93,6 +93,7 @@ def measure_overhead(
     trial: Contender,
     others: Mapping[str, Contender],
     options: OverheadOptions,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Time full training steps of several contenders in alternating blocks, on throw-away copies.
 
@@ -109,6 +110,7 @@ def measure_overhead(
         trial: the trial's own optimizer and learner.
         others: what it is compared with, by name, at least one.
         options: blocks, steps a block, warm-up steps; ``blocks=0`` measures nothing.
+        beat: called after every block.
 
     Returns:
         ``overhead_vs_<name>`` of each other, the median over the rounds of the trial's step time
@@ -132,6 +134,7 @@ def measure_overhead(
             for turn in range(len(runners)):
                 index = (block + turn) % len(runners)
                 times[block, index] = runners[index].seconds(options.steps, device)
+                beat()
     finally:
         if collecting:
             gc.enable()

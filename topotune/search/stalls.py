@@ -1,0 +1,72 @@
+"""Ends workers that can no longer end themselves: frozen ones, and all that outstay a stop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+from ray.tune.experiment import Trial
+
+from topotune.search.guard import CRASH_FILE
+
+LOOK_EVERY = 2.0
+FROZEN_NOTE = "Timeout (the process gave no sign of life and did not end itself)\n"
+
+
+class Stalls:
+    """Watches the signs of life of the workers from outside.
+
+    A worker ends itself when it hangs; this is for one that is frozen. Idle time is what this
+    process has itself seen to pass, a little at each look: no two machines' clocks are compared,
+    and a suspended machine or a driver that was held up counts for next to nothing.
+
+    Args:
+        limit: ``limits.stall``; None looks at nothing.
+        folder: a trial's folder.
+    """
+
+    def __init__(self, limit: float | None, folder: Callable[[int], Path]) -> None:
+        self._patience = None if limit is None else 1.5 * limit + 5
+        self._folder = folder
+        self._last = time.monotonic()
+        self._idle: dict[int, tuple[int, float]] = {}
+
+    def look(self, working: dict[int, Trial]) -> None:
+        """End the workers of trials that have been still for too long.
+
+        Args:
+            working: trial number to Tune's trial, of those that hold a device.
+        """
+        now = time.monotonic()
+        if self._patience is None or now - self._last < LOOK_EVERY:
+            return
+        passed = min(now - self._last, 2 * LOOK_EVERY)
+        self._last = now
+        before, self._idle = self._idle, {}
+        for number, trial in working.items():
+            path = self._folder(number) / CRASH_FILE
+            sign = _modified(path)
+            known, idle = before.get(number, (sign, 0.0))
+            idle = idle + passed if sign == known else 0.0
+            self._idle[number] = (sign, idle)
+            if idle > self._patience:
+                with contextlib.suppress(OSError):
+                    path.write_text(FROZEN_NOTE, encoding="utf-8")
+                end_worker(trial)
+
+
+def end_worker(trial: Trial) -> None:
+    """Kill a trial's worker process, if it has one."""
+    actor = trial.temporary_state.ray_actor
+    if actor is not None:
+        ray.kill(actor)
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
