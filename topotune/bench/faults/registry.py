@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from topotune.bench.faults.drivers import DRIVERS
 from topotune.bench.faults.scenario import Scenario
+from topotune.bench.faults.workers import WORKERS
 from topotune.errors import UnknownNameError
 
-SCENARIOS: tuple[Scenario, ...] = (*DRIVERS,)
+SCENARIOS: tuple[Scenario, ...] = (*DRIVERS, *WORKERS)
 
 
 def named(names: list[str] | None, slow: bool) -> list[Scenario]:

@@ -77,7 +77,8 @@ class Driver:
             for child in psutil.Process(self.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     title = " ".join(child.cmdline())
-                    if title.startswith("ray::") and "Actor" in title:
+                    # Named after the actor while it waits, after Tune's wrapper while it trains.
+                    if title.startswith(("ray::TrialActor", "ray::ResourceTrainable")):
                         found.append(child)
         return found
 

@@ -1,0 +1,232 @@
+"""Faults of the processes that train, from outside and by what they run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from topotune.bench.faults.invariants import audit
+from topotune.bench.faults.rogue import IMPORT_PATH, PRINTED
+from topotune.bench.faults.scenario import Scenario, expect
+from topotune.bench.faults.site import NAME, Driver, Site
+
+RESUMES_WITHIN = 15.0
+"""Seconds from the kill of a worker to the next epoch of its trial."""
+_WATCHDOG = 5.0
+PRINT_BOUND = 32 * 2**20
+"""Bytes that a session's logs may take while a trial prints ``PRINTED`` characters."""
+
+
+def kill_worker(site: Site, driver: Driver, trial: int) -> tuple[int, float]:
+    """Kill -9 the worker of a running trial; epochs it had, and seconds until it has one more."""
+    known = len(site.epochs(trial))
+    workers = driver.workers()
+    expect(bool(workers), "no worker is running")
+    for worker in workers:
+        worker.kill()
+    return known, site.reach(driver, trial, known + 1)
+
+
+def _killed_once(site: Site) -> str:
+    driver = site.start("search", site.search_file({"pause": 0.2}))
+    site.reach(driver, 0, 2)
+    known, seconds = kill_worker(site, driver, 0)
+    driver.finish()
+    expect(seconds < RESUMES_WITHIN, f"the next epoch came after {seconds:.1f} s")
+    return f"epoch {known + 1} came {seconds:.1f} s after the kill; {audit(site)}"
+
+
+def _killed_for_good(site: Site) -> str:
+    """One kill, a stop and resume, another kill: the count goes on over sessions."""
+    budget = {"trials": 3, "epochs": 5, "max_failures": 1}
+    driver = site.start("search", site.search_file({"pause": 0.2}, budget=budget))
+    site.reach(driver, 0, 1)
+    kill_worker(site, driver, 0)
+    driver.process.kill()
+    driver.process.wait()
+    driver = site.start("resume", NAME)
+    known = len(site.epochs(0))
+    site.reach(driver, 0, known + 1)
+    for worker in driver.workers():
+        worker.kill()
+    driver.finish()
+    row = _row(site, 0)
+    expect(row["state"] == "FAILED", f"trial 0 is {row['state']}: {row['reason']}")
+    expect("2 times" in row["reason"], f"reason: {row['reason']}")
+    expect(row["epochs"] >= known, f"{row['epochs']} epochs are kept of {known}")
+    return f"{row['reason']}; {audit(site, trials=3, undisturbed=False)}"
+
+
+def _rogue_file(site: Site, *faults: str, **changes: Any) -> None:
+    """A search whose first trials misbehave, one in each of these ways, and whose others do not."""
+    points = [{"lr": 0.01, "task.fault": fault} for fault in (*faults, "", "")]
+    blocks: dict[str, Any] = {
+        "space": {
+            "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+            "task.fault": {"type": "categorical", "choices": ["", *faults]},
+        },
+        "task": {"name": IMPORT_PATH, "options": {"pause": 0.05}},
+        "warm_start": points,
+        "budget": {"trials": len(points), "epochs": 3, "max_failures": 1},
+        **changes,
+    }
+    site.search_file(**blocks)
+
+
+def _user_errors(site: Site) -> str:
+    _rogue_file(site, "raise", "exit", "interrupt")
+    output = site.run("search", site.folder / f"{NAME}.yaml")
+    expect("goes on from its last epoch" not in output, f"something was retried: {output}")
+    reasons = _ends(site, "the user's code is broken", "SystemExit: 3", "KeyboardInterrupt")
+    return f"{reasons}; {audit(site, trials=5, undisturbed=False)}"
+
+
+def _abort(site: Site) -> str:
+    _rogue_file(site, "abort")
+    site.run("search", site.folder / f"{NAME}.yaml")
+    reasons = _ends(site, "SIGABRT in rogue.py")
+    expect("2 times" in reasons, f"retried once, then given up: {reasons}")
+    return f"{reasons}; {audit(site, trials=3, undisturbed=False)}"
+
+
+def _watchdog(site: Site) -> str:
+    _rogue_file(site, "hang", "leak", limits={"stall": _WATCHDOG, "memory": "1.5GB"})
+    output = site.run("search", site.folder / f"{NAME}.yaml")
+    expect("goes on from its last epoch" not in output, f"something was retried: {output}")
+    reasons = _ends(site, "no progress for longer than limits.stall", "too much memory")
+    expect(reasons.count("rogue.py") == 2, f"the place is not named: {reasons}")
+    return f"{reasons}; {audit(site, trials=4, undisturbed=False)}"
+
+
+def _frozen(site: Site) -> str:
+    driver = site.start("search", site.search_file(limits={"stall": _WATCHDOG}))
+    site.reach(driver, 0, 1)
+    for worker in driver.workers():
+        worker.suspend()
+    driver.finish()
+    reasons = _ends(site, "no progress for longer than limits.stall")
+    return f"{reasons}; {audit(site, undisturbed=False)}"
+
+
+def _left_behind(site: Site) -> str:
+    """A trial that forks and one that prints; then a worker with children is killed."""
+    _rogue_file(site, "print", "fork")
+    driver = site.start("search", site.folder / f"{NAME}.yaml")
+    site.reach(driver, 0, 2)
+    logs = _log_bytes(driver)
+    expect(logs < PRINT_BOUND, f"{PRINTED / 1e6:.0f} MB printed, logs of {logs / 1e6:.0f} MB")
+    site.reach(driver, 1, 2)
+    (worker,) = driver.workers()
+    born = len(worker.children(recursive=True))
+    expect(born == 3, f"the trial started {born} processes of 3")
+    site.reach(driver, 2, 1)
+    left = worker.children(recursive=True)
+    expect(not left, f"left by the trial that has ended: {left}")
+    driver.finish()
+    site.all_gone()
+    states = site.states()
+    expect(set(states.values()) == {"COMPLETE"}, f"states {states}")
+    return f"logs of {logs / 1e6:.1f} MB; 3 processes ended; {audit(site, 4, undisturbed=False)}"
+
+
+def _orphans(site: Site) -> str:
+    _rogue_file(site, "fork", task={"name": IMPORT_PATH, "options": {"pause": 0.3}})
+    driver = site.start("search", site.folder / f"{NAME}.yaml")
+    site.reach(driver, 0, 2)
+    (worker,) = driver.workers()
+    born = worker.children(recursive=True)
+    worker.suspend()  # frozen: it can do nothing about its own end
+    driver.process.kill()
+    driver.process.wait()
+    began = time.monotonic()
+    site.all_gone()
+    seconds = time.monotonic() - began
+    expect(len(born) == 3, f"the trial started {len(born)} processes of 3")
+    site.run("resume", NAME)
+    return f"all gone after {seconds:.1f} s; {audit(site, 3, undisturbed=False)}"
+
+
+def _row(site: Site, number: int) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = site.status()["trials"]
+    return next(row for row in rows if row["number"] == number)
+
+
+def _ends(site: Site, *words: str) -> str:
+    """The first trials FAILED with these words in their reasons, all others are COMPLETE."""
+    rows = {row["number"]: row for row in site.status()["trials"]}
+    for number, row in sorted(rows.items()):
+        wanted = "FAILED" if number < len(words) else "COMPLETE"
+        expect(row["state"] == wanted, f"trial {number} is {row['state']}: {row['reason']}")
+        if number < len(words):
+            expect(words[number] in row["reason"], f"trial {number}: {row['reason']}")
+    return "; ".join(rows[number]["reason"].partition(" (trace")[0] for number in range(len(words)))
+
+
+def _log_bytes(driver: Driver) -> int:
+    """Bytes of all logs of the driver's own Ray."""
+    for child in psutil.Process(driver.pid).children():
+        for argument in child.cmdline():
+            if argument.startswith("--log_dir="):
+                folder = Path(argument.removeprefix("--log_dir="))
+                return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    expect(False, "Ray's folder of logs is not found")
+    return 0
+
+
+WORKERS = (
+    Scenario(
+        "worker-killed",
+        "kill -9 of a trial's worker",
+        f"its trial goes on from its last epoch within {RESUMES_WITHIN:.0f} s",
+        _killed_once,
+    ),
+    Scenario(
+        "worker-killed-for-good",
+        "kill -9 of a trial's worker, twice, in two sessions, with budget.max_failures: 1",
+        "FAILED with the cause and the count, which a resume goes on with; the search goes on",
+        _killed_for_good,
+        seconds=50,
+    ),
+    Scenario(
+        "user-errors",
+        "trials that raise an exception, SystemExit and KeyboardInterrupt",
+        "each FAILED with its cause, none retried; the search goes on",
+        _user_errors,
+    ),
+    Scenario(
+        "abort",
+        "a trial that ends in a C-level abort, each time",
+        "restarted within its budget, then FAILED with signal and line; the search goes on",
+        _abort,
+    ),
+    Scenario(
+        "hang-and-leak",
+        "a trial that hangs and one that takes ever more memory",
+        "the watchdog ends them: FAILED with cause and line, not retried; the search goes on",
+        _watchdog,
+        seconds=40,
+    ),
+    Scenario(
+        "worker-frozen",
+        "a trial's worker is frozen (SIGSTOP)",
+        "the driver ends it: FAILED with its cause; the search goes on",
+        _frozen,
+        seconds=40,
+    ),
+    Scenario(
+        "print-and-fork",
+        f"a trial that prints {PRINTED // 10**6} MB and one that leaves processes behind",
+        f"logs below {PRINT_BOUND // 2**20} MiB; the processes end with their trial",
+        _left_behind,
+    ),
+    Scenario(
+        "driver-killed-with-orphans",
+        "kill -9 of the driver of a frozen worker that has started detached processes",
+        "every process of the search is gone within 15 s; a resume completes it",
+        _orphans,
+        seconds=50,
+    ),
+)
