@@ -28,6 +28,7 @@ from topotune.errors import (
     TopotuneError,
     UnstableError,
 )
+from topotune.files import disk_fault
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
@@ -97,6 +98,9 @@ class TrialActor(tune.Trainable):
         except TopotuneError as error:
             return Progress((), self._overhead(), Outcome.FAILED, f"{error}")
         except Exception as error:  # noqa: BLE001 - user code raises anything; none is lost
+            if disk_fault(error):
+                text = f"{error}. Make space or make the folder writable, then resume"
+                return Progress((), self._overhead(), stop=text)
             return self._failed(error)
 
     def _failed(self, error: BaseException) -> Progress:
