@@ -17,8 +17,9 @@ from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.adapters import StudySearcher
 from topotune.search.book import Progress, Turn
 from topotune.search.driver import extended
-from topotune.search.folder import Lease, SearchFolder, lease_holder, searches
-from topotune.search.ledger import MAX_GAP, Ledger, read_ledger
+from topotune.search.folder import SearchFolder, searches
+from topotune.search.lease import Lease, lease_holder
+from topotune.search.ledger import MAX_GAP, Ledger
 from topotune.search.preflight import check_writable, fit_resources
 from topotune.search.retention import Retention
 from topotune.search.study import Handout
@@ -115,7 +116,7 @@ def test_a_limit_of_time_ends_the_search_and_its_trials(limit: str, tmp_path: Pa
     handout = handed(desk.book.next())
     assert desk.book.progress(handout.number, Progress((report(handout.spec, 1),)))
     desk.ledger.wall_seconds = 6.0
-    desk.ledger.trials[handout.number] = 6.0
+    desk.ledger.trials[handout.number] = desk.ledger.device_seconds = 6.0
     assert desk.book.next() is Turn.END
     assert not desk.book.progress(handout.number, Progress((report(handout.spec, 2),)))
     row = desk.book.end(handout.number)
@@ -247,9 +248,6 @@ def test_the_ledger_charges_each_holder_and_survives_a_kill(tmp_path: Path) -> N
     before = again.wall_seconds
     again.tick([1])
     assert again.wall_seconds - before == pytest.approx(MAX_GAP)
-    path.write_text('{"wall_seconds": "x"')
-    with pytest.raises(SearchFolderError, match="damaged"):
-        read_ledger(path)
 
 
 def test_folders_are_whole_named_and_not_shared(tmp_path: Path) -> None:
@@ -278,7 +276,7 @@ def test_folders_are_whole_named_and_not_shared(tmp_path: Path) -> None:
 def test_the_lease_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     path = tmp_path / "driver.lock"
     code = (
-        "import sys, time; from pathlib import Path; from topotune.search.folder import Lease\n"
+        "import sys, time; from pathlib import Path; from topotune.search.lease import Lease\n"
         "with Lease(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(path)]
@@ -323,7 +321,7 @@ def test_only_the_best_checkpoints_stay(tmp_path: Path) -> None:
     desk.run()
     rows = desk.rows()
     for row in rows:
-        desk.folder.trial(row.number).mkdir(parents=True)
+        assert desk.folder.trial(row.number).is_dir()
         (desk.folder.trial(row.number) / CHECKPOINT_FILE).touch()
     Retention(desk.folder, config, rows)
     kept = {

@@ -10,10 +10,10 @@ import pytest
 
 from tests.search_cases import Desk, accuracy, make_config, report
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, SearchFolderError
+from topotune.errors import ConfigError
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.book import Progress, Turn
-from topotune.search.study import Handout, StudyStore
+from topotune.search.study import Handout
 
 
 def handed(turn: Handout | Turn) -> Handout:
@@ -277,13 +277,6 @@ def test_several_objectives(tmp_path: Path) -> None:
     for row in desk.rows():
         assert row.values == (accuracy(TrialSpec.from_dict(row.spec), 4), 1.1)
         assert row.epochs == 4
-
-
-def test_a_damaged_study_is_named(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, make_config())
-    (desk.folder.root / "study.db").write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
-    with pytest.raises(SearchFolderError, match=r"study\.db: the study cannot be read"):
-        StudyStore(desk.folder, desk.config)
 
 
 def test_a_grid_that_explodes_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -160,6 +161,31 @@ class TrackingConfig(Frozen):
     experiment: str = "topotune"
 
 
+class StudyConfig(Frozen):
+    """Where the study is kept; no uri means TOPOTUNE_STUDY_URI, else a file in the search's folder.
+
+    Attributes:
+        uri: ``postgresql://USER@HOST:PORT/DATABASE``, without a password.
+    """
+
+    uri: str | None = None
+
+    @field_validator("uri")
+    @classmethod
+    def _postgresql_without_secrets(cls, uri: str | None) -> str | None:
+        if uri is None:
+            return None
+        parts = urlsplit(uri)
+        secret = parts.password is not None or "password=" in parts.query
+        if secret or parts.scheme not in ("postgresql", "postgresql+psycopg"):
+            # The value is not shown: it may be the password that is wrong here.
+            raise ValueError(
+                "must be postgresql://USER@HOST:PORT/DATABASE without a password, which would be "
+                "copied into the results: put that into TOPOTUNE_STUDY_URI, PGPASSWORD or ~/.pgpass"
+            )
+        return uri
+
+
 def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
@@ -199,6 +225,7 @@ class SearchConfig(Frozen):
     resources: Resources = Resources()
     overhead: OverheadConfig = OverheadConfig()
     tracking: TrackingConfig = TrackingConfig()
+    study: StudyConfig = StudyConfig()
     keep_checkpoints: int = Field(default=10, ge=1)
     seed: int = Field(default=0, ge=0)
 

@@ -15,6 +15,7 @@ The tree::
         +-- CheckpointError        a checkpoint is unreadable or belongs to another trial
         +-- DivergedError          training left the finite numbers or its energy bound
         +-- StoppedError           training goes on but cannot learn; the trial ends as pruned
+        +-- LeaseLostError         another driver took the search over; nothing more is written
         +-- SpoolError             the write-ahead spool cannot be written
         +-- TrackingError          the tracking server refused what it was sent
         +-- VerificationError      an exported config did not reproduce its recorded metric
@@ -108,6 +109,10 @@ class StoppedError(RunError):
 
     The trial ends as PRUNED with this reason.
     """
+
+
+class LeaseLostError(RunError):
+    """Another driver took the search over while this process was suspended or cut off."""
 
 
 class SpoolError(RunError):

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from topotune.errors import ResourceError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENFILE, errno.EMFILE)
+
+
+def disk_fault(error: BaseException) -> bool:
+    """Whether an error is the machine's and would meet any other work, too: a disk that is full,
+    read-only or broken, or no more files to open."""
+    return isinstance(error, OSError) and error.errno in _DISK
 
 
 def make_folder(folder: Path) -> None:

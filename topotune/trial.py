@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class TrialRun:
         self._result: TrialResult | None = None
         self._store = None if folder is None else CheckpointStore(folder, spec)
         self._record = None if folder is None else EpochRecord(folder)
-        state = None if self._store is None else self._store.load()
+        state = None if self._store is None else self._store.load_or_restart()
         if state is not None:
             self._restore(state)
         self._generators = capture_generators(self._device)
@@ -118,7 +119,8 @@ class TrialRun:
             yield report
         restore_generators(self._generators, self._device)
         try:
-            for report in self._loop.run():
+            for trained in self._loop.run():
+                report = self._in_order(trained)
                 self._generators = capture_generators(self._device)
                 self._save(report)
                 self._history.append(report)
@@ -129,6 +131,11 @@ class TrialRun:
             if self._record is not None:
                 self._record.write_steps(len(self._history) + 1, self._loop.trace)
             raise
+
+    def _in_order(self, report: EpochReport) -> EpochReport:
+        """The report, not stamped before the one before it: a clock may be set back."""
+        before = self._history[-1].timestamp_ms if self._history else 0
+        return replace(report, timestamp_ms=max(report.timestamp_ms, before))
 
     def finish(self, outcome: Outcome, reason: str = "") -> TrialResult:
         """Hand the trial's files and the outcome to the tracker. Later calls change nothing.
@@ -242,7 +249,7 @@ def open_trial(
 
     Raises:
         UserError: the spec names something that does not exist or breaks a rule.
-        CheckpointError: the folder's checkpoints are damaged or belong to another spec.
+        CheckpointError: the folder's checkpoints belong to another spec.
     """
     check_spec(spec)
     return TrialRun(spec, NullTracker() if tracker is None else tracker, folder, beat)

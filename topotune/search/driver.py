@@ -7,14 +7,18 @@ from pathlib import Path
 
 from topotune import __version__
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, TopotuneError
+from topotune.errors import ConfigError, LeaseLostError, TopotuneError
 from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
-from topotune.search.folder import Lease, SearchFolder
+from topotune.search.address import remembered_study, study_place
+from topotune.search.folder import SearchFolder
+from topotune.search.lease import Lease
+from topotune.search.patience import Patience
 from topotune.search.preflight import check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, remembered
 from topotune.search.signals import Interrupts
+from topotune.search.storage import check_study
 from topotune.search.view import Listener, SafeListener
 
 
@@ -62,16 +66,20 @@ def start(
     listener = SafeListener(listener)
     with Interrupts() as interrupts:
         check_addresses(config, results_dir)
-        config = remembered(config)
-        SearchFolder.check_free(results_dir, config)
+        config = remembered_study(remembered(config))
+        folder = SearchFolder.check_free(results_dir, config)
         check_writable(results_dir)
+        check_study(folder, config, listener.note)
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             gpus, concurrency = fit_resources(config, *ray_session.size())
             folder = SearchFolder.create(results_dir, config, source)
-            with Lease(folder.lock):
-                return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts)
+            with Lease(folder.lock, listener.note) as lease:
+                return _run(
+                    *(folder, config, listener, ray_session),
+                    *(gpus, concurrency, interrupts, lease),
+                )
 
 
 def resume(
@@ -89,7 +97,7 @@ def resume(
     """
     listener = SafeListener(listener)
     folder = SearchFolder.open(results_dir, name)
-    with Interrupts() as interrupts, Lease(folder.lock):
+    with Interrupts() as interrupts, Lease(folder.lock, listener.note) as lease:
         config = folder.config()
         check_addresses(config, results_dir)
         if extra_trials:
@@ -98,7 +106,7 @@ def resume(
         with RaySession(address, listener, interrupts) as ray_session:
             gpus, concurrency = fit_resources(config, *ray_session.size())
             folder.save(config)
-            return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts)
+            return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
 
 
 def extended(config: SearchConfig, trials: int) -> SearchConfig:
@@ -129,6 +137,7 @@ def _run(
     gpus: float,
     concurrency: int,
     interrupts: Interrupts,
+    lease: Lease,
 ) -> SearchReport:
     """One session of a search on a running Ray."""
     from topotune.search.book import Book
@@ -137,14 +146,14 @@ def _run(
     from topotune.search.pulse import Pulse
     from topotune.search.recorder import Recorder
     from topotune.search.retention import Retention
-    from topotune.search.rows import summaries
     from topotune.search.shipping import Shipping
     from topotune.search.study import StudyStore
 
-    ledger = Ledger(folder.ledger, devices=gpus or 1.0)
-    store = StudyStore(folder, config, gpus)
-    before = summaries(folder, config, ledger.trials)
+    ledger = Ledger(folder.ledger, gpus or 1.0, lease.check)
+    patience = Patience(study_place(folder, config), listener.note)
+    store = StudyStore(folder, config, gpus, patience, lease.check)
     recorder = Recorder(folder, config)
+    before = store.rows(ledger.trials)
     retention = Retention(folder, config, before)
 
     def ended(row: TrialSummary) -> None:
@@ -154,6 +163,7 @@ def _run(
 
     book = Book(config, store, ledger, concurrency, ended, before)
     interrupts.drain(book)
+    patience.stopping = lambda: book.stopping
     with Shipping(folder, config, listener) as shipping:
         recorder.start(
             {
@@ -164,21 +174,30 @@ def _run(
             }
         )
         recorder.recover(before)
+        del before  # of thousands of trials, for days
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus)
         failure: TopotuneError | None = None
         try:
             execute(folder, config, book, pulse, gpus, listener.note)
         except TopotuneError as error:
             failure = error
-        ledger.save()
         failure = book.fatal or failure
+        if isinstance(failure, LeaseLostError):
+            recorder.drop()
+            raise failure
         reason = str(failure) if failure else book.stopping
         done = not (failure or book.stopping or book.live or book.left_running)
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")
         listener.tick(book.view("done", tracking=shipping.line()))
-        board = recorder.close(outcome, reason)
+        try:
+            ledger.save()
+            board = recorder.close(outcome, reason)
+        except TopotuneError as error:
+            # What ended the search usually hurts here, too; the first cause is the one to tell.
+            failure = failure or error
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
         tracking = shipping.close(hurry=bool(book.stopping))
+        store.close()
     if failure:
         raise failure
     return SearchReport(folder, config, board, done, reason, tracking)

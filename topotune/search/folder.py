@@ -9,20 +9,16 @@
       ledger.json        device seconds and wall time
       driver.lock        held by the one process that drives the search
       driver.spool.jsonl what the driver records for MLflow
-      trials/0007/       checkpoints, spool, trace and errors of trial 7
+      trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from topotune.config import SearchConfig
 from topotune.configfile import parse_search
@@ -36,8 +32,17 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ResourceError: the disk is full or the folder cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes, keep: Path | None = None) -> None:
+    """As :func:`write_text`; the file's present version moves to ``keep``.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written.
+    """
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, content, keep)
     except OSError as error:
         raise ResourceError(
             f"{path}: cannot be written: {error.strerror}. Make space or choose another "
@@ -189,69 +194,3 @@ def searches(results_dir: Path) -> list[SearchFolder]:
         for path in sorted(results_dir.iterdir())
         if (path / "search.json").is_file()
     ]
-
-
-class Lease:
-    """The right to drive one search, held by at most one living process on this machine.
-
-    The kernel drops the lock with the process, so that a killed driver leaves nothing behind.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> Self:
-        """Take the lease.
-
-        Raises:
-            SearchFolderError: another process holds it; the text names its host and pid.
-            ResourceError: the folder cannot be written.
-        """
-        try:
-            file = self._path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise ResourceError(f"{self._path}: cannot be written: {error.strerror}") from error
-        try:
-            _lock_exclusively(file)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise SearchFolderError(
-                f"{self._path.parent}: this search is being driven by {holder}. Wait for it or "
-                "stop it; 'topotune status' shows how far it is"
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.close()
-            self._file = None
-
-
-def _lock_exclusively(file: IO[str]) -> None:
-    """Lock, trying for a moment: 'topotune status' holds the file for an instant."""
-    for _ in range(10):
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05)
-    return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def lease_holder(path: Path) -> str | None:
-    """Who drives the search ("pid 12 on host"), or None if nobody does."""
-    if not path.exists():
-        return None
-    with path.open("r", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return None

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from topotune.config import SearchConfig
-from topotune.errors import SearchFolderError
+from topotune.errors import ResourceError, SearchFolderError
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import clean
-from topotune.search.folder import SearchFolder, lease_holder, searches
+from topotune.search.folder import SearchFolder, searches
+from topotune.search.lease import lease_holder
 from topotune.search.ledger import read_ledger
 from topotune.search.recorder import leaderboard
 from topotune.search.shipping import open_store
@@ -102,7 +103,7 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
     for folder in searches(results_dir):
         try:
             found.append(_status(folder))
-        except SearchFolderError as error:
+        except (SearchFolderError, ResourceError) as error:
             damaged(f"{folder.name}: cannot be read: {error}")
     return found
 

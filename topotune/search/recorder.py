@@ -10,6 +10,7 @@ import logging
 import queue
 import shutil
 import threading
+import time
 
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 LEADERBOARD_EVERY = 10
 """Trials between two renewals of the leaderboard while a search runs; the end always renews it."""
+LEADERBOARD_SHARE = 0.05
+"""The largest part of the time that renewals may take: each reads all trials."""
 
 
 def objectives(config: SearchConfig) -> dict[str, str]:
@@ -59,6 +62,7 @@ class Recorder:
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._ended = self._filed = 0
+        self._dropped = False
         self._best: float | None = None
 
     def start(self, tags: dict[str, str]) -> None:
@@ -119,13 +123,23 @@ class Recorder:
             name = f"best_{self._config.objective[0].metric}"
             self._tracker.metrics({name: self._best}, self._ended, now_ms())
 
+    def drop(self) -> None:
+        """Finish what the thread is at and leave the rest: another driver records from here on."""
+        self._dropped = True
+        self._work.put(None)
+        self._thread.join()
+
     def close(self, outcome: str, reason: str) -> Leaderboard:
-        """Finish the files, renew the leaderboard and record how the search ended."""
+        """Finish the files, renew the leaderboard and record how the search ended.
+
+        Raises:
+            TopotuneError: the study cannot be read, or the spool not be written.
+        """
         self._work.put(None)
         self._thread.join()
         board = leaderboard(self._folder, self._config)
         try:
-            self._renew(final=True)
+            self._renew(board, final=True)
         except Exception as error:  # noqa: BLE001 - the numbers are in the study and the spools
             _log.warning("a page of the search is missing: %s", error)
         self._record_best()
@@ -135,12 +149,15 @@ class Recorder:
         return board
 
     def _run(self) -> None:
-        while (row := self._work.get()) is not None:
+        again = 0.0
+        while (row := self._work.get()) is not None and not self._dropped:
             try:
                 self._finish_trial(row)
                 self._filed += 1
-                if self._filed % LEADERBOARD_EVERY == 1:
-                    self._renew(final=False)
+                if self._filed % LEADERBOARD_EVERY == 1 and (began := time.monotonic()) >= again:
+                    self._renew(leaderboard(self._folder, self._config), final=False)
+                    now = time.monotonic()
+                    again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search
                 _log.warning("trial %d: its plot or files are missing: %s", row.number, error)
 
@@ -164,10 +181,9 @@ class Recorder:
             used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
 
-    def _renew(self, final: bool) -> None:
+    def _renew(self, board: Leaderboard, final: bool) -> None:
         from topotune.results.plots import plot_curves, plot_history
 
-        board = leaderboard(self._folder, self._config)
         root = self._folder.root
         write_text(root / "leaderboard.json", board.to_json())
         write_text(root / "leaderboard.md", board.to_markdown())

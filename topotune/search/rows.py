@@ -7,41 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
-from sqlalchemy import event
-from sqlalchemy.exc import SQLAlchemyError
 
 from topotune.config import SearchConfig
 from topotune.errors import SearchFolderError
 from topotune.records import Outcome, TrialSummary, unpack_metrics
+from topotune.search.address import study_name
 from topotune.search.folder import SearchFolder
+from topotune.search.storage import open_storage
 
 FINISHED = "finished"
 """The constraint that a diverged or failed trial violates."""
-
-
-def open_storage(folder: SearchFolder) -> RDBStorage:
-    """The study's database; a lock held by another process is waited for.
-
-    It keeps a write-ahead log: readers never hold up the driver, a killed process loses nothing,
-    and a commit costs half of what the default journal costs.
-    """
-    storage = RDBStorage(folder.study_url, engine_kwargs={"connect_args": {"timeout": 60}})
-    event.listen(storage.engine, "connect", _use_write_ahead_log)
-    storage.engine.dispose()  # connections from before the listener
-    return storage
-
-
-def _use_write_ahead_log(connection: Any, _record: object) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def damaged(folder: SearchFolder, error: Exception) -> SearchFolderError:
-    """The error of a study that cannot be read."""
-    text = " ".join(str(error.__cause__ or error).split())[:200]
-    return SearchFolderError(f"{folder.root / 'study.db'}: the study cannot be read: {text}")
 
 
 def summaries(
@@ -50,24 +26,25 @@ def summaries(
     """All trials of a search, read from its study; empty before the first start.
 
     Raises:
-        SearchFolderError: the database is unreadable.
+        ResourceError: the database cannot be reached.
+        SearchFolderError: it is damaged or missing.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if not (folder.root / "study.db").exists():
-        trials_folder = folder.root / "trials"
-        if trials_folder.is_dir() and any(trials_folder.iterdir()):
-            raise SearchFolderError(
-                f"{folder.root / 'study.db'}: is missing, though trials have run. Bring it back "
-                "from a copy; leaderboard.json holds the last known results"
-            )
-        return []
-    try:
-        study = optuna.load_study(study_name=config.name, storage=open_storage(folder))
-        trials = study.get_trials(deepcopy=False)
-    except KeyError:
-        return []
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise damaged(folder, error) from None
+    trials: list[FrozenTrial] = []
+    if config.study.uri is not None or (folder.root / "study.db").exists():
+        storage = open_storage(folder, config)
+        try:
+            found = storage.get_study_id_from_name(study_name(folder, config))
+            trials = storage.get_all_trials(found, deepcopy=False)
+        except KeyError:
+            pass  # no study yet, or no more
+        finally:
+            storage.close()
+    if not trials and next((folder.root / "trials").glob("*/*"), None):
+        raise SearchFolderError(
+            f"{folder.root}: the study is empty or missing, though trials have run. "
+            f"'topotune resume {folder.name}' rebuilds it from the trials' own records"
+        )
     return [summarise(trial, config, ledger) for trial in trials]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, LeaseLostError
 from topotune.search.folder import SearchFolder
 from topotune.search.view import Listener
 from topotune.tracking.mlflow import MlflowStore
@@ -92,7 +92,8 @@ class Shipping:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is KeyboardInterrupt:  # aborted: the spools keep what is not sent
+        # Aborted, or another driver's from here on: the spools keep what is not sent.
+        if kind in (KeyboardInterrupt, LeaseLostError):
             self._shipper.close(0.0)
         else:
             self.close()

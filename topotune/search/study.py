@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from topotune.config import SearchConfig
 from topotune.records import (
@@ -31,10 +30,14 @@ from topotune.records import (
     pack_metrics,
     unpack_metrics,
 )
+from topotune.search.address import study_name, study_place
 from topotune.search.folder import SearchFolder
-from topotune.search.rows import FINISHED, damaged, open_storage, summarise
+from topotune.search.patience import Patience
+from topotune.search.rebuild import whole_storage
+from topotune.search.rows import FINISHED, summarise
 from topotune.search.samplers import make_pruner, make_sampler
 from topotune.search.space import grid, resolve, suggest
+from topotune.search.trialfile import TrialCopy, write_copy
 
 
 @dataclass(frozen=True)
@@ -52,27 +55,40 @@ class StudyStore:
         folder: the search's folder.
         config: the search.
         gpus: GPUs that a trial holds, for resolving specs.
+        patience: how to wait for a database that is locked or away; told of a rebuilt study.
+        fence: called before each change; raises if another driver has taken the search over.
 
     Raises:
-        SearchFolderError: the database is unreadable.
+        ResourceError: the database cannot be reached or used.
+        SearchFolderError: a PostgreSQL study knows less than the trials' records do.
     """
 
-    def __init__(self, folder: SearchFolder, config: SearchConfig, gpus: float = 0) -> None:
+    def __init__(
+        self,
+        folder: SearchFolder,
+        config: SearchConfig,
+        gpus: float = 0,
+        patience: Patience | None = None,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.config, self._gpus = config, gpus
+        self.config, self._gpus, self._folder, self._fence = config, gpus, folder, fence
         self._directions = [objective.direction for objective in config.objective]
-        try:
-            self._study = optuna.create_study(
-                storage=open_storage(folder),
-                study_name=config.name,
-                directions=self._directions,
-                pruner=make_pruner(config),
-                load_if_exists=True,
-            )
-            self._enqueue()
-            frozen = self._study.get_trials(deepcopy=False)
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            raise damaged(folder, error) from None
+        self._storage = whole_storage(
+            folder, config, patience or Patience(study_place(folder, config))
+        )
+        self._study = optuna.create_study(
+            storage=self._storage,
+            study_name=study_name(folder, config),
+            directions=self._directions,
+            pruner=make_pruner(config),
+            load_if_exists=True,
+        )
+        self._enqueue()
+        frozen = self._study.get_trials(deepcopy=False)
+        self._worst: list[float] | None = None
+        for trial in frozen:
+            self._learn(trial)
         self._orphans = [t.number for t in frozen if t.state == TrialState.RUNNING]
         self._waiting = sum(t.state == TrialState.WAITING for t in frozen)
         self._started = len(frozen) - self._waiting
@@ -103,6 +119,7 @@ class StudyStore:
         Raises:
             ConfigError: a resolved value has the wrong type for its block.
         """
+        self._fence()
         while self._orphans:
             number = self._orphans.pop(0)
             end = self._trial(number).user_attrs.get("end")
@@ -122,7 +139,15 @@ class StudyStore:
         self._trials[trial.number] = trial
         spec = resolve(self.config, sampled, trial.number, self._gpus)
         trial.set_user_attr("spec", spec.to_dict())
+        self._keep(trial.number)
         return Handout(trial.number, spec)
+
+    def _keep(self, number: int) -> FrozenTrial:
+        """Write a trial's present state into its folder, too; the state."""
+        frozen = self._frozen(number)
+        attributes = self._storage.get_study_system_attrs(self._study._study_id)
+        write_copy(self._folder, TrialCopy(frozen, attributes))
+        return frozen
 
     def _adopt(self, number: int) -> Handout:
         trial = self._trial(number)
@@ -134,13 +159,12 @@ class StudyStore:
                 sampled = suggest(trial, self.config.space)
             stored = resolve(self.config, sampled, number, self._gpus).to_dict()
             trial.set_user_attr("spec", stored)
+            self._keep(number)
         return Handout(number, TrialSpec.from_dict(stored))
 
     def _trial(self, number: int) -> Trial:
         if number not in self._trials:
-            storage = self._study._storage
-            found = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
-            self._trials[number] = Trial(self._study, found)
+            self._trials[number] = Trial(self._study, self._id(number))
         return self._trials[number]
 
     def params(self, number: int) -> Mapping[str, Any]:
@@ -158,6 +182,7 @@ class StudyStore:
         value = report.metrics.get(self.config.objective[0].metric, math.nan)
         if not math.isfinite(value):
             return False
+        self._fence()
         curve = self._frozen(number).intermediate_values
         # The newest known epoch is judged again: its driver may have died before it could be.
         if report.epoch in curve:
@@ -196,6 +221,7 @@ class StudyStore:
             "epochs": epochs,
             "device_seconds": round(device_seconds, 3),
         }
+        self._fence()
         self._trial(number).set_user_attr("end", note)
         self._tell(number, outcome, metrics)
         return self.summary(number, device_seconds)
@@ -221,13 +247,14 @@ class StudyStore:
         state, values = TrialState.PRUNED, None
         if outcome is Outcome.COMPLETE:
             state, values = TrialState.COMPLETE, objectives
-        elif not fine and (worst := self._worst()) is not None:
-            state, values = TrialState.COMPLETE, worst
+        elif not fine and self._worst is not None:
+            state, values = TrialState.COMPLETE, self._worst
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             self._study.sampler = make_sampler(self.config, number)
             self._study.tell(number, values, state=state, skip_if_finished=True)
         self._trials.pop(number, None)
+        self._learn(self._keep(number))
 
     def _constraints(self, metrics: Mapping[str, float], outcome: Outcome) -> dict[str, float]:
         """Constraint values as Optuna wants them: the same keys every time, feasible at <= 0.
@@ -248,27 +275,42 @@ class StudyStore:
             found[FINISHED] = -1.0 if fine else 1.0
         return found
 
-    def _worst(self) -> list[float] | None:
-        """The worst value of each objective among the trials that really finished."""
-        rows = [
-            trial.values
-            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            if trial.user_attrs.get("end", {}).get("outcome") == Outcome.COMPLETE.value
-        ]
-        if not rows:
-            return None
+    def _learn(self, trial: FrozenTrial) -> None:
+        """Keep the worst value of each objective among the trials that really finished."""
+        outcome = trial.user_attrs.get("end", {}).get("outcome")
+        if outcome != Outcome.COMPLETE.value or not trial.state.is_finished():
+            return
+        values: list[float] = trial.values
         pick = {"maximize": min, "minimize": max}
-        columns = zip(*rows, strict=True)
-        return [
-            float(pick[direction](column))
-            for direction, column in zip(self._directions, columns, strict=True)
+        self._worst = [
+            pick[direction](*pair)
+            for direction, *pair in zip(
+                self._directions, values, self._worst or values, strict=True
+            )
         ]
+
+    def rows(self, ledger: Mapping[int, float]) -> list[TrialSummary]:
+        """All trials' rows.
+
+        Args:
+            ledger: device seconds of each trial.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        return [summarise(trial, self.config, ledger) for trial in trials]
 
     def summary(self, number: int, device_seconds: float = 0.0) -> TrialSummary:
         """One trial's row."""
         return summarise(self._frozen(number), self.config, {number: device_seconds})
 
     def _frozen(self, number: int) -> FrozenTrial:
-        storage = self._study._storage
-        found = storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
-        return storage.get_trial(found)
+        found: FrozenTrial = self._storage.get_trial(self._id(number))
+        return found
+
+    def _id(self, number: int) -> int:
+        study = self._study._study_id
+        found: int = self._storage.get_trial_id_from_study_id_trial_number(study, number)
+        return found
+
+    def close(self) -> None:
+        """Give the database's connections back."""
+        self._storage.close()

@@ -31,6 +31,7 @@ from topotune.errors import (
     TopotuneError,
     UnstableError,
 )
+from topotune.files import disk_fault
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
@@ -111,6 +112,9 @@ class TrialActor(tune.Trainable):
         except BaseException as error:
             if _raised_by_ray(error):
                 raise
+            if disk_fault(error):
+                text = f"{error}. Make space or make the folder writable, then resume"
+                return Progress((), self._overhead(), stop=text)
             return self._failed(error)
 
     def _failed(self, error: BaseException) -> Progress:

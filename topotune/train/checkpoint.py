@@ -78,6 +78,28 @@ class CheckpointStore:
         Raises:
             CheckpointError: every file there is damaged, or it belongs to another spec.
         """
+        state, faults = self._newest_whole()
+        if state is None and faults:
+            raise CheckpointError(
+                f"checkpoint {'; '.join(faults)}. No earlier one is left: delete the folder "
+                f"{self._newest.parent} to train this trial from the start"
+            )
+        return state
+
+    def load_or_restart(self) -> dict[str, Any] | None:
+        """As :meth:`load`, but None also where every file is damaged: training starts over, which
+        loses time and nothing else. Reported in the log.
+
+        Raises:
+            CheckpointError: it belongs to another spec.
+        """
+        state, faults = self._newest_whole()
+        if state is None and faults:
+            _log.warning("no earlier checkpoint is left; the trial starts from its beginning")
+        return state
+
+    def _newest_whole(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The state of the newest whole file, and what is wrong with those before it."""
         faults: list[str] = []
         for path in (self._newest, self._previous):
             try:
@@ -94,13 +116,8 @@ class CheckpointStore:
             if faults:
                 _log.warning("continuing from the previous checkpoint %s", path)
             state: dict[str, Any] = content["state"]
-            return state
-        if faults:
-            raise CheckpointError(
-                f"checkpoint {'; '.join(faults)}. No earlier one is left: delete the folder "
-                f"{self._newest.parent} to train this trial from the start"
-            )
-        return None
+            return state, faults
+        return None, faults
 
     def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
         wanted = self._identity

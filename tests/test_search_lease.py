@@ -1,0 +1,107 @@
+"""One driver a search: on one machine at once, across machines by the beat of the lease."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from topotune.errors import LeaseLostError, SearchFolderError
+from topotune.search import lease as module
+from topotune.search.lease import Lease, lease_holder
+
+
+def foreign(path: Path, token: str = "theirs", beat: int = 3) -> None:
+    """What a driver on another machine writes."""
+    holder = {"pid": 41, "host": "elsewhere", "machine": "m", "token": token, "beat": beat}
+    path.write_text(json.dumps(holder).ljust(511) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "EXPIRY_SECONDS", 1.0)
+    monkeypatch.setattr(module, "_FRESH_SECONDS", 0.1)
+
+
+def test_the_holder_beats_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "driver.lock"
+    with Lease(path) as lease:
+        first = json.loads(path.read_text())["beat"]
+        deadline = time.monotonic() + 20
+        while json.loads(path.read_text())["beat"] < first + 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        lease.check(force=True)
+    assert path.read_text() == ""
+    assert lease_holder(path) is None
+
+
+def test_a_dead_holder_on_another_machine_is_replaced_after_watching(tmp_path: Path) -> None:
+    path = tmp_path / "driver.lock"
+    foreign(path)
+    assert lease_holder(path) == "pid 41 on elsewhere, if it still lives"
+    notes: list[str] = []
+    began = time.monotonic()
+    with Lease(path, notes.append) as lease:
+        assert time.monotonic() - began >= 1.0
+        lease.check(force=True)
+    assert "pid 41 on elsewhere left its lease" in notes[0]
+    assert "is dead; taking over" in notes[1]
+
+
+def test_a_living_holder_on_another_machine_is_respected(tmp_path: Path) -> None:
+    path = tmp_path / "driver.lock"
+    foreign(path)
+    over = threading.Event()
+
+    def beat() -> None:
+        number = 3
+        while not over.wait(0.05):
+            number += 1
+            foreign(path, beat=number)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(SearchFolderError, match="driven by pid 41 on elsewhere"), Lease(path):
+            pass
+    finally:
+        over.set()
+        thread.join()
+    assert "elsewhere" in path.read_text()  # nothing of it was touched
+
+
+def test_who_was_replaced_is_told_and_touches_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "driver.lock"
+    with Lease(path) as lease:
+        foreign(path)
+        time.sleep(0.3)  # longer than a look is trusted, and three beats
+        with pytest.raises(LeaseLostError, match="taken over by pid 41 on elsewhere"):
+            lease.check()
+        with pytest.raises(LeaseLostError):
+            lease.check()
+    assert json.loads(path.read_text())["token"] == "theirs"
+
+
+def test_a_dead_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "driver.lock"
+    foreign(path)
+    mine = json.loads(path.read_text()) | {"machine": module.this_machine()}
+    path.write_text(json.dumps(mine).ljust(511) + "\n")  # killed: the kernel dropped its lock
+    notes: list[str] = []
+    with Lease(path, notes.append):
+        pass
+    assert notes == []
+
+
+@pytest.mark.parametrize("content", ["", "pid 12 on host\n", "{", '{"pid": 1}', "[]", "\x00" * 512])
+def test_content_that_names_nobody_holds_nobody_up(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "driver.lock"
+    path.write_text(content)
+    assert lease_holder(path) is None
+    with Lease(path) as lease:
+        lease.check(force=True)

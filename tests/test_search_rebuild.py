@@ -1,0 +1,283 @@
+"""A study that is damaged, lost or set back is built again, trial by trial, from the records."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from tests.search_cases import Desk, accuracy, make_config, report
+from topotune.errors import SearchFolderError
+from topotune.records import EpochReport, TrialSpec
+from topotune.search.book import Progress
+from topotune.search.ledger import Ledger, read_ledger
+from topotune.search.patience import Patience
+from topotune.search.rows import summaries
+from topotune.search.study import Handout, StudyStore
+from topotune.search.trialfile import (
+    PREVIOUS_TRIAL_FILE,
+    TRIAL_FILE,
+    TrialCopy,
+    read_copies,
+    write_copy,
+)
+
+
+def study_file(desk: Desk) -> Path:
+    return desk.folder.root / "study.db"
+
+
+def trials(desk: Desk) -> list[FrozenTrial]:
+    storage = optuna.storages.RDBStorage(desk.folder.study_url)
+    found = optuna.load_study(study_name="demo", storage=storage).get_trials()
+    storage.engine.dispose()
+    return found
+
+
+def reopened(desk: Desk) -> tuple[StudyStore, list[str]]:
+    """The study as a resume opens it, and what was noted."""
+    desk.store.close()
+    notes: list[str] = []
+    patience = Patience(str(study_file(desk)), notes.append)
+    return StudyStore(desk.folder, desk.config, patience=patience), notes
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def scrambled(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[4096 : len(content) - 4096] = bytes(i * 37 % 251 for i in range(len(content) - 8192))
+    path.write_bytes(content)
+
+
+def flipped(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"101.0", b"191.0"))
+
+
+def torn_json(path: Path) -> None:
+    path.write_text('{"wall_seconds": 7.5, "trials": {"0": "')
+
+
+def not_a_database(path: Path) -> None:
+    path.write_bytes(b"\xff" * 9000)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE studies (unlike)")
+    connection.close()
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "truncated": truncated,
+    "scrambled": scrambled,
+    "empty": empty,
+    "not a database": not_a_database,
+    "another database": foreign,
+    "missing": Path.unlink,
+}
+
+
+def half_done(folder: Path, **changes: Any) -> Desk:
+    """A search with trials that ended in several ways and one that runs."""
+    desk = Desk(folder, make_config(budget={"trials": 14, "epochs": 4}, **changes), concurrency=2)
+
+    def make(spec: TrialSpec, epoch: int) -> EpochReport:
+        bad = float(spec.params["lr"]) > 0.05  # type: ignore[arg-type]
+        return report(spec, epoch, **({"val_accuracy": float("inf")} if bad else {}))
+
+    running = desk.book.next()
+    assert isinstance(running, Handout)
+    desk.book.progress(running.number, Progress((report(running.spec, 1),)))
+    for _ in range(8):
+        turn = desk.book.next()
+        assert isinstance(turn, Handout)
+        desk.train(turn, make)
+    desk.store._storage.close()  # its write-ahead log goes into the file
+    return desk
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_rebuilt_study_equals_the_original_trial_by_trial(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    desk = half_done(
+        tmp_path, constraints={"overhead_vs_adam": {"max": 2.0}}, warm_start=[{"lr": 0.02}] * 2
+    )
+    before = trials(desk)
+    outcomes = {t.user_attrs["end"]["outcome"] for t in before if t.state.is_finished()}
+    assert {"COMPLETE", "DIVERGED"} <= outcomes
+    damage(study_file(desk))
+
+    store, notes = reopened(desk)
+    store.close()
+    after = trials(desk)
+    # The curve of a running trial comes again with its checkpoint.
+    assert before[0].state == TrialState.RUNNING
+    before[0].intermediate_values = {}
+    assert after == before
+    assert len(notes) == 1
+    assert "rebuilt from the records of 9 trials" in notes[0]
+    assert (desk.folder.root / "study.damaged-1.db").exists() == study_file_was_there(damage)
+    again, quiet = reopened(desk)
+    again.close()
+    assert quiet == []  # once is enough
+
+
+def study_file_was_there(damage: Callable[[Path], None]) -> bool:
+    return damage is not DAMAGES["missing"]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "nsga2", "qmc", "gp"])
+def test_a_rebuilt_study_suggests_what_the_original_would(sampler: str, tmp_path: Path) -> None:
+    space = {
+        "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+        "momentum": {"type": "float", "low": 0.0, "high": 0.99},
+        "nesterov": {"type": "categorical", "choices": [True, False]},
+    }
+    if sampler == "cmaes":
+        del space["nesterov"]
+    config = make_config(
+        sampler={"name": sampler, "startup_trials": 2},
+        space=space,
+        budget={"trials": 12, "epochs": 2},
+    )
+    whole = Desk(tmp_path / "whole", config)
+    whole.run()
+    first = Desk(tmp_path / "pieces", config)
+    for _ in range(7):
+        turn = first.book.next()
+        assert isinstance(turn, Handout)
+        first.train(turn)
+    first.store.close()
+    truncated(study_file(first))
+    second = Desk(tmp_path / "pieces", config)
+    second.run()
+    assert [row.params for row in second.rows()] == [row.params for row in whole.rows()]
+
+
+def test_a_study_that_lost_its_newest_trials_gets_them_back(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    for _ in range(2):
+        turn = desk.book.next()
+        assert isinstance(turn, Handout)
+        desk.train(turn)
+    desk.store.close()
+    shutil.copy(study_file(desk), tmp_path / "old.db")
+    desk = Desk(tmp_path, desk.config)
+    desk.run()
+    before = trials(desk)
+    desk.store.close()
+    shutil.copy(tmp_path / "old.db", study_file(desk))  # set back, as a lost write-ahead log does
+    for name in ("study.db-wal", "study.db-shm"):
+        (desk.folder.root / name).unlink(missing_ok=True)
+    store, notes = reopened(desk)
+    store.close()
+    assert trials(desk) == before
+    assert "knows less than the trials' own records do" in notes[0]
+
+
+def test_a_damaged_record_falls_back_and_a_lost_one_runs_again(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    before = trials(desk)
+    newest = desk.folder.trial(2) / TRIAL_FILE
+    newest.write_bytes(newest.read_bytes()[:-20])  # handed out is what the one before says
+    for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
+        (desk.folder.trial(4) / name).write_bytes(b"00000000 00000000 {}\n")
+    study_file(desk).unlink()
+
+    again = Desk(tmp_path, desk.config)
+    states = {row.number: row.state for row in again.rows()}
+    assert states == {**dict.fromkeys(range(6), "COMPLETE"), 2: "RUNNING", 4: "RUNNING"}
+    again.run()
+    after = again.rows()
+    assert {row.state for row in after} == {"COMPLETE"}
+    assert after[2].params == before[2].params
+    assert after[2].values == (accuracy(TrialSpec.from_dict(after[2].spec), 4),)
+
+
+def test_records_that_are_missing_are_written_at_the_next_start(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    whole = read_copies(desk.folder.root)
+    (desk.folder.trial(3) / TRIAL_FILE).unlink()
+    newest = desk.folder.trial(5)
+    (newest / PREVIOUS_TRIAL_FILE).replace(newest / TRIAL_FILE)  # killed before its end was kept
+    reopened(desk)[0].close()
+    found = read_copies(desk.folder.root)
+    assert {n: c.to_payload() for n, c in found.items()} == {
+        n: c.to_payload() for n, c in whole.items()
+    }
+
+
+def test_whoever_only_looks_is_told_what_to_do(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    for damage in (scrambled, empty, Path.unlink):
+        damage(study_file(desk))
+        with pytest.raises(SearchFolderError, match=r"'topotune resume( demo)?' rebuilds it"):
+            summaries(desk.folder, desk.config, {})
+
+
+def test_what_a_record_holds_survives(tmp_path: Path) -> None:
+    desk = half_done(tmp_path)
+    for trial in trials(desk):
+        copy = TrialCopy(trial, {"qmc": 3, "parents": [1, 2]})
+        write_copy(desk.folder, copy)
+        found = read_copies(desk.folder.root)[trial.number]
+        found.trial._trial_id = trial._trial_id
+        assert found.trial == trial
+        assert found.study == {"qmc": 3}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncated, empty, torn_json, flipped],
+    ids=["truncated", "empty", "torn JSON of an older version", "a flipped digit"],
+)
+def test_a_damaged_ledger_is_the_one_before_and_then_the_trials_own(
+    damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    ended = {row.number: row.device_seconds for row in desk.rows()}
+    ledger = Ledger(desk.folder.ledger, 1.0)
+    ledger.wall_seconds, ledger.trials = 100.0, {0: 40.0, 1: 50.0}
+    ledger.save()
+    ledger.wall_seconds = 101.0
+    ledger.save()
+
+    damage(desk.folder.ledger)
+    found = read_ledger(desk.folder.ledger)
+    assert found == {"wall_seconds": 100.0, "trials": {0: 40.0, 1: 50.0}}
+    assert "ledger is damaged" in caplog.text
+
+    empty(desk.folder.root / "ledger.previous.json")
+    found = read_ledger(desk.folder.ledger)
+    assert found["trials"] == ended
+    assert 0 < found["wall_seconds"] < 100
+    assert "counted anew from the records of 6 trials" in caplog.text
+
+
+def test_a_ledger_of_an_older_version_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.json"
+    path.write_text('{"wall_seconds": 7.5, "trials": {"3": 2.5}}\n')
+    assert read_ledger(path) == {"wall_seconds": 7.5, "trials": {3: 2.5}}
+    assert Ledger(path, 1.0).device_seconds == 2.5

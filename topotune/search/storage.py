@@ -1,0 +1,164 @@
+"""Optuna's database storage, made patient: each call waits for a database that is away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+from sqlalchemy.engine import URL, ExceptionContext
+
+from topotune.config import SearchConfig
+from topotune.errors import ConfigError
+from topotune.search.address import study_place, study_uri
+from topotune.search.folder import SearchFolder
+from topotune.search.patience import Patience, StudyAwayError, absence
+
+READER_SECONDS = 10.0
+"""How long ``status`` and its like wait for a study that is locked or away."""
+OPENING_SECONDS = 60.0
+"""How long a new search waits for its study database."""
+_BUSY_SECONDS = 1.0  # longer pauses are ours, which Ctrl-C can end
+
+
+def open_storage(
+    folder: SearchFolder, config: SearchConfig, patience: Patience | None = None
+) -> PatientStorage:
+    """A search's study database; close it after use.
+
+    Raises:
+        ResourceError: it cannot be reached or used.
+        SearchFolderError: it is damaged.
+    """
+    if patience is None:
+        patience = Patience(study_place(folder, config), limit=READER_SECONDS)
+    url = study_uri(config)
+    backend = patience(lambda: _connect(folder, url))
+    event.listen(backend.engine, "handle_error", _at_once)
+    return PatientStorage(backend, patience)
+
+
+def check_study(folder: SearchFolder, config: SearchConfig, note: Callable[[str], None]) -> None:
+    """Reach a study database before anything of the search is written.
+
+    Raises:
+        ResourceError: it cannot be reached within ``OPENING_SECONDS``, or refuses.
+        ConfigError: the package that speaks to it is not installed.
+    """
+    if config.study.uri is not None:
+        patience = Patience(study_place(folder, config), note, OPENING_SECONDS)
+        open_storage(folder, config, patience).close()
+
+
+def _connect(folder: SearchFolder, url: URL | None) -> RDBStorage:
+    if url is None:
+        options = {"connect_args": {"timeout": _BUSY_SECONDS}}
+        storage = RDBStorage(folder.study_url, engine_kwargs=options)
+        event.listen(storage.engine, "connect", _use_write_ahead_log)
+        storage.engine.dispose()  # connections from before the listener
+        return storage
+    address = url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    # Half-open connections of a host that vanished end after the time-out, not after hours.
+    options = {"connect_args": {"connect_timeout": 5, "tcp_user_timeout": 20_000}}
+    try:
+        # Optuna formats the address: braces in a password stand for themselves.
+        escaped = address.replace("{", "{{").replace("}", "}}")
+        return RDBStorage(escaped, engine_kwargs=options)
+    except ImportError:
+        raise ConfigError(
+            "study.uri",
+            "PostgreSQL needs the package psycopg, which is not installed",
+            "Install it: pip install 'topotune[postgres]'",
+        ) from None
+
+
+def _use_write_ahead_log(connection: Any, _record: object) -> None:
+    """Readers never hold up the driver, a killed process loses nothing, and a commit costs half
+    of what the default journal costs."""
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _at_once(context: ExceptionContext) -> None:
+    """Past Optuna's own repeats, which are blind: they could make a trial twice."""
+    if away := absence(context.original_exception, context.is_disconnect):
+        raise StudyAwayError(away)
+
+
+def _patient(name: str) -> Callable[..., Any]:
+    def method(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+        return self.patience(lambda: getattr(self.inner, name)(*args, **kwargs))
+
+    method.__name__, method.__doc__ = name, "As Optuna's, with patience."
+    return method
+
+
+class PatientStorage(BaseStorage):
+    """A storage whose every method is one transaction that waits for the database.
+
+    Args:
+        backend: the database; Optuna's cache is put before it.
+        patience: how to wait.
+    """
+
+    def __init__(self, backend: RDBStorage, patience: Patience) -> None:
+        self._engine = backend.engine
+        self.inner = optuna.storages.get_storage(backend)
+        self.patience = patience
+        self._newest: dict[int, int] = {}  # study to the highest id of a trial that is known
+
+    create_new_study = _patient("create_new_study")
+    delete_study = _patient("delete_study")
+    set_study_user_attr = _patient("set_study_user_attr")
+    set_study_system_attr = _patient("set_study_system_attr")
+    get_study_id_from_name = _patient("get_study_id_from_name")
+    get_study_name_from_id = _patient("get_study_name_from_id")
+    get_study_directions = _patient("get_study_directions")
+    get_study_user_attrs = _patient("get_study_user_attrs")
+    get_study_system_attrs = _patient("get_study_system_attrs")
+    get_all_studies = _patient("get_all_studies")
+    set_trial_param = _patient("set_trial_param")
+    get_trial_id_from_study_id_trial_number = _patient("get_trial_id_from_study_id_trial_number")
+    set_trial_intermediate_value = _patient("set_trial_intermediate_value")
+    set_trial_user_attr = _patient("set_trial_user_attr")
+    set_trial_system_attr = _patient("set_trial_system_attr")
+    get_trial = _patient("get_trial")
+    get_all_trials = _patient("get_all_trials")
+    remove_session = _patient("remove_session")
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """As Optuna's; a trial that was made though the answer was lost is not made twice."""
+        if study_id not in self._newest:
+            trials = self.get_all_trials(study_id, deepcopy=False)
+            self._newest[study_id] = max((trial._trial_id for trial in trials), default=-1)
+
+        def again() -> int:
+            for trial in self.inner.get_all_trials(study_id, deepcopy=False):
+                if trial._trial_id > self._newest[study_id]:
+                    return trial._trial_id
+            return make()
+
+        def make() -> int:
+            return self.inner.create_new_trial(study_id, template_trial)
+
+        self._newest[study_id] = self.patience(make, again)
+        return self._newest[study_id]
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        """As Optuna's; a state that was set though the answer was lost counts as set."""
+
+        def again() -> bool:
+            return self.inner.get_trial(trial_id).state == state or make()
+
+        def make() -> bool:
+            return self.inner.set_trial_state_values(trial_id, state, values)
+
+        return self.patience(make, again)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.inner.remove_session()
+        self._engine.dispose()
