@@ -6,6 +6,7 @@ an embedded MLflow store of their own.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -132,7 +133,6 @@ def _shipping(results: Path, children: int) -> ShippingRecord:
         began = time.perf_counter()
         shipper.ship_once()
         pace.append((time.perf_counter() - began, len(numbers)))
-    shipper.ship_once()  # sees that the last ones have ended
     began = time.perf_counter()
     for _ in range(10):
         shipper.ship_once()
@@ -198,5 +198,5 @@ def _trace(results: Path, points: int) -> TraceRecord:
     began = time.perf_counter()
     shipper.ship_once()
     upload = time.perf_counter() - began
-    write, join, plot = (after - first for first, after in zip(marks, marks[1:], strict=False))
+    write, join, plot = (after - first for first, after in itertools.pairwise(marks))
     return TraceRecord(epochs * size, joined.stat().st_size / 1e6, write, join, plot, upload)

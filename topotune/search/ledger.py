@@ -16,6 +16,12 @@ MAX_GAP = 60.0
 """A longer pause between two ticks is a suspended machine, not work; it is charged as this."""
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+)
+"""What a damaged ledger can raise while it is taken apart."""
+
+
 class Ledger:
     """Integrates "trials holding a device" over time by a monotonic clock.
 
@@ -71,7 +77,7 @@ def read_ledger(path: Path) -> dict[str, Any]:
             "wall_seconds": float(data["wall_seconds"]),
             "trials": {int(number): float(value) for number, value in data["trials"].items()},
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise SearchFolderError(
             f"{path}: the ledger is damaged ({error}). Move it away to start counting from zero"
         ) from None
