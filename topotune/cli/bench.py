@@ -150,6 +150,7 @@ def load(
         print_report(report)
 
 
+@app.command()
 def fuzz(
     inputs: Annotated[int, typer.Option(min=1, help="Inputs in all.")] = 100_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the mutations.")] = 0,

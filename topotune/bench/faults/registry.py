@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from topotune.bench.faults.drivers import DRIVERS
 from topotune.bench.faults.scenario import Scenario
+from topotune.bench.faults.tracking import TRACKING
 from topotune.errors import UnknownNameError
 
-SCENARIOS: tuple[Scenario, ...] = (*DRIVERS,)
+SCENARIOS: tuple[Scenario, ...] = (*DRIVERS, *TRACKING)
 
 
 def named(names: list[str] | None, slow: bool) -> list[Scenario]:
