@@ -15,7 +15,7 @@ PACKAGE = Path(topotune.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ROOM_ORDER = (
     ("__init__", "errors", "records", "plugins", "seeding", "files"),
-    ("config_space", "config_budget", "config_rules", "config", "configfile"),
+    ("config_space", "config_budget", "config_rules", "config", "yamlfile", "configfile"),
     ("optim", "data", "tcep"),
     ("models",),
     ("tasks",),

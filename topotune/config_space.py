@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,9 +11,9 @@ Scalar: TypeAlias = bool | int | float | str
 
 
 class Frozen(BaseModel):
-    """Base of all blocks: immutable, and unknown keys are errors."""
+    """Base of all blocks: immutable; unknown keys, NaN and infinities are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FloatParam(Frozen):
@@ -68,7 +68,7 @@ Param: TypeAlias = Annotated[FloatParam | IntParam | CategoricalParam, Field(dis
 
 def check_bounds(low: float, high: float, log: bool, step: float | None) -> None:
     """Raise ValueError with the rule that a range breaks."""
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not max(abs(low), abs(high)) <= sys.float_info.max:  # an int may be larger; NaN fails too
         raise ValueError(f"low and high must be finite (got low={low}, high={high})")
     if low >= high:
         raise ValueError(f"low must be below high (got low={low}, high={high})")

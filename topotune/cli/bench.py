@@ -148,3 +148,27 @@ def load(
         print_json(dataclasses.asdict(report))
     else:
         print_report(report)
+
+
+@app.command()
+def fuzz(
+    inputs: Annotated[int, typer.Option(min=1, help="Inputs in all.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the mutations.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Throw broken search files, configs, spools and results at their readers."""
+    import logging
+
+    from topotune.bench.fuzz import run
+    from topotune.errors import RunError
+
+    logging.disable(logging.CRITICAL)  # a broken spool is logged line by line
+    records = run(inputs, seed, lambda text: typer.echo(text, err=True))
+    if as_json:
+        print_json([record.to_dict() for record in records])
+    else:
+        for record in records:
+            typer.echo(record.line())
+    broken = [failure.error for record in records for failure in record.failures]
+    if broken:
+        raise RunError(f"not an error of ours: {'; '.join(broken)}")

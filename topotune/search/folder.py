@@ -159,7 +159,7 @@ class SearchFolder:
         try:
             data: dict[str, Any] = json.loads(self.meta.read_text(encoding="utf-8"))
             return {"search_id": str(data["search_id"]), "config": dict(data["config"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SearchFolderError(f"{self.meta}: is damaged ({error})") from None
 
     @property

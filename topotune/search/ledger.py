@@ -22,6 +22,13 @@ MAX_GAP = 60.0
 """A longer pause between two ticks is a suspended machine, not work; it is charged as this."""
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+    SpoolError,
+)
+"""What a damaged ledger can raise while it is taken apart."""
+
+
 class Ledger:
     """Integrates "trials holding a device" over time by a monotonic clock.
 
@@ -93,7 +100,7 @@ def read_ledger(path: Path) -> dict[str, Any]:
             }
         except FileNotFoundError:
             continue
-        except (OSError, SpoolError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             _log.warning("%s: the ledger is damaged (%s); looking for the one before", name, error)
     return _from_records(path.parent)
 

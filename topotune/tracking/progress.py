@@ -19,6 +19,10 @@ from topotune.tracking.naming import redact
 
 PROGRESS_FILE = "shipped.json"
 REFUSED_FILE = "refused.jsonl"
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError),
+)
+"""What a damaged file of this shape can raise while it is taken apart."""
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +98,7 @@ class Progress:
             ended = {str(k): Ended(int(v[0]), bool(v[1])) for k, v in data["ended"].items()}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        except _UNREADABLE as e:
             _log.warning("%s: damaged (%s: %s)", self._path, type(e).__name__, e)
             return
         if store != self._store:

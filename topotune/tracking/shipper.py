@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -105,6 +106,8 @@ class Shipper:
         self._offline_since: float | None = None
         self._working = threading.Lock()
         self._stop = threading.Event()
+        self._deadline = math.inf
+        self._turn = 0
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -114,34 +117,36 @@ class Shipper:
 
     def _loop(self) -> None:
         delay = _FIRST_DELAY
-        try:
-            while not self._stop.is_set():
-                if self.ship_once():
-                    delay = _FIRST_DELAY
-                    self._stop.wait(self._interval)
-                else:
-                    self._stop.wait(delay)
-                    delay = min(2 * delay, self._longest_delay)
-        except BaseException as error:
-            self._failed(f"shipping stopped by {type(error).__name__}: {error}")
-            raise
-
-    def close(self, timeout: float = 30.0) -> Reconciliation:
-        """Stop the thread, send what is left for at most ``timeout`` seconds, and count.
-
-        A request that is still under way when the time is up is abandoned; what it carried counts
-        as pending and is sent again by the next shipper.
-        """
-        deadline = time.monotonic() + timeout
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
-        while self._thread is None or not self._thread.is_alive():
-            done = self.ship_once(deadline) and self.status().pending == 0
-            left = deadline - time.monotonic()
-            if done or left <= 0:
+        while not self._stop.is_set():
+            if self.ship_once():
+                delay = _FIRST_DELAY
+                self._stop.wait(self._interval)
+            else:
+                self._stop.wait(delay)
+                delay = min(2 * delay, self._longest_delay)
+        while not (self.ship_once() and self.status().pending == 0):
+            left = self._deadline - time.monotonic()
+            if left <= 0:
                 break
             time.sleep(min(_FIRST_DELAY, left))
+
+    def close(self, timeout: float = 30.0) -> Reconciliation:
+        """Send what is left for at most ``timeout`` seconds, stop the thread, and count.
+
+        The thread does it, so that no server, however slow, can hold the caller for longer. A
+        request that is still under way when the time is up is abandoned; what it carried counts
+        as pending and is sent again by the next shipper.
+        """
+        self._deadline = time.monotonic() + timeout
+        self._stop.set()
+        if timeout > 0 and (self._thread is None or not self._thread.is_alive()):
+            self.start()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        try:
+            self._tails.count()
+        except SpoolError as error:
+            self._failed(str(error))
         status = self.status()
         return Reconciliation(status.recorded, status.shipped, status.refused, status.pending)
 
@@ -158,14 +163,11 @@ class Shipper:
             offline_since=self._offline_since,
         )
 
-    def ship_once(self, deadline: float | None = None) -> bool:
+    def ship_once(self) -> bool:
         """Send everything that the spools hold now; True if that succeeded.
 
         Rounds take about a megabyte of each spool in turn, so that no trial's backlog holds up
         the others. Where it fails, :meth:`status` says why.
-
-        Args:
-            deadline: ``time.monotonic()`` after which no new round begins.
         """
         with self._working:
             try:
@@ -174,10 +176,13 @@ class Shipper:
                     self._count()
                     if self._progress.fresh:  # what another store refused is offered anew
                         self._refused.clear()
-                    while self._round() and (deadline is None or time.monotonic() < deadline):
+                    while self._round():
                         self._count()
             except (StoreOfflineError, SpoolError, OSError) as error:
                 self._failed(str(error))
+                return False
+            except Exception as error:  # noqa: BLE001 - a thread that died would send nothing more
+                self._failed(f"{type(error).__name__}: {error}")
                 return False
             if self._last_error:
                 _log.warning("tracking store %s: back", self._store.label)
@@ -221,12 +226,22 @@ class Shipper:
             self._progress.restart(name)
 
     def _round(self) -> bool:
-        """One piece of every spool that has news; True if there was any."""
+        """One piece of every spool that has news; True if there was any.
+
+        Begins where the last round broke off, so that neither a slow server nor two records that
+        make it fail keep the same spools waiting for ever.
+        """
         moved = False
         failure: StoreOfflineError | None = None
-        for name, counted in self._tails.ends():
+        ends = self._tails.ends()
+        turn = self._turn % len(ends) if ends else 0
+        for index, (name, counted) in enumerate(ends[turn:] + ends[:turn]):
             if self._progress.of(name).offset >= counted:
                 continue
+            self._turn = turn + index
+            if time.monotonic() > self._deadline:
+                failure = failure or StoreOfflineError("out of time")
+                break
             try:
                 self._ship(name)
                 moved = True
@@ -238,7 +253,7 @@ class Shipper:
                 # One record that makes a server fail must not hold up the other spools, but a
                 # server that is down must not be asked once a trial.
                 if failure is not None:
-                    raise
+                    break
                 failure = error
         if moved:
             self._progress.save()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from topotune.bench.faults.drivers import DRIVERS
 from topotune.bench.faults.scenario import Scenario
+from topotune.bench.faults.tracking import TRACKING
 from topotune.bench.faults.workers import WORKERS
 from topotune.errors import UnknownNameError
 
-SCENARIOS: tuple[Scenario, ...] = (*DRIVERS, *WORKERS)
+SCENARIOS: tuple[Scenario, ...] = (*WORKERS, *DRIVERS, *TRACKING)
 
 
 def named(names: list[str] | None, slow: bool) -> list[Scenario]:

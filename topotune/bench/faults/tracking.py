@@ -1,0 +1,245 @@
+"""Faults of the tracking server: gone, slow, refusing, or answering nonsense."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from topotune.bench.faults.invariants import audit, reference
+from topotune.bench.faults.proxy import Proxy
+from topotune.bench.faults.scenario import Scenario, expect
+from topotune.bench.faults.site import NAME, Driver, Site
+from topotune.tracking.dashboard import Dashboard, serve_dashboard
+from topotune.tracking.mlflow import MlflowStore
+
+EPOCHS, PAUSE = 4, 0.2
+"""Of a trial, and seconds that each of an epoch's five batches sleeps: cores that are shared with
+a server must not decide how long an epoch takes."""
+SLOWED = 1.05
+"""Median seconds of an epoch over those of the undisturbed search, at most."""
+CLOSED = 75.0
+"""Seconds from the last epoch to the end of the command, at most, whatever the server does."""
+
+
+class Server:
+    """A real ``mlflow server`` process over SQLite, killed and started again on one port."""
+
+    def __init__(self, folder: Path) -> None:
+        self._store = MlflowStore.embedded(folder)
+        self._dashboard: Dashboard | None = None
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def up(self) -> None:
+        """Start it and wait until it answers."""
+        self._dashboard = serve_dashboard(self._store, self.port)
+        port = int(self._dashboard.url.rpartition(":")[2])
+        expect(self.port in (0, port), f"port {self.port} of the server is taken")
+        self.port = port
+
+    def kill(self) -> None:
+        """SIGKILL to the server and its workers."""
+        if self._dashboard is not None:
+            self._dashboard.stop(grace=0.0)
+            self._dashboard = None
+
+
+@contextmanager
+def _server(site: Site) -> Iterator[Server]:
+    server = Server(site.folder / "server")
+    try:
+        server.up()
+        yield server
+    finally:
+        server.kill()
+
+
+def _search(site: Site, url: str, epochs: int = EPOCHS) -> Driver:
+    file = site.search_file({"pause": PAUSE}, budget={"trials": 4, "epochs": epochs})
+    reference(site)  # the undisturbed run, unless there is one: right before, on the same machine
+    return site.start("search", file, "--tracking-uri", url)
+
+
+def _paces(site: Site) -> list[float]:
+    """Seconds of every epoch of a site's search."""
+    return [report.seconds for trial in range(4) for report in site.epochs(trial)]
+
+
+def _slowdown(site: Site) -> str:
+    """How much longer an epoch took than undisturbed; a second undisturbed run if too long."""
+    mine = _paces(site)
+    calm = _calm(site)
+    if statistics.median(mine) > SLOWED * statistics.median(calm):
+        with Site(site.folder / "calm", site.folder / "unshared") as fresh:
+            text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
+            (fresh.folder / f"{NAME}.yaml").write_text(text, encoding="utf-8")
+            fresh.run("search", fresh.folder / f"{NAME}.yaml")
+            calm = _paces(fresh)
+    ratio = statistics.median(mine) / statistics.median(calm)
+    spread = f"{_spread(mine):.3f} and {_spread(calm):.3f}"
+    expect(ratio <= SLOWED, f"epochs take {ratio:.3f} times as long (spread {spread})")
+    return f"epochs take {ratio:.3f} times as long (relative IQR {spread})"
+
+
+def _calm(site: Site) -> list[float]:
+    text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
+    for known in site.shared.glob("*.yaml"):
+        if known.read_text(encoding="utf-8") == text:
+            return _paces(Site(known.with_suffix(""), site.shared))
+    raise AssertionError("reference() has not run")
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Interquartile range over the median."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
+
+
+def _closing(site: Site, ended: float) -> str:
+    """How long the command took to end after the last epoch."""
+    last = max(report.timestamp_ms for trial in range(4) for report in site.epochs(trial)) / 1000
+    expect(ended - last < CLOSED, f"the command ended {ended - last:.0f} s after the last epoch")
+    return f"ended {ended - last:.0f} s after the last epoch"
+
+
+def _stored(text: str) -> tuple[int, int]:
+    """Items recorded and stored, as a command's last count says."""
+    found = re.findall(r"(\d+) items recorded, (\d+) stored", text)
+    expect(bool(found), f"no count: {text[-500:]}")
+    return int(found[-1][0]), int(found[-1][1])
+
+
+def _verdict(site: Site, output: str, ended: float) -> str:
+    """Everything is stored, if need be after ``topotune sync``; training was not slowed."""
+    recorded, stored = _stored(output)
+    text = f"{stored} of {recorded} items stored at the end"
+    if stored < recorded:
+        expect(f"topotune sync {NAME}" in output, f"sync is not named: {output[-500:]}")
+        recorded, stored = _stored(site.run("sync", NAME, "--timeout", "120"))
+        text += f", {stored} of {recorded} after sync"
+    expect(stored == recorded, text)
+    return f"{text}; {_slowdown(site)}; {_closing(site, ended)}; {audit(site)}"
+
+
+def _outage(seconds: float, epochs: int) -> Callable[[Site], str]:
+    def row(site: Site) -> str:
+        with _server(site) as server:
+            driver = _search(site, server.url, epochs)
+            site.reach(driver, 0, 2)
+            server.kill()
+            down = time.monotonic()
+            site.wait(lambda: time.monotonic() - down > seconds, seconds + 5, "the clock stands")
+            expect(driver.process.poll() is None, "the search ended before the server was back")
+            server.up()
+            output = driver.finish()
+            ended = time.time()
+            expect("cannot be reached" in output, "the outage was not said")
+            return _verdict(site, output, ended)
+
+    return row
+
+
+def _gone(site: Site) -> str:
+    with _server(site) as server:
+        driver = _search(site, server.url)
+        site.reach(driver, 0, 2)
+        server.kill()
+        output = driver.finish()
+        ended = time.time()
+        recorded, stored = _stored(output)
+        expect(stored < recorded, "nothing was left to ship")
+        refused = site.run("sync", NAME, "--timeout", "3", code=1)
+        expect("wait" in refused, f"sync without a server: {refused}")
+        server.up()
+        return _verdict(site, output, ended)
+
+
+def _down_at_start(site: Site) -> str:
+    with _server(site) as server:
+        server.kill()
+        driver = _search(site, server.url)
+        site.reach(driver, 1, 1)
+        server.up()
+        output = driver.finish()
+        return _verdict(site, output, time.time())
+
+
+def _misbehaving(modes: Sequence[str], seconds: float) -> Callable[[Site], str]:
+    """The server answers in each of these ways for some seconds, then well again."""
+
+    def row(site: Site) -> str:
+        with _server(site) as server, Proxy(server.port) as proxy:
+            driver = _search(site, proxy.url)
+            site.reach(driver, 0, 1)
+            for mode in modes:
+                proxy.mode = mode
+                met = site.wait(lambda m=mode: proxy.calls.get(m, 0) > 0, 40, f"no {mode} call")
+                time.sleep(max(0.0, seconds - met))
+            proxy.mode = "pass"
+            output = driver.finish()
+            calls = ", ".join(f"{proxy.calls[mode]} {mode}" for mode in modes)
+            return f"calls met: {calls}; {_verdict(site, output, time.time())}"
+
+    return row
+
+
+def _slow(site: Site) -> str:
+    with _server(site) as server, Proxy(server.port, "slow") as proxy:
+        driver = _search(site, proxy.url)
+        output = driver.finish()
+        ended = time.time()
+        proxy.mode = "pass"
+        return f"{proxy.calls['slow']} slow calls; {_verdict(site, output, ended)}"
+
+
+_EXPECTED = "search ends well, training not slowed by 5 %, everything stored once"
+
+TRACKING = (
+    Scenario(
+        "tracking-restart-10s", "MLflow server killed, back after 10 s", _EXPECTED, _outage(10, 4)
+    ),
+    Scenario(
+        "tracking-restart-60s",
+        "MLflow server killed, back after 60 s",
+        _EXPECTED,
+        _outage(60, 18),
+        seconds=180,
+        slow=True,
+    ),
+    Scenario(
+        "tracking-gone",
+        "MLflow server killed until after the end of the search, then topotune sync",
+        _EXPECTED,
+        _gone,
+    ),
+    Scenario(
+        "tracking-down-at-start",
+        "MLflow server down at the start",
+        _EXPECTED,
+        _down_at_start,
+        slow=True,
+    ),
+    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, _slow, seconds=100),
+    Scenario(
+        "tracking-errors",
+        "MLflow answers 429, 500 and 503 for a while",
+        _EXPECTED,
+        _misbehaving(("429", "500", "503"), 3.0),
+        seconds=45,
+    ),
+    Scenario(
+        "tracking-nonsense",
+        "a login page instead of MLflow, broken connections, then silence",
+        _EXPECTED,
+        _misbehaving(("login", "reset", "mute"), 3.0),
+        seconds=60,
+    ),
+)

@@ -1,0 +1,159 @@
+"""Read YAML with the line of every key; a file that is no plain YAML raises a ConfigError.
+
+Plain scalars follow YAML 1.2's core schema, not PyYAML's 1.1: ``1e-3`` is a number, ``on`` and
+``2026-01-01`` are text. Duplicate keys, unknown tags, and files that are too large, too deep or
+that unfold (aliases) to too many nodes are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from topotune.errors import ConfigError
+
+Place = tuple[str | int, ...]
+Lines = dict[Place, int]
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 30
+MAX_NODES = 20_000
+
+_INT = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_WORDS: dict[str, bool | float | None] = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf"), math.inf),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), -math.inf),
+}
+_PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """Stops at too many values before all of them are read: a megabyte takes half a minute."""
+
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.composed += 1
+        if self.composed > MAX_NODES:
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise _TooManyError(line)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+
+class _TooManyError(Exception):
+    """The file holds more than MAX_NODES values, at this line."""
+
+
+class _Reader:
+    """Builds plain values from YAML nodes and notes where each stands."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.lines: Lines = {}
+        self.nodes = 0
+
+    def error(self, node: yaml.Node, problem: str, fix: str = "") -> ConfigError:
+        return ConfigError(f"{self.source}:{node.start_mark.line + 1}", problem, fix)
+
+    def value(self, node: yaml.Node, place: Place) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise self.error(node, f"the file unfolds to more than {MAX_NODES} values")
+        if len(place) > MAX_DEPTH:
+            raise self.error(node, f"nested deeper than {MAX_DEPTH} levels")
+        self.lines.setdefault(place, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return self.mapping(node, place)
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.value(item, (*place, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
+            return self.scalar(node)
+        raise self.error(node, f"tag {node.tag!r} is not allowed", "Use plain YAML values")
+
+    def mapping(self, node: yaml.MappingNode, place: Place) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self.scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                raise self.error(key_node, "keys must be text", "Put quotes around the key")
+            if key in found:
+                raise self.error(key_node, f"key {key!r} stands twice in one block")
+            self.lines[(*place, key)] = key_node.start_mark.line + 1
+            found[key] = self.value(value_node, (*place, key))
+        return found
+
+    def scalar(self, node: yaml.ScalarNode) -> str | int | float | bool | None:
+        text: str = node.value
+        if node.style is not None:  # quoted or block text
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if len(text) < 400:
+            if _INT.fullmatch(text):
+                return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+            if _FLOAT.fullmatch(text):
+                return float(text)
+        return text
+
+
+def read_yaml(path: Path) -> tuple[Any, Lines]:
+    """The file's content and the line of every place in it.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, too large, not UTF-8 or not YAML.
+    """
+    source = str(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(source, "there is no such file", _suggest_file(path)) from None
+    except IsADirectoryError:
+        raise ConfigError(source, "is a folder, not a file") from None
+    except OSError as error:
+        raise ConfigError(source, f"cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(source, f"is larger than {MAX_BYTES} bytes")
+    return parse_yaml(raw, source)
+
+
+def parse_yaml(raw: bytes, source: str) -> tuple[Any, Lines]:
+    """As :func:`read_yaml`, from bytes."""
+    reader = _Reader(source)
+    try:
+        node = yaml.compose(raw.decode("utf-8"), Loader=_Loader)
+        value = None if node is None else reader.value(node, ())
+    except UnicodeDecodeError as error:
+        raise ConfigError(source, f"is not UTF-8 text (byte {error.start})") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
+        raise ConfigError(place, f"is not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(source, f"is not YAML: {' '.join(str(error).split())}") from None
+    except _TooManyError as error:
+        place = f"{source}:{error}"
+        raise ConfigError(place, f"the file holds more than {MAX_NODES} values") from None
+    except RecursionError:
+        raise ConfigError(source, f"nested deeper than {MAX_DEPTH} levels") from None
+    return value, reader.lines
+
+
+def _suggest_file(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1)
+    return f"Did you mean {str(folder / near[0])!r}?" if near else ""
