@@ -21,7 +21,7 @@ ROOM_ORDER = (
     ("tasks",),
     ("tracking", "results"),
     ("train",),
-    ("trial",),
+    ("trial", "weights"),
     ("search",),
     ("bench", "testing"),
     ("cli", "__main__"),

@@ -31,7 +31,8 @@ from topotune.train.methods import METHODS, build_method
 from topotune.train.rehearsal import metric_names
 from topotune.train.tcep import TcepMethod
 from topotune.train.trace import RELAXATION_FILE, TRACE_FILE, read_columns
-from topotune.trial import evaluate_test, load_weights, open_trial, run_trial
+from topotune.trial import open_trial, run_trial
+from topotune.weights import evaluate_test, load_weights
 
 CPU = torch.device("cpu")
 

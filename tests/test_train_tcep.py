@@ -35,7 +35,8 @@ from topotune.train.methods import build_method
 from topotune.train.rehearsal import metric_names
 from topotune.train.tcep import OPTIMIZER, PATIENCE, TOLERATED, TcepMethod
 from topotune.train.trace import RELAXATION_FILE, TRACE_FILE, read_columns
-from topotune.trial import evaluate_test, load_weights, open_trial, run_trial
+from topotune.trial import open_trial, run_trial
+from topotune.weights import evaluate_test, load_weights
 
 SMALL: dict[str, Value] = {"width": 8, "hidden": 16, "memory": 4}
 HASTY: dict[str, Any] = {"solver": "euler", "steps": 1, "tolerance": 1e-5}

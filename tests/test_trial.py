@@ -41,13 +41,8 @@ from topotune.records import (
 from topotune.tasks.base import DataOptions
 from topotune.train.checkpoint import CHECKPOINT_FILE
 from topotune.train.trace import TRACE_FILE, read_columns
-from topotune.trial import (
-    evaluate_test,
-    load_weights,
-    open_trial,
-    preflight,
-    run_trial,
-)
+from topotune.trial import open_trial, preflight, run_trial
+from topotune.weights import evaluate_test, load_weights
 
 
 def test_the_same_spec_gives_the_same_metrics_and_another_seed_others() -> None:

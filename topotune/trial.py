@@ -19,19 +19,15 @@ from topotune.records import (
     TrialResult,
     TrialSpec,
 )
-from topotune.tasks import build_task
 from topotune.tracking.base import NullTracker, Tracker
 from topotune.train.assemble import (
     assemble,
     check_spec,
-    data_options,
-    make_model,
     preflight,
     probe_rows,
     resolved_params,
 )
 from topotune.train.checkpoint import CheckpointStore
-from topotune.train.evaluation import evaluate
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.loop import TIMING_METRICS, TrainingLoop
 from topotune.train.method import Contender
@@ -43,8 +39,6 @@ from topotune.train.trace import EpochRecord
 __all__ = [
     "TIMING_METRICS",
     "TrialRun",
-    "evaluate_test",
-    "load_weights",
     "open_trial",
     "preflight",
     "run_trial",
@@ -291,44 +285,3 @@ def run_trial(
     except StoppedError as cause:
         return run.finish(Outcome.PRUNED, str(cause))
     return run.finish(Outcome.COMPLETE)
-
-
-def load_weights(spec: TrialSpec, folder: Path) -> dict[str, Tensor]:
-    """The weights of the newest checkpoint in a trial's folder, on the CPU.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or it belongs to another spec.
-    """
-    state = CheckpointStore(folder, spec).load()
-    if state is None:
-        raise CheckpointError(f"folder {folder}: holds no checkpoint. Train the trial there first")
-    return dict(state["model"])
-
-
-def evaluate_test(spec: TrialSpec, weights: Mapping[str, Tensor]) -> dict[str, float]:
-    """Loss and metrics of trained weights on the test split, as ``test_<name>``.
-
-    For finished, chosen trials only: a search that looks at this has no test split left.
-
-    Args:
-        spec: the spec that the weights were trained with; its device and threads are used.
-        weights: the model's ``state_dict``.
-
-    Raises:
-        UserError: as :func:`open_trial`.
-        CheckpointError: the weights do not fit the spec's model.
-    """
-    check_spec(spec)
-    device = resolve_device(spec.device)
-    reset_process_state(spec.seed, spec.threads, device)
-    task = build_task(spec.task, spec.task_options)
-    rows = task.splits(data_options(spec)).test.to(device)
-    model = make_model(build_method(spec), task)
-    try:
-        model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"weights do not fit the model of task {spec.task!r}: {error}"
-        ) from error
-    measured = evaluate(task, model.to(device), rows)
-    return {f"test_{name}": value for name, value in measured.items()}

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from topotune.errors import ConfigError, UnknownNameError
 from topotune.records import Outcome, OverheadOptions, TrainOptions, TrialSpec, Value
-from topotune.trial import evaluate_test, load_weights, run_trial
+from topotune.trial import run_trial
+from topotune.weights import evaluate_test, load_weights
 
 EPOCHS: Mapping[str, int] = {"digits_rolled": 20, "mnist5k": 8}
 """The tasks, and how long each trains."""

@@ -95,7 +95,8 @@ def train(
     spec = load_spec(config)
     changes = {"seed": seed, "data_dir": data_dir, "device": device}
     spec = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    from topotune.trial import evaluate_test, load_weights, run_trial
+    from topotune.trial import run_trial
+    from topotune.weights import evaluate_test, load_weights
 
     def show(report: EpochReport) -> bool:
         if not as_json:

@@ -82,7 +82,7 @@ def export_top(
     for rank, row in enumerate(best, start=1):
         spec = TrialSpec.from_dict(row.spec)
         weights, history = _weights(spec, folder.trial(row.number), note)
-        from topotune.trial import evaluate_test
+        from topotune.weights import evaluate_test
 
         test = evaluate_test(spec, weights)
         paths = export_config(

@@ -61,6 +61,10 @@ class Proxy:
         with self._lock:
             self.calls[mode] = self.calls.get(mode, 0) + 1
 
+    def met(self, mode: str) -> bool:
+        """Whether a request has met this mode."""
+        return self.calls.get(mode, 0) > 0
+
     def ask(
         self, method: str, path: str, body: bytes, headers: dict[str, str]
     ) -> tuple[int, dict[str, str], bytes]:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from topotune.bench.faults.invariants import audit, reference
@@ -181,7 +182,7 @@ def _misbehaving(modes: Sequence[str], seconds: float) -> Callable[[Site], str]:
             site.reach(driver, 0, 1)
             for mode in modes:
                 proxy.mode = mode
-                met = site.wait(lambda m=mode: proxy.calls.get(m, 0) > 0, 40, f"no {mode} call")
+                met = site.wait(partial(proxy.met, mode), 40, f"no {mode} call")
                 time.sleep(max(0.0, seconds - met))
             proxy.mode = "pass"
             output = driver.finish()
