@@ -78,8 +78,8 @@ class Limits(Frozen):
     """What a running trial may take; one that takes more ends as FAILED and is not retried.
 
     Attributes:
-        stall: longest time without progress, such as 30m: a training step, a block of validation
-            or of the overhead measurement. null for no limit.
+        stall: longest time without progress, such as 30m: opening the trial (libraries, data), a
+            training step, a block of validation or of the overhead measurement. null for no limit.
         memory: resident memory of the trial's process and its children, such as 4GB; "auto": 90 %
             of the memory of the machine (or of its container). null for no limit.
     """

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from topotune.config_budget import Budget
-from topotune.search.guard import CRASH_FILE, MEMORY_PREFIX
+from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, MEMORY_PREFIX
 
 
 class Cause(StrEnum):
@@ -92,6 +92,8 @@ def classify(error: BaseException | None, note: str) -> Death:
 
     if note.startswith("Timeout ("):
         return Death(Cause.STALL, f"no progress for longer than limits.stall, hung{_where(note)}")
+    if note == FROZEN_NOTE:
+        return Death(Cause.STALL, "no progress for longer than limits.stall, its process frozen")
     if note.startswith(MEMORY_PREFIX):
         taken = note.partition("\n")[0].removeprefix(MEMORY_PREFIX)
         return Death(Cause.MEMORY, f"too much memory (limits.memory): {taken}{_where(note)}")
@@ -116,7 +118,7 @@ def classify(error: BaseException | None, note: str) -> Death:
 def _where(note: str) -> str:
     """The innermost line of Python that is not a library's, in the thread that trained."""
     threads = re.split(r"^(?=(?:Current thread|Thread) 0x)", note, flags=re.M)
-    working = [t for t in threads if "search/worker.py" in t] or threads
+    working = [t for t in threads if "search/worker.py" in t] or threads[-1:]
     frames = list(_FRAME.finditer(working[0]))
     own = [frame for frame in frames if not _NOT_THE_USERS.search(frame["file"])]
     if not (own or frames):

@@ -25,6 +25,8 @@ import psutil
 
 CRASH_FILE = "crash.txt"
 MEMORY_PREFIX = "Memory: "
+FROZEN_NOTE = "Frozen\n"
+"""What the driver leaves in the crash file of a process that could not end itself."""
 EXIT_CODE = 71
 """Exit code of a worker that ended itself for its memory."""
 MEMORY_EVERY = 1.0
@@ -61,7 +63,7 @@ class Guard:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """The trial works; outside of this it waits for the driver, which is no stall."""
+        """The trial opens or works; outside of this it waits for the driver, which is no stall."""
         self._armed = 0.0
         self.beat()
         self._busy.set()

@@ -10,10 +10,9 @@ from pathlib import Path
 import ray
 from ray.tune.experiment import Trial
 
-from topotune.search.guard import CRASH_FILE
+from topotune.search.guard import CRASH_FILE, FROZEN_NOTE
 
 LOOK_EVERY = 2.0
-FROZEN_NOTE = "Timeout (the process gave no sign of life and did not end itself)\n"
 
 
 class Stalls:
@@ -29,7 +28,7 @@ class Stalls:
     """
 
     def __init__(self, limit: float | None, folder: Callable[[int], Path]) -> None:
-        self._patience = None if limit is None else 1.5 * limit + 5
+        self._patience = None if limit is None else 1.25 * limit + 5
         self._folder = folder
         self._last = time.monotonic()
         self._idle: dict[int, tuple[int, float]] = {}

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from topotune.bench.faults.drivers import DRIVERS
+from topotune.bench.faults.numbers import NUMBERS
 from topotune.bench.faults.scenario import Scenario
+from topotune.bench.faults.signals import SIGNALS
 from topotune.bench.faults.tracking import TRACKING
 from topotune.bench.faults.workers import WORKERS
 from topotune.errors import UnknownNameError
 
-SCENARIOS: tuple[Scenario, ...] = (*WORKERS, *DRIVERS, *TRACKING)
+SCENARIOS: tuple[Scenario, ...] = (
+    *WORKERS,
+    *DRIVERS,
+    *SIGNALS,
+    *TRACKING,
+    *NUMBERS,
+)
 
 
 def named(names: list[str] | None, slow: bool) -> list[Scenario]:

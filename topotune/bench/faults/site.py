@@ -72,13 +72,14 @@ class Driver:
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train, below it."""
-        found = []
+        found: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     title = " ".join(child.cmdline())
                     # Named after the actor while it waits, after Tune's wrapper while it trains.
-                    if title.startswith(("ray::TrialActor", "ray::ResourceTrainable")):
+                    actor = title.startswith(("ray::TrialActor", "ray::ResourceTrainable"))
+                    if actor and child.ppid() not in {known.pid for known in found}:  # no fork
                         found.append(child)
         return found
 

@@ -15,7 +15,8 @@ from topotune.bench.faults.site import NAME, Driver, Site
 
 RESUMES_WITHIN = 15.0
 """Seconds from the kill of a worker to the next epoch of its trial."""
-_WATCHDOG = 5.0
+_STALL = 20.0
+"""Seconds of ``limits.stall``; more than a worker takes to load its libraries."""
 PRINT_BOUND = 32 * 2**20
 """Bytes that a session's logs may take while a trial prints ``PRINTED`` characters."""
 
@@ -93,7 +94,7 @@ def _abort(site: Site) -> str:
 
 
 def _watchdog(site: Site) -> str:
-    _rogue_file(site, "hang", "leak", limits={"stall": _WATCHDOG, "memory": "1.5GB"})
+    _rogue_file(site, "hang", "leak", limits={"stall": _STALL, "memory": "1.5GB"})
     output = site.run("search", site.folder / f"{NAME}.yaml")
     expect("goes on from its last epoch" not in output, f"something was retried: {output}")
     reasons = _ends(site, "no progress for longer than limits.stall", "too much memory")
@@ -102,12 +103,12 @@ def _watchdog(site: Site) -> str:
 
 
 def _frozen(site: Site) -> str:
-    driver = site.start("search", site.search_file(limits={"stall": _WATCHDOG}))
+    driver = site.start("search", site.search_file(limits={"stall": _STALL}))
     site.reach(driver, 0, 1)
     for worker in driver.workers():
         worker.suspend()
     driver.finish()
-    reasons = _ends(site, "no progress for longer than limits.stall")
+    reasons = _ends(site, "its process frozen")
     return f"{reasons}; {audit(site, undisturbed=False)}"
 
 

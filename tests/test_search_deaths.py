@@ -1,0 +1,300 @@
+"""Why a worker died, how often its trial may be tried again, and the watchdog that ends it."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from pydantic import ValidationError
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError
+
+from tests.search_cases import Desk, make_config, report
+from topotune.records import Outcome
+from topotune.search.book import Progress
+from topotune.search.deaths import Cause, Death, classify, restarts, take_note, verdict
+from topotune.search.guard import CRASH_FILE, Guard, machine_memory, resident
+from topotune.search.study import Handout
+from topotune.search.sweep import MARK, Sweeper, sweep
+
+TASK_ERROR = RayTaskError("f", "Traceback\nValueError: no", ValueError())  # type: ignore[no-untyped-call]
+WORKER = 'Thread 0x01 (most recent call first):\n  File "/x/search/worker.py", line 1 in step\n'
+NOTE = """{head}
+Thread 0x00007f1 (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 331 in wait
+
+Thread 0x00007f2 (most recent call first):
+  File "/env/lib/python3.11/site-packages/torch/nn/functional.py", line 9 in linear
+  File "/home/u/my_task.py", line 12 in loss
+  File "/x/topotune/search/worker.py", line 88 in _advance
+"""
+
+
+def died(text: str) -> ActorDiedError:
+    error = ActorDiedError()
+    error.error_msg = text
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "note", "cause", "words"),
+    [
+        (died("worker process has died"), "", Cause.CRASH, "killed from outside"),
+        (died("The actor died because its node has died. Node Id: 1"), "", Cause.NODE, "node"),
+        (NodeDiedError("x"), "", Cause.NODE, "node"),  # type: ignore[no-untyped-call]
+        (OutOfMemoryError("x"), "", Cause.OUT_OF_MEMORY, "full"),  # type: ignore[no-untyped-call]
+        (
+            died("Task was killed due to the node running low on memory: memory pressure (OOM)"),
+            "",
+            Cause.OUT_OF_MEMORY,
+            "nearly full",
+        ),
+        (TASK_ERROR, "", Cause.ERROR, "ValueError: no"),
+        (died(""), "Frozen\n", Cause.STALL, "frozen"),
+        (died(""), NOTE.format(head="Timeout (0:00:05)!"), Cause.STALL, "my_task.py:12 loss"),
+        (
+            died(""),
+            NOTE.format(head="Memory: 2.00 GiB resident, limit 1.00 GiB"),
+            Cause.MEMORY,
+            "2.00 GiB resident, limit 1.00 GiB in my_task.py:12 loss",
+        ),
+        (
+            died(""),
+            NOTE.format(head="Fatal Python error: Aborted"),
+            Cause.CRASH,
+            "SIGABRT in my_task.py:12 loss",
+        ),
+        (
+            died(""),
+            "Fatal Python error: Segmentation fault\n\n" + WORKER,
+            Cause.CRASH,
+            "SIGSEGV in worker.py:1 step",
+        ),
+        (None, "torn\nrubbish \x00", Cause.CRASH, "killed from outside"),
+    ],
+)
+def test_causes_are_told_apart(
+    error: BaseException | None, note: str, cause: Cause, words: str
+) -> None:
+    death = classify(error, note)
+    assert death.cause is cause
+    assert words in death.text
+
+
+def test_a_note_is_read_once_and_kept_as_evidence(tmp_path: Path) -> None:
+    assert take_note(tmp_path) == ""
+    for _ in range(2):
+        (tmp_path / CRASH_FILE).write_text("Fatal Python error: Aborted\n")
+        assert take_note(tmp_path).startswith("Fatal")
+    assert take_note(tmp_path) == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["crash-1.txt", "crash-2.txt"]
+
+
+def test_each_cause_has_its_own_budget() -> None:
+    budget = make_config(
+        budget={"trials": 1, "max_failures": 1, "max_node_failures": 9, "max_out_of_memory": 3}
+    ).budget
+    allowed = {cause: restarts(budget, cause) for cause in Cause}
+    assert allowed == {
+        Cause.CRASH: 1,
+        Cause.NODE: 9,
+        Cause.OUT_OF_MEMORY: 3,
+        Cause.STALL: 0,
+        Cause.MEMORY: 0,
+        Cause.ERROR: 0,
+    }
+    assert verdict(Death(Cause.CRASH, "SIGABRT"), 3) == "its worker died 3 times (last: SIGABRT)"
+
+
+def test_deaths_are_counted_over_sessions_each_cause_for_itself(tmp_path: Path) -> None:
+    config = make_config(budget={"trials": 1, "epochs": 3, "max_failures": 1})
+    crash, node = Death(Cause.CRASH, "SIGSEGV"), Death(Cause.NODE, "gone")
+
+    def take_up() -> Desk:
+        desk = Desk(tmp_path, config)
+        handout = desk.book.next()
+        assert isinstance(handout, Handout)
+        assert handout.number == 0
+        return desk
+
+    first = take_up()
+    assert "0 more restarts allowed" in first.book.died(0, crash)
+    for left in (19, 18):
+        assert f"{left} more restarts allowed" in first.book.died(0, node)
+    assert not first.book.over(0)
+
+    second = take_up()  # the first driver was killed
+    assert "given up: its worker died 2 times (last: SIGSEGV)" in second.book.died(0, crash)
+    assert second.book.over(0)
+    row = second.book.end(0)
+    assert row is not None
+    assert (row.state, row.reason) == ("FAILED", "its worker died 2 times (last: SIGSEGV)")
+
+
+def test_a_hang_is_never_retried_and_a_death_while_stopping_is_not_counted(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config(budget={"trials": 2, "epochs": 3}), concurrency=2)
+    handouts = [desk.book.next(), desk.book.next()]
+    assert all(isinstance(handout, Handout) for handout in handouts)
+    desk.book.died(0, Death(Cause.STALL, "no progress"))
+    row = desk.book.end(0)
+    assert row is not None
+    assert (row.state, row.reason) == ("FAILED", "no progress")
+    desk.book.stop("stopped by SIGINT")
+    assert "a resume goes on" in desk.book.died(1, Death(Cause.CRASH, "killed"))
+    assert desk.book.over(1)
+    assert desk.book.end(1) is None
+    again = Desk(tmp_path, make_config(budget={"trials": 2, "epochs": 3}))
+    handout = again.book.next()
+    assert isinstance(handout, Handout)
+    again.book.progress(1, Progress((report(handout.spec, 1),), outcome=Outcome.PRUNED))
+    assert "1 more restarts" in again.book.died(1, Death(Cause.CRASH, "killed"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"memory": "4"}, "such as 4GB"),
+        ({"memory": "4 parsecs"}, "such as 4GB"),
+        ({"memory": 5}, "greater than or equal to 1048576"),
+        ({"stall": 0}, "greater than"),
+        ({"stall": "soon"}, "such as 20m"),
+        ({"stal": 5}, "Extra inputs"),
+    ],
+)
+def test_bad_limits_are_refused(limits: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(words)):
+        make_config(limits=limits)
+
+
+def test_limits_have_units_and_can_be_off() -> None:
+    limits = make_config(limits={"stall": "10m", "memory": "1.5GiB"}).limits
+    assert (limits.stall, limits.memory) == (600.0, 1.5 * 2**30)
+    limits = make_config(limits={"stall": None, "memory": None}).limits
+    assert (limits.stall, limits.memory) == (None, None)
+    assert make_config().limits.memory == "auto"
+
+
+def guarded(tmp_path: Path, body: str, stall: str = "None", memory: str = "None") -> str:
+    """Run lines under a guard in a process of their own; what the crash file holds then."""
+    code = "import os, signal, subprocess, sys, threading, time\n"
+    code += "from pathlib import Path\nfrom topotune.search.guard import Guard\n"
+    code += f"guard = Guard(Path(sys.argv[1]), {stall}, {memory})\n"
+    code += textwrap.dedent(body)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
+    return (tmp_path / CRASH_FILE).read_text()
+
+
+def test_a_hang_that_holds_the_lock_is_ended_with_its_traceback(tmp_path: Path) -> None:
+    body = """
+    import ctypes
+    with guard.watching():
+        ctypes.PyDLL(None).sleep(50)
+    """
+    note = guarded(tmp_path, body, stall="1.0")
+    assert note.startswith("Timeout (")
+    assert classify(died(""), note).cause is Cause.STALL
+
+
+def test_progress_and_idleness_are_no_stall(tmp_path: Path) -> None:
+    body = """
+    for turn in range(2):
+        with guard.watching():
+            for step in range(30):
+                time.sleep(0.05)
+                guard.beat()
+        time.sleep(1.5)
+    guard.close()
+    Path(sys.argv[1], "done").touch()
+    """
+    assert guarded(tmp_path, body, stall="1.0") == ""
+    assert (tmp_path / "done").exists()
+
+
+def test_memory_of_children_counts_and_shared_pages_count_once(tmp_path: Path) -> None:
+    body = """
+    kept = bytearray(os.urandom(1)) * 150_000_000
+    with guard.watching():
+        if os.fork() == 0:
+            time.sleep(4)
+            os._exit(0)
+        time.sleep(3)
+        Path(sys.argv[1], "shared-is-fine").touch()
+        more = bytearray(os.urandom(1)) * 200_000_000
+        time.sleep(30)
+    """
+    note = guarded(tmp_path, body, memory="280e6")
+    assert (tmp_path / "shared-is-fine").exists()
+    assert classify(died(""), note).cause is Cause.MEMORY
+
+
+def test_what_a_trial_leaves_running_ends_with_it(tmp_path: Path) -> None:
+    body = """
+    subprocess.Popen(["sleep", "300"])
+    detach = "import subprocess; subprocess.Popen(['sleep', '300'], start_new_session=True)"
+    subprocess.run([sys.executable, "-c", detach])
+    import psutil
+    deadline = time.monotonic() + 20
+    while len(psutil.Process().children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = [str(p.pid) for p in psutil.Process().children()]
+    Path(sys.argv[1], "pids").write_text(" ".join(pids))
+    guard.close()
+    """
+    guarded(tmp_path, body)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 2  # the detached one too: its parent has ended
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_a_guard_without_a_folder_guards_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    guard = Guard(tmp_path / "file" / "below", 60.0, "auto")
+    with guard.watching():
+        guard.beat()
+    guard.close()
+    faulthandler.enable()  # pytest's own
+    assert machine_memory() >= resident(shared=True) > 1e6
+
+
+def test_the_sweep_ends_marked_processes_and_no_others() -> None:
+    other = subprocess.Popen(["sleep", "300"])
+    code = (
+        "import subprocess, time\nfrom topotune.search.sweep import Sweeper\n"
+        "with Sweeper():\n"
+        "    a = subprocess.Popen(['sleep', '300'], start_new_session=True)\n"
+        "    a.send_signal(19)\n"
+        "    print(a.pid, flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert driver.stdout is not None
+        child = int(driver.stdout.readline())
+        driver.kill()
+        driver.wait()
+        deadline = time.monotonic() + 30
+        while psutil.pid_exists(child) and psutil.Process(child).status() != "zombie":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+        driver.stdout.close() if driver.stdout else None
+
+
+def test_a_session_that_ends_well_sweeps_too_and_restores_the_environment() -> None:
+    with Sweeper():
+        mark = os.environ[MARK]
+        child = subprocess.Popen(["sleep", "300"])
+    assert child.wait(30) == -signal.SIGKILL
+    assert MARK not in os.environ
+    assert sweep(mark) == 0

@@ -1,0 +1,234 @@
+"""Faults of the driver's surroundings: signals, a terminal that closes, a machine that sleeps."""
+
+from __future__ import annotations
+
+import os
+import pty
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from topotune.bench.faults.invariants import audit
+from topotune.bench.faults.scenario import Scenario, expect
+from topotune.bench.faults.site import NAME, Driver, Site
+
+GONE_WITHIN = 20.0
+"""Seconds from the first signal until every process of the search is gone."""
+INTERRUPTED = 130
+_MINUTE = 12.0
+"""Seconds a batch, so that an epoch takes a minute and cannot be waited for."""
+
+
+def _stop(site: Site, driver: Driver, hurt: Callable[[Driver], None]) -> float:
+    """Stop a driver in some way; the seconds until nothing of it is left."""
+    began = time.monotonic()
+    hurt(driver)
+    output = driver.finish(INTERRUPTED, seconds=GONE_WITHIN)
+    site.all_gone(GONE_WITHIN - (time.monotonic() - began))
+    seconds = time.monotonic() - began
+    terminal = not output
+    expect(terminal or f"topotune resume {NAME}" in output, f"no way on is shown: {output[-300:]}")
+    return seconds
+
+
+def _stopped_by(*numbers: signal.Signals) -> Callable[[Site], str]:
+    def run(site: Site) -> str:
+        def hurt(driver: Driver) -> None:
+            for number in numbers:
+                driver.send(number)
+                time.sleep(1.0)
+
+        driver = site.start("search", site.search_file({"pause": 0.3}))
+        site.reach(driver, 0, 1)
+        seconds = _stop(site, driver, hurt)
+        expect(site.status()["counts"].get("RUNNING") == 1, "no trial is left to go on with")
+        site.run("resume", NAME)
+        return f"gone after {seconds:.1f} s, exit code {INTERRUPTED}; {audit(site)}"
+
+    return run
+
+
+def _second_signal(site: Site) -> str:
+    def hurt(driver: Driver) -> None:
+        driver.send(signal.SIGINT)
+        time.sleep(1.5)
+        driver.send(signal.SIGINT)
+
+    driver = site.start("search", site.search_file({"pause": 0.3}))
+    site.reach(driver, 0, 1)
+    began = time.monotonic()
+    hurt(driver)
+    code = driver.wait(GONE_WITHIN)
+    expect(code == INTERRUPTED, f"exit code {code}")
+    expect("Traceback" not in driver.output(), f"a traceback: {driver.output()[-1500:]}")
+    site.all_gone(GONE_WITHIN - (time.monotonic() - began))
+    seconds = time.monotonic() - began
+    site.run("resume", NAME)
+    return f"gone after {seconds:.1f} s, exit code {code}; {audit(site)}"
+
+
+def _long_epoch(site: Site) -> str:
+    budget = {"trials": 1, "epochs": 2}
+    driver = site.start("search", site.search_file({"pause": _MINUTE}, budget=budget))
+    site.wait(lambda: bool(driver.workers()), 60, "no worker was started")
+    time.sleep(5)
+    seconds = _stop(site, driver, lambda driver: driver.send(signal.SIGINT))
+    expect(site.status()["counts"] == {"RUNNING": 1}, f"counts {site.status()['counts']}")
+    return f"gone after {seconds:.1f} s, exit code {INTERRUPTED}; the trial waits to be resumed"
+
+
+def _terminal_closed(site: Site) -> str:
+    ours, theirs = pty.openpty()
+
+    def lead_a_session() -> None:
+        os.setsid()
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    streams: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    file = site.search_file({"pause": 0.3})
+    driver = site.start("search", file, preexec_fn=lead_a_session, **streams)
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def read_on() -> bool:
+        with suppress(OSError):
+            os.read(ours, 1 << 16)  # or the terminal's buffer fills up and holds the writer
+        return len(site.epochs(0)) >= 1
+
+    site.wait(read_on, 120, "trial 0 has not reached epoch 1")
+    seconds = _stop(site, driver, lambda driver: os.close(ours))
+    site.run("resume", NAME)
+    return f"gone after {seconds:.1f} s, exit code {INTERRUPTED}; {audit(site)}"
+
+
+def _start_up(site: Site) -> str:
+    """A signal at moments from the first import to the first epoch."""
+    chance = random.Random(0)
+    codes: list[int] = []
+    file = site.search_file()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        driver = site.start("search", file, "--name", f"attempt-{len(codes)}")
+        time.sleep(chance.uniform(2.0, 9.0))
+        began = time.monotonic()
+        driver.send(number)
+        codes.append(driver.wait(GONE_WITHIN))
+        site.all_gone(GONE_WITHIN - (time.monotonic() - began))
+        expect("Traceback" not in driver.output(), f"a traceback: {driver.output()[-1500:]}")
+        expect(codes[-1] in (INTERRUPTED, -number), f"exit code {codes[-1]} after {number.name}")
+    return f"exit codes {codes}, no traceback, nothing left running"
+
+
+def _killed_ten_times(site: Site) -> str:
+    chance = random.Random(1)
+    budget = {"trials": 6, "epochs": 6}
+    driver = site.start("search", site.search_file({"pause": 0.15}, budget=budget))
+    kills, most = 0, 0
+    while kills < 10:
+        site.wait(lambda: _exists(site), 60, "the search has no folder")
+        with suppress(TimeoutError):
+            _wait_or_end(driver, chance.uniform(4.0, 14.0))
+        if driver.process.poll() is not None:
+            break
+        driver.process.kill()
+        driver.process.wait()
+        kills += 1
+        most = max(most, sum(len(site.epochs(number)) for number in range(6)))
+        driver = site.start("resume", NAME)
+    driver.finish()
+    expect(kills == 10, f"only {kills} kills before the end: make the search longer")
+    return f"{kills} kills, the last after {most} of 36 epochs; {audit(site, trials=6)}"
+
+
+def _exists(site: Site) -> bool:
+    return (site.results / NAME / "search.json").exists()
+
+
+def _wait_or_end(driver: Driver, seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and driver.process.poll() is None:
+        time.sleep(0.05)
+
+
+def _suspended(seconds: float) -> Callable[[Site], str]:
+    def run(site: Site) -> str:
+        driver = site.start("search", site.search_file({"pause": 0.3}))
+        site.reach(driver, 0, 1)
+        tree = site.processes()
+        for action in (psutil.Process.suspend, psutil.Process.resume):
+            for process in tree:
+                with suppress(psutil.NoSuchProcess):
+                    action(process)
+            if action is psutil.Process.suspend:
+                time.sleep(seconds)
+        output = driver.finish()
+        died = "; ".join(line for line in output.splitlines() if "goes on from" in line)
+        rows = site.status()["trials"]
+        expect(all(row["state"] == "COMPLETE" for row in rows), f"ends {site.states()}")
+        spent = [row["device_seconds"] for row in rows]
+        expect(min(spent) >= 0, f"negative device seconds: {spent}")
+        expect(max(spent) < 60 + 30, f"the pause was charged as work: {spent}")
+        return f"{died or 'nothing was restarted'}; {audit(site)}"
+
+    return run
+
+
+_STOPS = "trials drain, all is saved, exit code 130, every process gone within 20 s; resumable"
+
+SIGNALS = (
+    *(
+        Scenario(
+            f"stopped-by-{number.name.lower()}",
+            f"{number.name} to the driver",
+            _STOPS,
+            _stopped_by(number),
+            slow=number is signal.SIGHUP,  # the closed terminal sends one too
+        )
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ),
+    Scenario(
+        "stopped-in-a-long-epoch",
+        "SIGINT while an epoch takes a minute",
+        "the epoch is cut short; every process gone within 20 s; the trial stays resumable",
+        _long_epoch,
+    ),
+    Scenario("second-sigint", "SIGINT twice", "aborts at once; resumable", _second_signal),
+    Scenario("terminal-closed", "the driver's terminal is closed", _STOPS, _terminal_closed),
+    Scenario(
+        "signals-at-start",
+        "SIGINT, SIGTERM and SIGHUP while the command starts",
+        "no traceback, no process left, exit code 130 (or the signal's own, before Python runs)",
+        _start_up,
+        seconds=40,
+    ),
+    Scenario(
+        "driver-killed-ten-times",
+        "kill -9 of the driver at ten random moments of a search, each followed by a resume",
+        "completes; no finished epoch is repeated; equal to the undisturbed search",
+        _killed_ten_times,
+        seconds=200,
+        slow=True,
+    ),
+    Scenario(
+        "suspended",
+        "the whole search is suspended for 15 s",
+        "no false alarm, no negative duration; equal to the undisturbed search",
+        _suspended(15.0),
+        seconds=50,
+    ),
+    Scenario(
+        "suspended-for-a-minute",
+        "the whole search is suspended for 60 s",
+        "no false alarm, no negative duration; equal to the undisturbed search",
+        _suspended(60.0),
+        seconds=95,
+        slow=True,
+    ),
+)
