@@ -43,7 +43,15 @@ def remembered_study(config: SearchConfig) -> SearchConfig:
 
 def public(url: URL) -> str:
     """An address that may be shown and kept: without password."""
-    return url.set(password=None).difference_update_query(_SECRETS).render_as_string()
+    bare = url.difference_update_query(_SECRETS)
+    return URL.create(
+        bare.drivername,
+        bare.username,
+        host=bare.host,
+        port=bare.port,
+        database=bare.database,
+        query=bare.query,
+    ).render_as_string()
 
 
 def study_place(folder: SearchFolder, config: SearchConfig) -> str:

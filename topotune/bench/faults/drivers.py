@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import time
+
 from topotune.bench.faults.invariants import audit
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import NAME, Site
@@ -17,11 +21,74 @@ def _second_driver(site: Site) -> str:
     return f"refused: {refused.strip()[-120:]}; {audit(site)}"
 
 
+def _foreign(site: Site, beat: int) -> None:
+    """Write the lease as a driver on another machine would."""
+    holder = {"pid": 41, "host": "elsewhere", "machine": "other", "token": "theirs", "beat": beat}
+    site.search.lock.write_text(json.dumps(holder).ljust(511) + "\n", encoding="utf-8")
+
+
+def _foreign_lease(site: Site) -> str:
+    """First of a driver that lives, then of one that has died."""
+    driver = site.start("search", site.search_file())
+    site.reach(driver, 0, 1)
+    driver.send(signal.SIGKILL)
+    driver.wait(30)
+    site.wait(lambda: not site.processes(), 60, "processes are left")
+    _foreign(site, 0)
+    refused = site.start("resume", NAME)
+    began = time.monotonic()
+    while refused.process.poll() is None:
+        expect(time.monotonic() - began < 60, f"not refused: {refused.output()[-500:]}")
+        time.sleep(1)
+        _foreign(site, int(time.monotonic() - began))
+    text = " ".join(refused.finish(2).split())
+    expect("driven by pid 41 on elsewhere" in text, f"the holder is not named: {text}")
+    text = " ".join(site.run("resume", NAME).split())
+    expect("the lease of pid 41 on elsewhere is dead; taking over" in text, f"not said: {text}")
+    return f"the living one respected, the dead one replaced; {audit(site)}"
+
+
+def _fenced(site: Site) -> str:
+    """Suspended for so long that a driver on another machine took over."""
+    driver = site.start("search", site.search_file())
+    site.reach(driver, 1, 1)
+    driver.send(signal.SIGSTOP)
+    _foreign(site, 7)
+    kept = {
+        path: path.read_bytes()
+        for name in ("ledger.json", "driver.spool.jsonl", "driver.lock", "search.json")
+        if (path := site.search.root / name)
+    }
+    driver.send(signal.SIGCONT)
+    text = " ".join(driver.finish(1, 60).split())
+    expect("taken over by pid 41 on elsewhere" in text, f"not said: {text[-500:]}")
+    changed = [path.name for path, before in kept.items() if path.read_bytes() != before]
+    expect(not changed, f"written after it was replaced: {changed}")
+    site.all_gone()
+    site.search.lock.write_text("", encoding="utf-8")  # the other one has ended
+    site.run("resume", NAME)
+    return f"stopped and wrote nothing; {audit(site)}"
+
+
 DRIVERS = (
     Scenario(
         "second-driver",
         "a second driver on the same search",
         "refused at once, naming host and pid; the first goes on",
         _second_driver,
+    ),
+    Scenario(
+        "lease-elsewhere",
+        "lease of a driver on another machine, which lives; then which has died",
+        "refused, naming host and pid; taken over after 30 s without a sign of life",
+        _foreign_lease,
+        75,
+    ),
+    Scenario(
+        "driver-fenced",
+        "driver suspended until another machine's has taken over",
+        "stops at once, says so, writes nothing more",
+        _fenced,
+        40,
     ),
 )

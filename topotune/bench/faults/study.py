@@ -1,0 +1,218 @@
+"""Faults of what a search is kept in: its study, its ledger, its checkpoints and spools."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from topotune.bench.faults.invariants import audit
+from topotune.bench.faults.postgres import Postgres
+from topotune.bench.faults.scenario import Scenario, expect
+from topotune.bench.faults.site import NAME, Driver, Site
+from topotune.search.address import ENVIRONMENT
+from topotune.tracking.spool import DRIVER_SPOOL, TRIAL_SPOOL
+from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+
+OUTAGE_SECONDS = 30.0
+_WAITS, _BACK = "waiting: ", "the study database is back"
+
+
+def _told(text: str, reason: str) -> None:
+    """The outage was said, once, and its end too."""
+    count = len(re.findall(re.escape(reason) + r",\s+waiting", text))
+    expect(count == 1, f"{reason!r} was said {count} times: {text[-800:]}")
+    expect(text.count(_BACK) == 1, f"the end of the outage was not said: {text[-800:]}")
+
+
+def _sqlite_locked(site: Site) -> str:
+    driver = site.start("search", site.search_file())
+    site.reach(driver, 0, 1)
+    with closing(sqlite3.connect(site.results / NAME / "study.db", timeout=30)) as other:
+        other.isolation_level = None
+        other.execute("BEGIN EXCLUSIVE")
+        time.sleep(OUTAGE_SECONDS)
+        expect(driver.process.poll() is None, f"the driver has ended: {driver.output()[-800:]}")
+        other.execute("ROLLBACK")
+    _told(driver.finish(), "is locked by another process")
+    return f"waited {OUTAGE_SECONDS:.0f} s and went on; {audit(site)}"
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _postgresql_restarted(site: Site) -> str:
+    with Postgres() as server, _environment(ENVIRONMENT, server.uri):
+        driver = site.start("search", site.search_file())
+        site.reach(driver, 0, 1)
+        server.stop()
+        time.sleep(OUTAGE_SECONDS)
+        expect(driver.process.poll() is None, f"the driver has ended: {driver.output()[-800:]}")
+        server.start()
+        site.reach(driver, 1, 1)
+        server.stop(signal.SIGQUIT)  # a crash, this time
+        server.start()
+        site.reach(driver, 2, 1)
+        _kill(driver)
+        site.run("resume", NAME)
+        _told(driver.output(), "does not answer")
+        expect(not (site.results / NAME / "study.db").exists(), "a study file was made")
+        _nowhere(site.folder, server.password)
+        return f"waited {OUTAGE_SECONDS:.0f} s and went on, resumed; {audit(site)}"
+
+
+def _nowhere(folder: Path, secret: str) -> None:
+    """No file of the site holds the secret."""
+    for path in folder.rglob("*"):
+        if path.is_file() and secret.encode() in path.read_bytes():
+            expect(False, f"the password is in {path}")
+
+
+def _kill(driver: Driver) -> None:
+    driver.send(signal.SIGKILL)
+    driver.wait(30)
+
+
+def _truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _scrambled(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 4)
+        file.write(random.Random(0).randbytes(size // 2))
+
+
+def _emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+_DAMAGES: tuple[Callable[[Path], None], ...] = (_truncated, _scrambled, _emptied, Path.unlink)
+
+
+def _study_damaged(site: Site) -> str:
+    """Once in each trial, with what was not yet moved from the write-ahead log gone, too."""
+    driver = site.start("search", site.search_file())
+    path = site.results / NAME / "study.db"
+    for trial, damage in enumerate(_DAMAGES):
+        site.reach(driver, trial, 1)
+        _kill(driver)
+        site.wait(lambda: not site.processes(), 60, "processes are left")
+        for log in (path.with_name("study.db-wal"), path.with_name("study.db-shm")):
+            log.unlink(missing_ok=True)
+        damage(path)
+        if trial == 0:
+            refused = site.start("status", NAME).finish(2, 60)
+            expect("topotune resume" in " ".join(refused.split()), f"status: {refused}")
+        driver = site.start("resume", NAME)
+    text = driver.finish()
+    expect("rebuilt from the records of" in " ".join(text.split()), f"not said: {text[-800:]}")
+    aside = sorted(file.name for file in path.parent.glob("study.damaged-*.db"))
+    expect(len(aside) == len(_DAMAGES) - 1, f"moved aside: {aside}")
+    return f"rebuilt {len(_DAMAGES)} times; {audit(site)}"
+
+
+def _checkpoints_damaged(site: Site) -> str:
+    """The newest in the first trial, both in the second."""
+    driver = site.start("search", site.search_file())
+    for trial, damaged in enumerate(((CHECKPOINT_FILE,), (CHECKPOINT_FILE, PREVIOUS_FILE))):
+        site.reach(driver, trial, 2)
+        _kill(driver)
+        site.wait(lambda: not site.processes(), 60, "processes are left")
+        for name in damaged:
+            _truncated(site.search.trial(trial) / name)
+        driver = site.start("resume", NAME)
+    driver.finish()
+    return str(audit(site))
+
+
+def _ledger_damaged(site: Site) -> str:
+    driver = site.start("search", site.search_file())
+    for trial, damage in enumerate((_truncated, _scrambled)):
+        site.reach(driver, trial, 2)
+        _kill(driver)
+        spent = site.status()["wall_seconds"]
+        damage(site.search.ledger)
+        left = site.status()["wall_seconds"]
+        expect(0 < left <= spent, f"wall time {left} s after the damage, {spent} s before")
+        driver = site.start("resume", NAME)
+    text = driver.finish()
+    expect("ledger is damaged" in text, f"not said: {text[-800:]}")
+    return str(audit(site))
+
+
+def _spool_torn(site: Site) -> str:
+    """A line that was being written when the machine stopped, in both kinds of spool."""
+    driver = site.start("search", site.search_file())
+    site.reach(driver, 1, 1)
+    _kill(driver)
+    site.wait(lambda: not site.processes(), 60, "processes are left")
+    for path in (site.search.root / DRIVER_SPOOL, site.search.trial(1) / TRIAL_SPOOL):
+        lines = path.read_bytes().splitlines(keepends=True)
+        with path.open("ab") as file:
+            file.write(lines[-1][: len(lines[-1]) // 2])
+    site.run("resume", NAME)
+    return str(audit(site))
+
+
+STUDY = (
+    Scenario(
+        "study-locked",
+        f"SQLite study locked by another process for {OUTAGE_SECONDS:.0f} s",
+        "waits with back-off, says so once, goes on",
+        _sqlite_locked,
+        60,
+    ),
+    Scenario(
+        "study-postgresql-restarted",
+        f"PostgreSQL study gone for {OUTAGE_SECONDS:.0f} s, then crashed, then the driver killed",
+        "waits with back-off, says so once, goes on; the password is in no file",
+        _postgresql_restarted,
+        90,
+    ),
+    Scenario(
+        "study-damaged",
+        "driver killed and study file truncated, scrambled, emptied, removed, one after the other",
+        "detected; rebuilt from the trials' records; said; no finished trial lost",
+        _study_damaged,
+        90,
+    ),
+    Scenario(
+        "checkpoints-damaged",
+        "driver killed and the newest checkpoint truncated; then both of another trial",
+        "the previous one is used; without one the trial starts over",
+        _checkpoints_damaged,
+        60,
+    ),
+    Scenario(
+        "ledger-damaged",
+        "driver killed and the ledger truncated, then scrambled",
+        "detected; the previous one is used; said in the log",
+        _ledger_damaged,
+        60,
+    ),
+    Scenario(
+        "spool-torn",
+        "driver killed and half a line left at the end of the spools",
+        "detected by length and checksum; cut off; nothing lost",
+        _spool_torn,
+        45,
+    ),
+)
