@@ -14,7 +14,7 @@ from urllib.parse import unquote
 SHORTEST = 6
 """Characters of the shortest value of the environment that is looked for in texts."""
 
-_USERINFO = re.compile(r"(?<=://)[^\s'\"<>]*@|(?<![\w/])[^\s'\"<>/:@]+:[^\s'\"<>/@]+@(?=[\w\[])")
+_USERINFO = re.compile(r"(?<=//)[^\s'\"<>]*@|(?<![\w/])[^\s'\"<>/:@]+:[^\s'\"<>/@]+@(?=[\w\[])")
 _FIELD = re.compile(
     r"((?:pass(?:word|wd|phrase)?|pwd|token|secret|credentials?|signature|sig|sslpassword|"
     r"(?:api|access|secret|private|account)[_-]?key)=)([^&\s'\"<>]+)",
