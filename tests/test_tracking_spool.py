@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from topotune.errors import ConfigError, SpoolError
 from topotune.records import EpochReport, Outcome
+from topotune.redaction import redact
 from topotune.tracking.entries import End, Epoch, Metrics, Start, from_payload, items
 from topotune.tracking.lines import MAX_LINE, decode, encode, read_chunk
-from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text, redact
+from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text
 from topotune.tracking.spool import SearchTracker, SpoolTracker
 from topotune.tracking.store import check_tracking_uri, embedded_store_uri
 from topotune.tracking.tails import Tails, read_all, read_piece

@@ -5,11 +5,12 @@ A message begins with the key that it is about, so that the file reader can find
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from topotune.errors import did_you_mean
 from topotune.records import Value
+from topotune.redaction import names_secret, redact_addresses
 
 if TYPE_CHECKING:
     from topotune.config import SearchConfig
@@ -31,6 +32,7 @@ def check_search(config: SearchConfig) -> None:
         RuleError: the first broken rule.
     """
     _check_names(config)
+    _check_secrets(config)
     for name in config.fixed:
         if name in config.space and not config.space[name].when:
             raise RuleError(
@@ -54,6 +56,36 @@ def check_search(config: SearchConfig) -> None:
             )
     _check_sampler(config)
     _check_pruner(config)
+
+
+def _check_secrets(config: SearchConfig) -> None:
+    """Nothing in a search file may be a secret: it is kept, uploaded and shown."""
+    for place, value in _texts(config.model_dump(), ()):
+        address = "://" in value and redact_addresses(value) != value
+        named = place[0] in ("task", "model", "fixed", "space") and any(
+            isinstance(key, str) and names_secret(key) for key in place
+        )
+        if address or named:
+            raise RuleError(
+                place,
+                "looks like a secret, and a search file is kept, uploaded and shown. Put it into "
+                "the environment: MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD for the "
+                "tracking server; a task of your own can read others from there",
+            )
+
+
+def _texts(
+    value: object, place: tuple[str | int, ...]
+) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Every text in nested plain data, and where it stands."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, (*place, key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, (*place, index))
 
 
 def _check_names(config: SearchConfig) -> None:

@@ -13,6 +13,7 @@ from topotune.config import SearchConfig
 from topotune.config_rules import RuleError
 from topotune.errors import ConfigError, did_you_mean
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec
+from topotune.redaction import names_secret, redact
 from topotune.yamlfile import Lines, Place, parse_yaml, read_yaml
 
 __all__ = ["load_search", "load_spec", "parse_search", "parse_yaml", "read_yaml"]
@@ -150,7 +151,8 @@ def _message(problem: Any, place: Place, schema: dict[str, Any]) -> str:
         return f"unknown parameter type {tag!r}{did_you_mean(str(tag), kinds)}"
     if kind in ("value_error", "assertion_error"):
         return str(problem["ctx"]["error"])
-    shown = repr(value)
+    hidden = any(isinstance(key, str) and names_secret(key) for key in place)
+    shown = "***" if hidden else redact(repr(value))
     shown = shown if len(shown) < 80 else shown[:77] + "..."
     text: str = problem["msg"]
     return f"{text[0].lower()}{text[1:]} (got {shown})"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TypeVar
 
 from topotune.errors import PluginError, did_you_mean
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 def is_import_path(name: str) -> bool:
@@ -20,7 +23,8 @@ def is_import_path(name: str) -> bool:
 def load_object(path: str) -> object:
     """Import ``package.module:Name`` and return the object.
 
-    The current directory is importable, as it is for ``python -m``.
+    The current directory is importable, as it is for ``python -m``. Importing runs the module's
+    code, which is logged (level INFO) before it happens.
 
     Raises:
         PluginError: the path has no colon, the module does not import (its own error is quoted),
@@ -35,6 +39,8 @@ def load_object(path: str) -> object:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    if module_name not in sys.modules:
+        _log.info("runs code of %s from %s", path, _file_of(module_name))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
@@ -52,6 +58,19 @@ def load_object(path: str) -> object:
             + did_you_mean(attribute, names)
         ) from None
     return found
+
+
+def _file_of(module_name: str) -> str:
+    """The file that an import would run, found without running any."""
+    places = None
+    name = origin = ""
+    for part in module_name.split("."):
+        name = f"{name}.{part}" if name else part
+        found = PathFinder.find_spec(name, places)
+        if found is None:
+            return "a module that is not found"
+        places, origin = found.submodule_search_locations, found.origin or "a package without code"
+    return origin
 
 
 def load_class(path: str, base: type[T]) -> type[T]:

@@ -213,15 +213,15 @@ class TrialRun:
             self._parts.model.load_state_dict(state["model"])
             self._parts.optimizer.load_state_dict(state["optimizer"])
             self._parts.learner.load_state_dict(state["learner"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self._loop.load_state_dict(state["loop"])
+            self._history = [EpochReport.from_json(text) for text in state["history"]]
+            self._overhead = Overhead.from_dict(state["overhead"])
+            restore_generators(state["generators"], self._device)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"checkpoint in {self._folder}: does not fit the model, optimizer or learner that "
                 f"this spec builds now: {error}. Their code has changed since: use another folder"
             ) from error
-        self._loop.load_state_dict(state["loop"])
-        self._history = [EpochReport.from_json(text) for text in state["history"]]
-        self._overhead = Overhead.from_dict(state["overhead"])
-        restore_generators(state["generators"], self._device)
 
 
 def open_trial(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, print_json
+from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, log_to_stderr, print_json, say
 from topotune.errors import RunError
 from topotune.records import pack_metrics
 
@@ -31,6 +31,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write config, metrics, weights and model card of the best trials."""
+    log_to_stderr()
     from topotune.search.exports import export_top
     from topotune.search.folder import SearchFolder
 
@@ -42,7 +43,7 @@ def export(
         register=register,
         alias=alias,
         force=force,
-        note=(lambda text: None) if as_json else typer.echo,
+        note=(lambda text: None) if as_json else say,
     )
     if as_json:
         print_json(
@@ -60,16 +61,16 @@ def export(
         return
     for one in exported:
         figures = ", ".join(f"{metric} {value:.4f}" for metric, value in one.test.items())
-        typer.echo(f"trial {one.number}: {figures}")
+        say(f"trial {one.number}: {figures}")
         if one.verification is not None:
             found = one.verification
             how = "exactly" if found.exact else f"within {abs(found.difference):.2g}"
-            typer.echo(
+            say(
                 f"trial {one.number}: verified, {found.metric} {found.reproduced!r} reproduced "
                 f"{how} on {found.device}"
             )
         if one.version is not None:
-            typer.echo(f"trial {one.number}: registered as {register} version {one.version}")
+            say(f"trial {one.number}: registered as {register} version {one.version}")
     typer.echo(f"\nTrain one again:\n  topotune train {exported[0].paths.config}")
 
 
@@ -85,13 +86,12 @@ def train(
 ) -> None:
     """Train one resolved config without a search; test metrics at the end."""
     import dataclasses
-    import logging
     import tempfile
 
     from topotune.configfile import load_spec
     from topotune.records import Outcome
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_to_stderr()
     spec = load_spec(config)
     changes = {"seed": seed, "data_dir": data_dir, "device": device}
     spec = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def train(
 
     def show(report: EpochReport) -> bool:
         if not as_json:
-            typer.echo(_epoch_line(report, spec.epochs))
+            say(_epoch_line(report, spec.epochs))
         return True
 
     with tempfile.TemporaryDirectory(prefix="topotune-train-") as scratch:
@@ -115,7 +115,7 @@ def train(
             if cost in result.metrics:
                 typer.echo(f"{cost} {result.metrics[cost]:.3f}")
         for metric, value in test.items():
-            typer.echo(f"{metric} {value:.4f}")
+            say(f"{metric} {value:.4f}")
     if not complete:
         raise RunError(f"{config}: training ended {result.outcome}: {result.reason}")
 

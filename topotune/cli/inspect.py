@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, console, print_json
+from topotune.cli.options import (
+    DEFAULT_RESULTS,
+    AsJson,
+    ResultsDir,
+    console,
+    print_json,
+    say,
+    shown,
+)
 from topotune.errors import RunError
 
 
@@ -26,18 +34,18 @@ def status(
         from topotune.cli.boards import print_best, print_board
 
         out = console()
-        out.print(report.line(), markup=False)
+        out.print(shown(report.line()), markup=False)
         print_board(out, report.board, limit=len(report.board.trials))
         print_best(out, report.board)
         return
-    reports = reading.all_status(results_dir, lambda text: typer.echo(text, err=True))
+    reports = reading.all_status(results_dir, lambda text: say(text, err=True))
     if as_json:
         print_json([report.to_dict(trials=False) for report in reports])
         return
     for report in reports:
-        typer.echo(report.line())
+        say(report.line())
     if not reports:
-        typer.echo(f"no searches in {results_dir}")
+        say(f"no searches in {results_dir}")
 
 
 def best(
@@ -60,7 +68,7 @@ def best(
         f"{metric} {value:.4f}"
         for metric, value in zip(report.board.objectives, winner.values, strict=True)
     )
-    typer.echo(f"# search {name}, trial {winner.number}: {figures}")
+    say(f"# search {name}, trial {winner.number}: {figures}")
     typer.echo(dump_yaml(dict(winner.spec)), nl=False)
 
 
@@ -72,7 +80,7 @@ def dashboard(
     """Serve the MLflow pages of the embedded store on 127.0.0.1 until Ctrl-C."""
     from topotune.search import reading
 
-    reading.serve(results_dir, name, port, typer.echo)
+    reading.serve(results_dir, name, port, say)
 
 
 def sync(
@@ -84,6 +92,6 @@ def sync(
     from topotune.search import reading
 
     text, complete = reading.sync(results_dir, name, timeout)
-    typer.echo(text)
+    say(text)
     if not complete:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from topotune.records import Outcome, TrialSummary
+from topotune.redaction import redact
 from topotune.results.text import clean, parameter, rich_text
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class PlainLines:
 
     def note(self, text: str) -> None:
         """Print the line at once."""
-        print(clean(text, 2000), flush=True)
+        print(clean(redact(text), 2000), flush=True)
 
     def tick(self, view: SearchView) -> None:
         """Print a progress line if the last one is old."""
@@ -107,7 +108,7 @@ class LiveTable:
 
     def note(self, text: str) -> None:
         """Print above the table."""
-        self._console.print(rich_text(clean(text, 2000)))
+        self._console.print(rich_text(clean(redact(text), 2000)))
 
     def tick(self, view: SearchView) -> None:
         """Redraw."""
@@ -134,12 +135,12 @@ class LiveTable:
             table.add_row(
                 str(trial.number), f"{trial.epoch}/{view.epochs}", value, rich_text(shown)
             )
-        lines: list[Any] = [Text(f"{view.name}: {progress_line(view)}", style="bold")]
+        lines: list[Any] = [Text(clean(f"{view.name}: {progress_line(view)}"), style="bold")]
         if view.total:
             lines.append(ProgressBar(total=view.total, completed=ended, width=60))
         if view.running:
             lines.append(table)
-        lines.append(Text(view.tracking, style="dim"))
+        lines.append(Text(clean(view.tracking), style="dim"))
         return Group(*lines)
 
 

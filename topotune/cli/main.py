@@ -9,6 +9,7 @@ import typer
 
 from topotune import __version__
 from topotune.cli import bench, deliver, doctor, inspect, run, validate
+from topotune.cli.options import shown
 from topotune.errors import TopotuneError
 
 EPILOG = (
@@ -55,7 +56,7 @@ def main() -> None:
     try:
         app()
     except TopotuneError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {shown(str(error))}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("aborted\n")

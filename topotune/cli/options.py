@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from topotune.redaction import redact
+from topotune.results.text import clean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +31,31 @@ RayAddress = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
+
+
+def shown(text: str) -> str:
+    """One line that may hold names and messages of others, fit for a terminal: control characters
+    become visible, secrets do not."""
+    return clean(redact(text))
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print :func:`shown` text as a line."""
+    typer.echo(shown(text), err=err)
+
+
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        level = "note" if record.levelno == logging.INFO else record.levelname
+        return shown(f"{level} {record.getMessage()}")
+
+
+def log_to_stderr() -> None:
+    """Warnings, and which code an import path runs, on standard error, a line each."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Shown())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("topotune.plugins").setLevel(logging.INFO)
 
 
 def print_json(data: Any) -> None:

@@ -14,7 +14,9 @@ from topotune.cli.options import (
     ResultsDir,
     changed,
     console,
+    log_to_stderr,
     print_json,
+    shown,
 )
 from topotune.errors import RunError
 
@@ -107,14 +109,13 @@ def _finish(
 ) -> None:
     """Run with something to watch, print the outcome, exit with its code."""
     import contextlib
-    import logging
     import sys
 
     from topotune.cli.live import listener_for
     from topotune.search.signals import discard
     from topotune.search.view import SilentListener
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_to_stderr()
     if as_json:
         with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
             report = work(SilentListener())
@@ -158,10 +159,10 @@ def _print(report: SearchReport, results_dir: Path) -> None:
     out.print()
     print_board(out, report.board, limit=10)
     print_best(out, report.board)
-    out.print(report.tracking, markup=False)
+    out.print(shown(report.tracking), markup=False)
     out.print(f"Results: {report.folder.root}", markup=False)
     if not report.finished:
-        out.print(f"\nNot finished ({report.reason}). To go on:", markup=False)
+        out.print(f"\nNot finished ({shown(report.reason)}). To go on:", markup=False)
         out.print(f"  topotune resume {name}{where}", markup=False)
         return
     if report.board.best is None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from topotune.cli.options import AsJson, changed, console, print_json
+from topotune.cli.options import AsJson, changed, console, log_to_stderr, print_json, shown
 
 
 def check(
@@ -19,7 +19,9 @@ def check(
     """Validate a search file, show its space, and build its task and method at every extreme."""
     from topotune.config_rules import describe
     from topotune.configfile import parse_search, read_yaml
+    from topotune.results.text import rich_text
 
+    log_to_stderr()
     data, lines = read_yaml(file)
     config = parse_search(changed(data, {("task", "data_dir"): data_dir}), str(file), lines)
     metrics: list[str] = []
@@ -39,12 +41,12 @@ def check(
         table.add_column(title)
     for name, param in config.space.items():
         when = ", ".join(f"{parent} is {wanted}" for parent, wanted in param.when.items())
-        table.add_row(*(text.replace("[", "\\[") for text in (name, describe(param), when)))
+        table.add_row(*(rich_text(text) for text in (name, describe(param), when)))
     goals = ", ".join(f"{o.direction} {o.metric}" for o in config.objective)
-    out.print(f"{config.name}: {config.method} on {config.task.name}, {goals}", markup=False)
+    out.print(shown(f"{config.name}: {config.method} on {config.task.name}, {goals}"), markup=False)
     out.print(table)
     for name, value in config.fixed.items():
-        out.print(f"fixed {name}: {value}", markup=False)
+        out.print(shown(f"fixed {name}: {value}"), markup=False)
     budget = config.budget
     out.print(
         f"{budget.trials or 'unlimited'} trials of {budget.epochs} epochs, sampler "
@@ -52,9 +54,9 @@ def check(
         markup=False,
     )
     for note in notes:
-        out.print(f"note: {note}", markup=False)
+        out.print(shown(f"note: {note}"), markup=False)
     if metrics:
-        out.print(f"metrics: {', '.join(metrics)}", markup=False)
+        out.print(shown(f"metrics: {', '.join(metrics)}"), markup=False)
     out.print("ok" if not quick else "ok (the file's own rules)", markup=False)
 
 

@@ -25,6 +25,7 @@ from topotune.records import (
     pack_metrics,
     unpack_metrics,
 )
+from topotune.redaction import redact
 from topotune.search.deaths import RETRIED, Death, restarts, verdict
 from topotune.search.ledger import Ledger
 from topotune.search.study import Handout, StudyStore
@@ -52,8 +53,8 @@ class Progress:
                 "reports": [report.to_dict() for report in self.reports],
                 "metrics": pack_metrics(self.metrics),
                 "outcome": self.outcome,
-                "reason": self.reason,
-                "stop": self.stop,
+                "reason": redact(self.reason),
+                "stop": redact(self.stop),
             },
             allow_nan=False,
         )

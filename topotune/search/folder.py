@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from topotune.config import SearchConfig
+from topotune.config import SAFE_NAME, SearchConfig
 from topotune.configfile import parse_search
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.files import write_atomically
+from topotune.redaction import redact
 
 
 def write_text(path: Path, text: str) -> None:
@@ -101,6 +102,7 @@ class SearchFolder:
                 + f". Continue it with 'topotune resume {config.name}', or start a new one with "
                 "--name OTHER or another --results-dir"
             )
+        folder._refuse_links()
         if folder.root.exists() and not folder.root.is_dir():
             raise SearchFolderError(f"{folder.root}: is a file. Choose --name or --results-dir")
         if folder.root.exists() and not folder._is_stub():
@@ -125,7 +127,7 @@ class SearchFolder:
                 f"{folder.root}: the results folder cannot be made: {error.strerror}. Choose a "
                 "writable --results-dir"
             ) from error
-        write_text(folder.root / "search.yaml", source)
+        write_text(folder.root / "search.yaml", redact(source))  # its comments
         folder.save(config, uuid.uuid4().hex)
         return folder
 
@@ -137,14 +139,26 @@ class SearchFolder:
             SearchFolderError: there is none, or its identity is unreadable.
         """
         folder = cls(results_dir.absolute() / name)
-        if Path(name).name != name or not folder.meta.is_file():
+        if not SAFE_NAME.fullmatch(name) or not folder.meta.is_file():
             known = ", ".join(sorted(found.name for found in searches(results_dir))) or "none"
             raise SearchFolderError(
                 f"{results_dir}: no search named {name!r} (there: {known}). Give its "
                 "--results-dir if it lies elsewhere"
             )
+        folder._refuse_links()
         folder.identity()
         return folder
+
+    def _refuse_links(self) -> None:
+        """A folder from elsewhere must not make us read or write what lies outside of it."""
+        for place, folders, files in os.walk(self.root):
+            for name in (*folders, *files):
+                path = Path(place, name)
+                if path.is_symlink():
+                    raise SearchFolderError(
+                        f"{path}: is a link, and a search's folder holds its own files only. "
+                        "Put there what it points to"
+                    )
 
     def _is_stub(self) -> bool:
         """Whether there is only what a creation that was killed leaves."""

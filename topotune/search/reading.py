@@ -102,7 +102,7 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
     found = []
     for folder in searches(results_dir):
         try:
-            found.append(_status(folder))
+            found.append(_status(SearchFolder.open(results_dir, folder.name)))
         except (SearchFolderError, ResourceError) as error:
             damaged(f"{folder.name}: cannot be read: {error}")
     return found

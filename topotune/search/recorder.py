@@ -15,6 +15,7 @@ import time
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
 from topotune.results.leaderboard import Leaderboard
+from topotune.results.text import markdown
 from topotune.search.folder import SearchFolder, write_text
 from topotune.search.rows import summaries
 from topotune.tracking.spool import SearchTracker, now_ms
@@ -189,7 +190,7 @@ class Recorder:
         write_text(root / "leaderboard.md", board.to_markdown())
         self._tracker.artifact(root / "leaderboard.json")
         self._tracker.artifact(root / "leaderboard.md")
-        text = self._config.description + "\n\n" if self._config.description else ""
+        text = markdown(self._config.description) + "\n\n" if self._config.description else ""
         self._tracker.tags({"mlflow.note.content": text + board.to_markdown(7000)})
         if final and board.trials:
             plot_history(board.trials, root / "history.png", objectives(self._config))

@@ -8,10 +8,10 @@ from typing import Self
 
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, LeaseLostError
+from topotune.redaction import redact
 from topotune.search.folder import SearchFolder
 from topotune.search.view import Listener
 from topotune.tracking.mlflow import MlflowStore
-from topotune.tracking.naming import redact
 from topotune.tracking.shipper import Reconciliation, Shipper
 from topotune.tracking.store import check_tracking_uri
 

@@ -33,6 +33,7 @@ from topotune.errors import (
 )
 from topotune.files import disk_fault
 from topotune.records import EpochReport, Outcome, TrialSpec
+from topotune.redaction import redact
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.guard import Guard
@@ -123,7 +124,7 @@ class TrialActor(tune.Trainable):
         where = self._folder / ERROR_FILE
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            where.write_text(traceback.format_exc(), encoding="utf-8")
+            where.write_text(redact(traceback.format_exc()), encoding="utf-8")
         except OSError as full:
             text += f" (its traceback could not be written: {full.strerror})"
         else:

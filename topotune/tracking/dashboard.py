@@ -19,8 +19,9 @@ from types import FrameType, TracebackType
 from typing import IO, Self
 
 from topotune.errors import ResourceError, RunError
+from topotune.redaction import redact
 from topotune.tracking.mlflow import MlflowStore
-from topotune.tracking.naming import clean_name, redact
+from topotune.tracking.naming import clean_name
 
 _HOST = "127.0.0.1"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

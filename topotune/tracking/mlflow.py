@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topotune.errors import ResourceError, RunError, TopotuneError
+from topotune.redaction import redact
 from topotune.tracking.entries import Item
-from topotune.tracking.naming import redact
 from topotune.tracking.store import (
     DEFAULT_EXPERIMENT,
     ROLE_TAG,

@@ -1,4 +1,4 @@
-"""Names and texts that MLflow takes, and addresses without the secrets that are in them."""
+"""Names and texts in the form that MLflow takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ MAX_TAG = 8000
 _MAX_NAME = 250
 _FOREIGN = re.compile(r"[^A-Za-z0-9_.\- :/]")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_USERINFO = re.compile(r"(?<=://)[^\s'\"<>]*@")
-_SECRET_FIELD = re.compile(
-    r"((?:pass(?:word|wd)?|pwd|token|secret|api[_-]?key|sslpassword)=)[^&\s'\"<>]+", re.IGNORECASE
-)
 
 
 def clean_name(name: str) -> str:
@@ -44,11 +40,3 @@ def clean_tag(text: str) -> str:
         return safe
     cut = safe.rfind("\n", MAX_TAG // 2, MAX_TAG - 2)
     return clean_text(safe, MAX_TAG) if cut < 0 else safe[: cut + 1] + "…"
-
-
-def redact(text: str) -> str:
-    """The text with user, password, tokens and keys in any address replaced by ``***``.
-
-    Rather too much than too little: everything between ``://`` and the last ``@`` of a word goes.
-    """
-    return _SECRET_FIELD.sub(r"\1***", _USERINFO.sub("***@", text))

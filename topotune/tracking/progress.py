@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from topotune.errors import SpoolError
+from topotune.redaction import redact
 from topotune.tracking.entries import Item
-from topotune.tracking.naming import redact
 
 PROGRESS_FILE = "shipped.json"
 REFUSED_FILE = "refused.jsonl"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from topotune.errors import SpoolError
+from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
-from topotune.tracking.naming import redact
 from topotune.tracking.progress import Progress, Refused
 from topotune.tracking.reconcile import StoredCheck, check_stored, drop_duplicates
 from topotune.tracking.spool import DRIVER_SPOOL

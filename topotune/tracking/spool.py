@@ -21,6 +21,7 @@ from typing import Any
 
 from topotune.errors import SpoolError
 from topotune.records import EpochReport, Outcome, Value
+from topotune.redaction import redact
 from topotune.tracking.entries import (
     INTERRUPTED,
     Artifact,
@@ -36,7 +37,7 @@ from topotune.tracking.entries import (
     value_text,
 )
 from topotune.tracking.lines import LineWriter
-from topotune.tracking.naming import MAX_TAG, clean_tag, redact
+from topotune.tracking.naming import MAX_TAG, clean_tag
 
 DRIVER_SPOOL = "driver.spool.jsonl"
 TRIAL_SPOOL = "spool.jsonl"

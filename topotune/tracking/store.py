@@ -11,8 +11,8 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from topotune.errors import ConfigError, ResourceError, RunError, TrackingError
+from topotune.redaction import redact
 from topotune.tracking.entries import Item
-from topotune.tracking.naming import redact
 
 DEFAULT_EXPERIMENT = "topotune"
 SEARCH_TAG = "topotune.search_id"

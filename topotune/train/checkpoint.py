@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,8 +148,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise _DamagedError(f"its {len(content)} bytes do not match their checksum")
     try:
         loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # torch raises anything on what others have written
         raise _DamagedError(f"its content cannot be decoded: {error}") from error
-    if not isinstance(loaded, dict) or loaded.keys() != {"identity", "state"}:
+    if not isinstance(loaded, dict) or not all(
+        isinstance(loaded.get(name), dict) for name in ("identity", "state")
+    ):
         raise _DamagedError("its content is not a trial's state")
     return loaded

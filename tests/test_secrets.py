@@ -1,0 +1,202 @@
+"""A secret is planted wherever one can be, and every byte that comes out is searched for it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from topotune.bench.faults.proxy import Proxy
+from topotune.configfile import parse_search
+from topotune.errors import ConfigError
+from topotune.redaction import names_secret, redact
+from topotune.tracking.store import check_tracking_uri
+
+ROOT = Path(__file__).parent.parent
+TOKEN = "pl4nted-{}-s3cret"
+HTTP, PASSWORD, BEARER, RAY, AWS, DATABASE, QUERY, COMMENT = (TOKEN.format(n) for n in range(8))
+BAD, FILE, OPTION = (TOKEN.format(n) for n in range(8, 11))
+SEARCH = {
+    "name": "leaky",
+    "description": "rings",
+    "task": {"name": "tests.leaky_task:Leaky"},
+    "method": "adam",
+    "space": {"task.fault": {"type": "categorical", "choices": ["", "raise"]}},
+    "fixed": {"lr": 0.01},
+    "warm_start": [{"task.fault": "raise"}, {"task.fault": ""}],
+    "objective": {"metric": "val_loss", "direction": "minimize"},
+    "budget": {"trials": 2, "epochs": 1},
+    "pruner": "none",
+    "overhead": {"blocks": 0},
+    "resources": {"concurrency": 1},
+}
+
+
+def planted(folder: Path, uri: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "RAY_TMPDIR": str(folder),
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+        "MLFLOW_TRACKING_TOKEN": BEARER,
+        "RAY_AUTH_TOKEN": RAY,
+        "AWS_SECRET_ACCESS_KEY": AWS,
+        "RINGS_DATABASE": f"postgresql://rings:{DATABASE}@db.example/rings?sslpassword={QUERY}",
+    }
+
+
+def texts(path: Path) -> Iterator[bytes]:
+    """A file's bytes, and what is compressed in them."""
+    with suppress(OSError):  # a socket
+        data = path.read_bytes()
+        yield data
+        if data[:2] == b"\x1f\x8b":
+            yield gzip.decompress(data)
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                yield from (archive.read(name) for name in archive.namelist())
+
+
+def leaks(data: bytes) -> list[str]:
+    words = [TOKEN.format(n) for n in range(11)]
+    words += [base64.b64encode(f"me:{word}".encode()).decode() for word in words]
+    return [word for word in words if word.encode() in data]
+
+
+def watch(process: subprocess.Popen[bytes], seen: set[str]) -> None:
+    """Collect the command lines of a process and all that it starts."""
+    while process.poll() is None:
+        with suppress(psutil.Error, subprocess.TimeoutExpired):
+            for one in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.Error):
+                    seen.add(" ".join(one.cmdline()))
+            process.wait(0.3)
+
+
+def run(folder: Path, env: dict[str, str], *arguments: str, code: int) -> bytes:
+    """Run a command; everything that it printed and its processes' command lines."""
+    log, seen = folder / f"out-{arguments[0]}-{code}", set[str]()
+    with log.open("w+b") as out:
+        command = [sys.executable, "-m", "topotune", *arguments]
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT
+        )
+        watcher = threading.Thread(target=watch, args=(process, seen))
+        watcher.start()
+        found = process.wait(200)
+        watcher.join()
+    assert found == code, log.read_text(encoding="utf-8")
+    return log.read_bytes() + "\n".join(seen).encode()
+
+
+@pytest.mark.ray
+@pytest.mark.heavy
+def test_no_planted_secret_comes_out(tmp_path: Path) -> None:
+    file = tmp_path / "leaky.yaml"
+    file.write_text(yaml.safe_dump(SEARCH) + f"# was http://me:{COMMENT}@host\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="tt", dir="/tmp") as short:  # sockets: 107 characters
+        with Proxy(9, "401") as proxy:
+            uri = proxy.url.replace("://", f"://me:{HTTP}@")
+            printed = run(tmp_path, planted(Path(short), uri), "search", str(file), code=0)
+            assert proxy.calls.get("401")
+        assert b"cannot be reached" in printed
+        assert b"cannot open postgresql://***@" in printed
+        assert b"runs code of tests.leaky_task:Leaky from " in printed
+        # Nobody listens there any more; then an address that is none; then the embedded store.
+        env = planted(Path(short), uri)
+        printed += run(tmp_path, env, "sync", "leaky", "--timeout", "3", code=1)
+        env["MLFLOW_TRACKING_URI"] = f"me:{BAD}@host:5000"
+        printed += run(tmp_path, env, "sync", "leaky", code=2)
+        del env["MLFLOW_TRACKING_URI"]
+        printed += run(tmp_path, env, "sync", "leaky", code=0)
+        printed += run(tmp_path, env, "status", "leaky", "--json", code=0)
+        assert [line for line in printed.splitlines() if leaks(line)] == []
+        files = [path for folder in (tmp_path, Path(short)) for path in folder.rglob("*")]
+        names = {path.name for path in files}
+        assert {"search.json", "study.db", "mlflow.db", "error.txt", "checkpoint.pt"} <= names
+        assert "raylet.out" in names
+        file.unlink()  # the user's own
+        found = {str(path): leaks(data) for path in files if path != file for data in texts(path)}
+    assert {path: words for path, words in found.items() if words} == {}
+
+
+def test_the_search_for_leaks_finds_them(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x", "a" * 999 + AWS)
+    (tmp_path / "b").write_bytes(gzip.compress(b"a" * 999 + BEARER.encode()))
+    for name, word in (("a", AWS), ("b", BEARER)):
+        raw, inner = texts(tmp_path / name)
+        assert (leaks(raw), leaks(inner)) == ([], [word])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tracking": {"uri": f"http://me:{FILE}@host:5000"}},
+        {"tracking": {"uri": f"postgresql://host/db?password={FILE}"}},
+        {"description": f"see http://me:{FILE}@host"},
+        {"task": {"name": "a:B", "options": {"api_token": OPTION}}},
+        {"task": {"name": "a:B", "options": {"source": f"s3://key:{OPTION}@bucket"}}},
+        {"model": {"options": {"hfToken": OPTION}}},
+        {"fixed": {"task.db_password": OPTION}},
+        {"fixed": {"task.password": [OPTION]}},
+        {"tracking": f"http://me:{FILE}@host:5000"},
+    ],
+    ids=str,
+)
+def test_a_search_file_holds_no_secret(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_search({**SEARCH, **changes}, "a.yaml", {})
+    assert leaks(str(caught.value).encode()) == []
+
+
+@pytest.mark.parametrize(
+    "options", [{"tokens": 16, "token": 3}, {"tokenizer": "bpe"}, {"keys": "wasd"}]
+)
+def test_what_only_sounds_like_a_secret_is_taken(options: dict[str, object]) -> None:
+    parse_search({**SEARCH, "task": {"name": "a:B", "options": options}}, "a.yaml", {})
+
+
+@pytest.mark.parametrize("uri", [f"me:{BAD}@host", f"htp://me:{BAD}@host", f"//me:{BAD}@[host"])
+def test_an_address_that_is_none_is_quoted_without_its_secret(uri: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_tracking_uri(uri)
+    assert leaks(str(caught.value).encode()) == []
+
+
+def test_secrets_of_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_URL", "mysql://u:p%40ss-word@h/d?api_key=kkkkkkk")
+    monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
+    monkeypatch.setenv("HF_TOKEN", "short")
+    monkeypatch.setenv("PWD", "/home/someone")
+    text = "p@ss-word p%40ss-word kkkkkkk abcdefgh short /home/someone"
+    assert redact(text) == "*** *** *** *** short /home/someone"
+    assert redact("Authorization: Basic bWU6eA==aa and Bearer abc.def.ghi") == (
+        "Authorization: Basic *** and Bearer ***"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        *[(name, True) for name in ("password", "DB_PASSWORD", "dbPassword", "api-key", "token")],
+        *[(name, True) for name in ("aws_secret_access_key", "auth_token", "task.api_key")],
+        *[(name, False) for name in ("tokens", "key", "tokenizer", "passes", "secretary", "lr")],
+    ],
+)
+def test_names_of_secrets(name: str, secret: bool) -> None:
+    assert names_secret(name) == secret
