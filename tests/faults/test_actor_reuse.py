@@ -17,7 +17,8 @@ from topotune.search.book import Progress
 from topotune.search.session import RaySession
 from topotune.search.view import SilentListener
 from topotune.search.worker import TrialActor, trial_config
-from topotune.trial import TIMING_METRICS, load_weights
+from topotune.trial import TIMING_METRICS
+from topotune.weights import load_weights
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(300)]
 

@@ -10,7 +10,7 @@ from topotune.bench.faults.rogue import IMPORT_PATH, POISONED_ADAM
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import NAME, Site
 from topotune.bench.faults.task import BATCHES
-from topotune.search.rows import open_storage
+from topotune.search.storage import open_storage
 
 EPOCHS = 3
 _WORDS = {
@@ -86,7 +86,7 @@ def _not_a_number(site: Site) -> str:
 
 def _learnt(site: Site) -> str:
     """What the sampler is told of a diverged trial: a broken constraint, and no good value."""
-    storage = open_storage(site.search)
+    storage = open_storage(site.search, site.search.config())
     (study,) = storage.get_all_studies()
     trials = storage.get_all_trials(study._study_id)
     diverged = [t for t in trials if t.user_attrs["end"]["outcome"] == "DIVERGED"]

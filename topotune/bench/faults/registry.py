@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from topotune.bench.faults.disk import DISK
 from topotune.bench.faults.drivers import DRIVERS
 from topotune.bench.faults.numbers import NUMBERS
 from topotune.bench.faults.scenario import Scenario
 from topotune.bench.faults.signals import SIGNALS
+from topotune.bench.faults.study import STUDY
 from topotune.bench.faults.tracking import TRACKING
 from topotune.bench.faults.workers import WORKERS
 from topotune.errors import UnknownNameError
@@ -15,6 +17,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     *DRIVERS,
     *SIGNALS,
     *TRACKING,
+    *STUDY,
+    *DISK,
     *NUMBERS,
 )
 
