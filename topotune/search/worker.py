@@ -37,6 +37,7 @@ from topotune.redaction import redact
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.guard import Guard
+from topotune.search.slate import Slate
 from topotune.tracking.base import Tracker
 
 ERROR_FILE = "error.txt"
@@ -49,6 +50,7 @@ class TrialActor(tune.Trainable):
     (where the driver was started, so that a user's modules are found).
     """
 
+    _slate: Slate | None = None
     _guard: Guard | None = None
     _run: Any = None
     _reports: Iterator[EpochReport] | None = None
@@ -68,8 +70,10 @@ class TrialActor(tune.Trainable):
             os.chdir(config["cwd"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Serve the next trial in this process; opening it resets all global state."""
+        """Serve the next trial in this process; with its opening, all global state is reset."""
         self._drop()
+        if self._slate is not None:
+            self._slate.wipe()
         self.setup(new_config)
         return True
 
@@ -136,6 +140,8 @@ class TrialActor(tune.Trainable):
             from topotune.trial import open_trial
 
             self._run = open_trial(self._spec, self._tracker(), self._folder, self._beat)
+            if self._slate is None:
+                self._slate = Slate()
             self._reports = self._run.reports()
             replayed = [next(self._reports) for _ in range(self._run.restored)]
             if replayed:

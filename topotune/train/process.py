@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import platform
 import socket
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,14 @@ from topotune.errors import ConfigError, ResourceError
 from topotune.seeding import seed_everything
 
 _OWN_THREADS = torch.get_num_threads()
+_HOOKS: list[dict[Any, Any]] = [
+    value
+    for module in map(importlib.import_module, ("torch.nn.modules.module", "torch.optim.optimizer"))
+    for name, value in vars(module).items()
+    if name.startswith("_global_") and isinstance(value, dict)
+]
+"""Where torch keeps hooks of all modules and all optimizers."""
+_OWN_HOOKS = [dict(hooks) for hooks in _HOOKS]
 
 
 def synchronise(device: torch.device) -> None:
@@ -56,7 +66,8 @@ def reset_process_state(seed: int, threads: int, device: torch.device) -> None:
 
     Seeds every global generator, and sets back what a model, task or optimizer may have changed:
     default dtype and device, gradient and anomaly mode, deterministic and precision switches,
-    NumPy's error state, thread count; frees a GPU's memory and resets its peak counters.
+    hooks on all modules or optimizers, NumPy's error state, thread count; frees a GPU's memory
+    and resets its peak counters.
 
     Args:
         seed: seed of the global generators.
@@ -70,6 +81,10 @@ def reset_process_state(seed: int, threads: int, device: torch.device) -> None:
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
     torch.set_flush_denormal(False)
+    torch.backends.mkldnn.set_flags(True)  # type: ignore[no-untyped-call]
+    for hooks, own in zip(_HOOKS, _OWN_HOOKS, strict=True):
+        hooks.clear()
+        hooks.update(own)
     # Benchmarking picks convolution kernels by timing, which differs from run to run.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

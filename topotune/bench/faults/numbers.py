@@ -15,7 +15,7 @@ from topotune.search.storage import open_storage
 EPOCHS = 3
 _WORDS = {
     "loss": "loss",
-    "gradient": "gradient",
+    "gradient": "grad norm",
     "metric": "val_accuracy",
     "energy": "energy",
 }
