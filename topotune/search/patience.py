@@ -11,7 +11,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from topotune.errors import ResourceError, SearchFolderError, TopotuneError
-from topotune.tracking.naming import redact
+from topotune.redaction import redact
 
 T = TypeVar("T")
 
