@@ -28,7 +28,7 @@ from topotune.tracking.store import check_tracking_uri
 ROOT = Path(__file__).parent.parent
 TOKEN = "pl4nted-{}-s3cret"
 HTTP, PASSWORD, BEARER, RAY, AWS, DATABASE, QUERY, COMMENT = (TOKEN.format(n) for n in range(8))
-BAD, FILE, OPTION = (TOKEN.format(n) for n in range(8, 11))
+BAD, FILE, OPTION, STUDY = (TOKEN.format(n) for n in range(8, 12))
 SEARCH = {
     "name": "leaky",
     "description": "rings",
@@ -72,7 +72,7 @@ def texts(path: Path) -> Iterator[bytes]:
 
 
 def leaks(data: bytes) -> list[str]:
-    words = [TOKEN.format(n) for n in range(11)]
+    words = [TOKEN.format(n) for n in range(12)]
     words += [base64.b64encode(f"me:{word}".encode()).decode() for word in words]
     return [word for word in words if word.encode() in data]
 
@@ -124,6 +124,8 @@ def test_no_planted_secret_comes_out(tmp_path: Path) -> None:
         del env["MLFLOW_TRACKING_URI"]
         printed += run(tmp_path, env, "sync", "leaky", code=0)
         printed += run(tmp_path, env, "status", "leaky", "--json", code=0)
+        env["TOPOTUNE_STUDY_URI"] = f"mysql://me:{STUDY}@127.0.0.1:9/studies"
+        printed += run(tmp_path, env, "search", str(file), "--name", "other", code=2)
         assert [line for line in printed.splitlines() if leaks(line)] == []
         files = [path for folder in (tmp_path, Path(short)) for path in folder.rglob("*")]
         names = {path.name for path in files}

@@ -30,6 +30,7 @@ def execute(
     from ray.exceptions import RayError
     from ray.tune import Stopper
     from ray.tune.error import TuneError
+    from ray.tune.execution import class_cache
 
     from topotune.search.adapters import Clock, NotStored, StudyScheduler, StudySearcher
     from topotune.search.stalls import Stalls
@@ -44,6 +45,11 @@ def execute(
         def stop_all(self) -> bool:
             return pulse.overdue()
 
+    # Tune hands these to its workers on their command lines, which everybody on the machine and
+    # Ray's logs can read; workers have the environment of their node anyway.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
+        [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
+    )
     resources = {"cpu": config.resources.cpus, "gpu": gpus}
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
