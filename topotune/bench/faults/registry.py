@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from topotune.bench.faults.clocks import CLOCKS
+from topotune.bench.faults.disk import DISK
 from topotune.bench.faults.drivers import DRIVERS
 from topotune.bench.faults.scenario import Scenario
+from topotune.bench.faults.study import STUDY
 from topotune.bench.faults.tracking import TRACKING
 from topotune.bench.faults.workers import WORKERS
 from topotune.errors import UnknownNameError
 
-SCENARIOS: tuple[Scenario, ...] = (*WORKERS, *DRIVERS, *TRACKING)
+SCENARIOS: tuple[Scenario, ...] = (
+    *(*WORKERS, *DRIVERS, *TRACKING),
+    *(*STUDY, *DISK, *CLOCKS),
+)
 
 
 def named(names: list[str] | None, slow: bool) -> list[Scenario]:
