@@ -16,7 +16,7 @@ from topotune.records import OverheadOptions, TrainOptions, TrialSpec
 from topotune.redaction import names_secret, redact
 from topotune.yamlfile import Lines, Place, parse_yaml, read_yaml
 
-__all__ = ["load_search", "load_spec", "parse_search", "parse_yaml", "read_yaml"]
+__all__ = ["load_search", "load_spec", "parse_search", "parse_spec", "parse_yaml", "read_yaml"]
 
 
 def load_search(path: Path) -> SearchConfig:
@@ -58,16 +58,21 @@ def load_spec(path: Path) -> TrialSpec:
         ConfigError: as :func:`load_search`.
     """
     data, lines = read_yaml(path)
+    return parse_spec(data, str(path), lines)
+
+
+def parse_spec(data: object, source: str, lines: Lines) -> TrialSpec:
+    """A training config from plain data; errors name ``source`` and the line."""
     if not isinstance(data, dict):
-        raise ConfigError(str(path), f"a training config is a mapping (got {type(data).__name__})")
+        raise ConfigError(source, f"a training config is a mapping (got {type(data).__name__})")
     if "space" in data or "budget" in data:
         raise ConfigError(
-            str(path), "this is a search file, not a training config", "Run 'topotune search' on it"
+            source, "this is a search file, not a training config", "Run 'topotune search' on it"
         )
     try:
         return _SPEC.validate_python(data)
     except ValidationError as error:
-        raise _translate(error, str(path), lines, data, _spec_schema()) from None
+        raise _translate(error, source, lines, data, _spec_schema()) from None
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topotune.configfile import parse_spec
 from topotune.errors import CheckpointError, RunError, TrackingError
 from topotune.records import EpochReport, OverheadOptions, TrialResult, TrialSpec
 from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
@@ -80,7 +81,7 @@ def export_top(
         )
     exported = []
     for rank, row in enumerate(best, start=1):
-        spec = TrialSpec.from_dict(row.spec)
+        spec = parse_spec(row.spec, f"{folder.root}: trial {row.number}", {})
         weights, history = _weights(spec, folder.trial(row.number), note)
         from topotune.weights import evaluate_test
 

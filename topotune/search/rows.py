@@ -45,7 +45,26 @@ def summaries(
             f"{folder.root}: the study is empty or missing, though trials have run. "
             f"'topotune resume {folder.name}' rebuilds it from the trials' own records"
         )
-    return [summarise(trial, config, ledger) for trial in trials]
+    return [_checked(folder, trial, config, ledger) for trial in trials]
+
+
+def _checked(
+    folder: SearchFolder, trial: FrozenTrial, config: SearchConfig, ledger: Mapping[int, float]
+) -> TrialSummary:
+    """A trial of a study that others may have written."""
+    try:
+        row = summarise(trial, config, ledger)
+        for value, kind in (
+            *((row.state, str), (row.reason, str), (row.epochs, int), (row.seed, int)),
+            *((row.device_seconds, int | float), (row.spec, dict)),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"{value!r:.80} is no {kind}")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise SearchFolderError(
+            f"{folder.root}: the study's record of trial {trial.number} is damaged ({error})"
+        ) from None
+    return row
 
 
 def summarise(
