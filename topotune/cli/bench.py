@@ -109,6 +109,7 @@ def faults(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out the rows that wait for minutes.")
     ] = False,
+    jobs: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Hurt real searches in every way that one can be hurt, and see whether anything is lost."""
@@ -116,11 +117,7 @@ def faults(
     from topotune.bench.faults.runner import print_table, run
 
     scenarios = named(row, slow=not quick)
-    findings = []
-    for finding in run(scenarios, lambda text: typer.echo(text, err=True)):
-        verdict = "holds" if finding.ok else "FAILS"
-        typer.echo(f"  {verdict} after {finding.seconds:.0f} s: {finding.seen}", err=True)
-        findings.append(finding)
+    findings = list(run(scenarios, jobs, lambda text: typer.echo(text, err=True)))
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import warnings
 from collections import Counter
@@ -70,6 +71,12 @@ def audit(site: Site, trials: int = 4, undisturbed: bool = True) -> Audit:
 
 def reference(site: Site) -> list[dict[str, Any]]:
     """The trials of this site's search file without any fault; trained once, then remembered."""
+    with (site.shared / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # rows that run beside this one may want the same
+        return _reference(site)
+
+
+def _reference(site: Site) -> list[dict[str, Any]]:
     text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
     for known in site.shared.glob("*.yaml"):
         if known.read_text(encoding="utf-8") == text:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from topotune.bench.faults.registry import named
 from topotune.bench.faults.scenario import BrokenPromiseError, Finding, Scenario
 from topotune.bench.faults.site import Site
 
@@ -32,12 +35,37 @@ def run_one(scenario: Scenario, folder: Path, shared: Path) -> Finding:
     return Finding(scenario.name, scenario.fault, scenario.expected, ok, seen, seconds)
 
 
-def run(scenarios: Sequence[Scenario], say: Callable[[str], None]) -> Iterator[Finding]:
-    """Run rows one after the other in a temporary folder, which is removed in the end."""
+def run(scenarios: Sequence[Scenario], jobs: int, say: Callable[[str], None]) -> Iterator[Finding]:
+    """Run rows in processes and folders of their own; the folders are removed in the end.
+
+    Args:
+        scenarios: what is run; those that must be alone come last.
+        jobs: rows at once.
+        say: told, in a line, how each came out.
+    """
+    together = [scenario for scenario in scenarios if not scenario.alone]
+    alone = [scenario for scenario in scenarios if scenario.alone]
+    spawn = multiprocessing.get_context("spawn")  # a row may change its process's environment
     with tempfile.TemporaryDirectory(prefix="topotune-faults-") as scratch:
-        for index, scenario in enumerate(scenarios, 1):
-            say(f"{index}/{len(scenarios)} {scenario.name}: {scenario.fault}")
-            yield run_one(scenario, Path(scratch) / scenario.name, Path(scratch) / "shared")
+        shared = Path(scratch) / "shared"
+        done = 0
+        for rows, workers in ((together, jobs), (alone, 1)):
+            with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+                folders = [Path(scratch) / scenario.name for scenario in rows]
+                names = [scenario.name for scenario in rows]
+                for finding in pool.map(_run_named, names, folders, [shared] * len(rows)):
+                    done += 1
+                    verdict = "holds" if finding.ok else "FAILS"
+                    say(
+                        f"{done}/{len(scenarios)} {finding.name} {verdict} after "
+                        f"{finding.seconds:.0f} s: {finding.seen}"
+                    )
+                    yield finding
+
+
+def _run_named(name: str, folder: Path, shared: Path) -> Finding:
+    (scenario,) = named([name], slow=True)
+    return run_one(scenario, folder, shared)
 
 
 def table(findings: Sequence[Finding]) -> Table:

@@ -33,6 +33,7 @@ class Scenario:
         seconds: wall time on two idle cores, about.
         slow: left out of the tests and of ``bench faults --quick`` because a shorter row shows
             the same thing.
+        alone: it compares timings, so that nothing else may run beside it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Scenario:
     run: Callable[[Site], str]
     seconds: float = 30.0
     slow: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)

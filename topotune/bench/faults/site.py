@@ -236,7 +236,12 @@ class Site:
 
     def status(self) -> dict[str, Any]:
         """What ``topotune status --json`` says of the search."""
-        found: dict[str, Any] = json.loads(self.run("status", NAME, "--json"))
+        out = self.folder / "status.json"
+        with out.open("wb") as file:
+            command = self.start("status", NAME, "--json", stdout=file, stderr=subprocess.DEVNULL)
+        code = command.wait()
+        expect(code == 0, f"'topotune status' ends with exit code {code}")
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return found
 
     def states(self) -> dict[int, str]:

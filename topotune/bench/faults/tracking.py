@@ -205,7 +205,11 @@ _EXPECTED = "search ends well, training not slowed by 5 %, everything stored onc
 
 TRACKING = (
     Scenario(
-        "tracking-restart-10s", "MLflow server killed, back after 10 s", _EXPECTED, _outage(10, 4)
+        "tracking-restart-10s",
+        "MLflow server killed, back after 10 s",
+        _EXPECTED,
+        _outage(10, 4),
+        alone=True,
     ),
     Scenario(
         "tracking-restart-60s",
@@ -214,12 +218,14 @@ TRACKING = (
         _outage(60, 18),
         seconds=180,
         slow=True,
+        alone=True,
     ),
     Scenario(
         "tracking-gone",
         "MLflow server killed until after the end of the search, then topotune sync",
         _EXPECTED,
         _gone,
+        alone=True,
     ),
     Scenario(
         "tracking-down-at-start",
@@ -227,14 +233,16 @@ TRACKING = (
         _EXPECTED,
         _down_at_start,
         slow=True,
+        alone=True,
     ),
-    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, _slow, seconds=100),
+    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, _slow, seconds=100, alone=True),
     Scenario(
         "tracking-errors",
         "MLflow answers 429, 500 and 503 for a while",
         _EXPECTED,
         _misbehaving(("429", "500", "503"), 3.0),
         seconds=45,
+        alone=True,
     ),
     Scenario(
         "tracking-nonsense",
@@ -242,5 +250,6 @@ TRACKING = (
         _EXPECTED,
         _misbehaving(("login", "reset", "mute"), 3.0),
         seconds=60,
+        alone=True,
     ),
 )
