@@ -218,7 +218,7 @@ class Book:
         live = self.live[number]
         if (self.stopping or self.fatal) and death.cause in RETRIED:
             live.left_running = True
-            return f"trial {number}: {verdict(death, 1)}; a resume goes on from its last epoch"
+            return f"trial {number} is cut short; a resume goes on from its last epoch"
         times = self.store.count_death(number, death.cause)[death.cause]
         left = restarts(self.config.budget, death.cause) - times
         if left < 0:

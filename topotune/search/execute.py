@@ -12,6 +12,9 @@ from topotune.search.book import Book
 from topotune.search.folder import SearchFolder
 from topotune.search.pulse import Pulse
 
+KILL_SECONDS = 3.0
+"""How long the end of killed workers may take to be noticed."""
+
 
 def execute(
     folder: SearchFolder,
@@ -37,13 +40,17 @@ def execute(
     from topotune.search.worker import TrialActor, trial_config
 
     class Overdue(NotStored, Stopper):
-        """Cuts trials short that did not reach an epoch's end while draining."""
+        """Ends the search when draining took too long.
+
+        A little after :class:`Clock` has killed the workers that still trained: Tune itself would
+        wait for them.
+        """
 
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
             return False
 
         def stop_all(self) -> bool:
-            return pulse.overdue()
+            return pulse.overdue(grace=KILL_SECONDS)
 
     # Tune hands these to its workers on their command lines, which everybody on the machine and
     # Ray's logs can read; workers have the environment of their node anyway.

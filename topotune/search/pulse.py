@@ -56,13 +56,16 @@ class Pulse:
         phase = "draining" if self.stop_since < math.inf else "running"
         self._listener.tick(self._book.view(phase, self._why(now), self._shipping.line()))
 
-    def overdue(self) -> bool:
-        """Whether trials must end now: draining took too long, or nothing can end by itself."""
-        if self._book.fatal is not None:
-            return True
-        if self._book.stopping and not self._book.holding:
+    def overdue(self, grace: float = 0.0) -> bool:
+        """Whether trials must end now: draining took too long, or nothing can end by itself.
+
+        Args:
+            grace: seconds to wait longer than that.
+        """
+        if (self._book.stopping or self._book.fatal) and not self._book.holding:
             return True  # none trains: those that wait for a worker need not get it
-        return time.monotonic() - self.stop_since > DRAIN_SECONDS
+        patience = 0.0 if self._book.fatal else DRAIN_SECONDS
+        return time.monotonic() - self.stop_since > patience + grace
 
     def _why(self, now: float) -> str:
         """Why a handed-out trial holds no device yet; empty while none waits."""
