@@ -9,8 +9,10 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +405,18 @@ def test_a_line_is_checksum_length_and_json() -> None:
     assert int(length, 16) == len(body)
     assert json.loads(body) == payload
     assert encode(payload).count(b"\n") == 1
+
+
+def test_a_clock_that_is_set_back_stamps_nothing_before_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker(tmp_path).start({}, {})
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+    again = tracker(tmp_path)
+    again.end(Outcome.PRUNED, "stopped")
+    again.start({}, {"attempt": "2"})
+    again.end(Outcome.COMPLETE, "")
+    stamps = [entry.at for _, entry in read_all(tmp_path, NAME)]
+    assert len(stamps) == 4
+    assert all(before < after for before, after in pairwise(stamps))

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from topotune.records import (
     Outcome,
     TrainOptions,
 )
-from topotune.train.checkpoint import CHECKPOINT_FILE
+from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from topotune.train.trace import TRACE_FILE
 from topotune.trial import (
     open_trial,
@@ -82,6 +83,7 @@ def test_what_the_consumer_draws_between_epochs_has_no_effect() -> None:
 
 KILLED = """
 import sys
+import time
 from pathlib import Path
 from topotune.records import TrialSpec
 from topotune.trial import run_trial
@@ -132,6 +134,34 @@ def test_a_corrupt_newest_checkpoint_costs_one_epoch_and_changes_nothing(
     assert run.restored == 1
     assert "damaged" in caplog.text
     assert [stable(report) for report in run.reports()] == reports_of(whole)
+
+
+def test_two_corrupt_checkpoints_cost_the_trials_time_and_change_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = method_spec("adam")
+    whole = run_trial(spec)
+    advance(open_trial(spec, folder=tmp_path), 3)
+    for name in (CHECKPOINT_FILE, PREVIOUS_FILE):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING, logger="topotune"):
+        run = open_trial(spec, folder=tmp_path)
+    assert run.restored == 0
+    assert "starts from its beginning" in caplog.text
+    assert [stable(report) for report in run.reports()] == reports_of(whole)
+    assert open_trial(spec, folder=tmp_path).restored == spec.epochs
+
+
+def test_a_clock_that_is_set_back_stamps_no_epoch_before_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = method_spec("adam")
+    advance(open_trial(spec, folder=tmp_path), 1)
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+    stamps = [report.timestamp_ms for report in open_trial(spec, folder=tmp_path).reports()]
+    assert len(stamps) == spec.epochs
+    assert stamps == [stamps[0]] * spec.epochs
 
 
 def test_another_trials_folder_is_refused(tmp_path: Path) -> None:

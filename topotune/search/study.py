@@ -196,6 +196,7 @@ class StudyStore:
         counts: dict[str, int] = dict(trial.user_attrs.get("deaths", {}))
         counts[cause] = counts.get(cause, 0) + 1
         trial.set_user_attr("deaths", counts)
+        self._keep(number)
         return counts
 
     def should_prune(self, number: int) -> bool:
@@ -223,8 +224,8 @@ class StudyStore:
         }
         self._fence()
         self._trial(number).set_user_attr("end", note)
-        self._tell(number, outcome, metrics)
-        return self.summary(number, device_seconds)
+        ended = self._tell(number, outcome, metrics)
+        return summarise(ended, self.config, {number: device_seconds})
 
     def close_orphans(
         self, outcome: Outcome, reason: str, ledger: Mapping[int, float]
@@ -237,7 +238,7 @@ class StudyStore:
         self._orphans = []
         return rows
 
-    def _tell(self, number: int, outcome: Outcome, metrics: Mapping[str, float]) -> None:
+    def _tell(self, number: int, outcome: Outcome, metrics: Mapping[str, float]) -> FrozenTrial:
         trial = self._trial(number)
         objectives = [metrics.get(o.metric, math.nan) for o in self.config.objective]
         fine = outcome in (Outcome.COMPLETE, Outcome.PRUNED)
@@ -254,7 +255,9 @@ class StudyStore:
             self._study.sampler = make_sampler(self.config, number)
             self._study.tell(number, values, state=state, skip_if_finished=True)
         self._trials.pop(number, None)
-        self._learn(self._keep(number))
+        ended = self._keep(number)
+        self._learn(ended)
+        return ended
 
     def _constraints(self, metrics: Mapping[str, float], outcome: Outcome) -> dict[str, float]:
         """Constraint values as Optuna wants them: the same keys every time, feasible at <= 0.
@@ -297,10 +300,6 @@ class StudyStore:
         """
         trials = self._study.get_trials(deepcopy=False)
         return [summarise(trial, self.config, ledger) for trial in trials]
-
-    def summary(self, number: int, device_seconds: float = 0.0) -> TrialSummary:
-        """One trial's row."""
-        return summarise(self._frozen(number), self.config, {number: device_seconds})
 
     def _frozen(self, number: int) -> FrozenTrial:
         found: FrozenTrial = self._storage.get_trial(self._id(number))

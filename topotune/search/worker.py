@@ -118,7 +118,9 @@ class TrialActor(tune.Trainable):
             if _raised_by_ray(error):
                 raise
             if disk_fault(error):
-                text = f"{error}. Make space or make the folder writable, then resume"
+                text = (
+                    f"{self._folder}: {error}. Make space or make the folder writable, then resume"
+                )
                 return Progress((), self._overhead(), stop=text)
             return self._failed(error)
 

@@ -231,10 +231,11 @@ class MlflowStore:
             client.log_artifact(run_id, str(path), folder or None)
 
     def terminate(self, run_id: str, status: str, end_ms: int) -> None:
-        """Set a final status."""
+        """Set a final status; a run never ends before it began, whatever the clocks say."""
         client, _ = self._connect()
         with translated():
-            client.set_terminated(run_id, status, end_ms)
+            began = client.get_run(run_id).info.start_time
+            client.set_terminated(run_id, status, max(end_ms, began))
 
     def reopen(self, run_id: str) -> None:
         """Set a run back to RUNNING."""

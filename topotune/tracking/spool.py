@@ -99,6 +99,7 @@ class _Spool:
         self._path = path
         self._root = root.resolve()
         self._runs: dict[int | None, _Known] = {}
+        self._latest = 0
         self._lock = threading.Lock()  # the driver writes from its loop and its recorder
         self._writer = LineWriter(path, self._seen)
 
@@ -109,6 +110,11 @@ class _Spool:
             _log.warning("%s: record skipped: %s", self._path, error)
             return
         self.known(entry.trial).add(entry.body)
+        self._latest = max(self._latest, entry.at)
+
+    def _now(self) -> int:
+        """Unix milliseconds, after every stamp in the spool: a clock may be set back."""
+        return max(now_ms(), self._latest + 1)
 
     def known(self, trial: int | None) -> _Known:
         return self._runs.setdefault(trial, _Known())
@@ -132,13 +138,16 @@ class _Spool:
                     "%s: parameter %r stays %r, not %r: a run's parameters are fixed",
                     *(self._path, name, first[name], texts[name]),
                 )
-        self.put(trial, Start(fresh, _safe_tags(tags), now_ms()))
+        self.put(trial, Start(fresh, _safe_tags(tags), self._now()))
 
     def metrics(self, trial: int | None, values: Mapping[str, float], step: int, at: int) -> None:
         points = self.known(trial).points
         fresh = {name: float(v) for name, v in values.items() if (name, step) not in points}
         if fresh:
             self.put(trial, Metrics(fresh, step, at))
+
+    def tags(self, trial: int | None, tags: Mapping[str, str]) -> None:
+        self.put(trial, Tags(_safe_tags(tags), self._now()))
 
     def artifact(self, trial: int | None, path: Path, folder: str) -> None:
         real = path.resolve()
@@ -155,10 +164,10 @@ class _Spool:
         except OSError as error:
             raise SpoolError(f"artifact {path}: cannot be read: {error.strerror}") from error
         name = real.relative_to(self._root).as_posix()
-        self.put(trial, Artifact(name, folder, digest.hexdigest(), now_ms()))
+        self.put(trial, Artifact(name, folder, digest.hexdigest(), self._now()))
 
     def end(self, trial: int | None, outcome: str, reason: str) -> None:
-        self.put(trial, End(str(outcome), redact(reason)[:_MAX_REASON], now_ms()))
+        self.put(trial, End(str(outcome), redact(reason)[:_MAX_REASON], self._now()))
 
 
 class SpoolTracker:
@@ -232,7 +241,7 @@ class SearchTracker:
         ``mlflow.note.content`` is the description that MLflow shows as Markdown, cut at 8000
         characters.
         """
-        self._spool.put(None, Tags(_safe_tags(tags), now_ms()))
+        self._spool.tags(None, tags)
 
     def metrics(self, values: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Values of the search, such as the best so far with the trial's number as its step."""
@@ -250,7 +259,7 @@ class SearchTracker:
 
     def trial_tags(self, trial: int, tags: Mapping[str, str]) -> None:
         """Tags that the driver gives to a trial."""
-        self._spool.put(trial, Tags(_safe_tags(tags), now_ms()))
+        self._spool.tags(trial, tags)
 
     def trial_metrics(
         self, trial: int, values: Mapping[str, float], step: int, timestamp_ms: int

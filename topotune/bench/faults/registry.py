@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from topotune.bench.faults.clocks import CLOCKS
 from topotune.bench.faults.disk import DISK
 from topotune.bench.faults.drivers import DRIVERS
 from topotune.bench.faults.numbers import NUMBERS
@@ -19,6 +20,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     *TRACKING,
     *STUDY,
     *DISK,
+    *CLOCKS,
     *NUMBERS,
 )
 
