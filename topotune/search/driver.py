@@ -196,7 +196,7 @@ def _run(
             # What ended the search usually hurts here, too; the first cause is the one to tell.
             failure = failure or error
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
-        tracking = shipping.close(hurry=bool(book.stopping))
+        tracking = shipping.close(hurry=bool(book.stopping or failure))
         store.close()
     if failure:
         raise failure
