@@ -240,7 +240,7 @@ class Shipper:
                 continue
             self._turn = turn + index
             if time.monotonic() > self._deadline:
-                failure = failure or StoreOfflineError("out of time")
+                failure = failure or StoreOfflineError(self._last_error or "out of time")
                 break
             try:
                 self._ship(name)
