@@ -53,7 +53,7 @@ def test_only_our_errors_come_out() -> None:
     taken = {record.target: record.inputs - record.refused for record in records}
     assert taken["search file"] > 20  # not so broken that nothing is ever read
     assert taken["exported config"] > 20
-    assert taken["spool"] == 600  # a reader skips what is damaged, whatever it is
+    assert taken["spool"] == 500  # a reader skips what is damaged, whatever it is
 
 
 @pytest.mark.parametrize(("target", "data"), ONCE_FAILED, ids=lambda value: str(value)[:40])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -38,7 +39,10 @@ from topotune.search.folder import SearchFolder
 from topotune.search.recorder import Recorder
 from topotune.tracking.dashboard import trials_page
 from topotune.tracking.entries import Tags, from_payload
+from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.registry import _plain
+from topotune.tracking.shipper import Shipper
+from topotune.tracking.spool import SearchTracker
 from topotune.tracking.tails import read_all
 from topotune.train.checkpoint import _MAGIC, CHECKPOINT_FILE, CheckpointStore
 from topotune.train.trace import read_columns
@@ -143,6 +147,23 @@ def test_an_artifact_of_a_foreign_spool_stays_inside(path: str) -> None:
     if path:
         with pytest.raises(SpoolError, match="not a path inside"):
             from_payload({**record, "folder": path})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
+@pytest.mark.heavy
+def test_an_embedded_store_of_others_writes_no_file_elsewhere(tmp_path: Path) -> None:
+    MlflowStore.embedded(tmp_path / "theirs").ping()
+    folder = Desk(tmp_path / "ours", make_config()).folder
+    shutil.copytree(tmp_path / "theirs/mlflow", tmp_path / "ours/mlflow")
+    SearchTracker(folder.root).artifact(folder.root / "search.yaml")
+    store = MlflowStore.embedded(tmp_path / "ours")
+    shipper = Shipper(folder.root, store, folder.search_id, "demo")
+    assert shipper.ship_once()
+    assert shipper.status().refused == 1
+    assert f"keeps files in {(tmp_path / 'theirs').as_uri()}" in (
+        (folder.root / "refused.jsonl").read_text(encoding="utf-8")
+    )
+    assert not list((tmp_path / "theirs").rglob("search.yaml"))
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a'b", 'a"b', "a\\b", "models:/a", NASTY])

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines
+from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
 from topotune.configfile import load_spec, parse_search, parse_yaml
 from topotune.errors import TopotuneError
 from topotune.records import TrialSpec
 from topotune.results.yamltext import dump_yaml
 from topotune.search.folder import SearchFolder
 from topotune.search.ledger import read_ledger
+from topotune.search.trialfile import TRIAL_FILE, read_copies
 from topotune.tracking.entries import items
 from topotune.tracking.lines import LineWriter
 from topotune.tracking.progress import Progress, Refused
@@ -110,6 +111,15 @@ def read_spool(data: bytes, folder: Path) -> None:
         raise AssertionError("the record that was appended is not read")
 
 
+def read_record(data: bytes, folder: Path) -> None:
+    """A trial's own record of the study; a damaged one is as none."""
+    path = folder / "trials" / "0000" / TRIAL_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    for copy in read_copies(folder).values():
+        copy.to_payload()
+
+
 def read_small_files(data: bytes, folder: Path) -> None:
     """Identity, ledger and the shipper's files of a results folder."""
     root = folder / "demo"
@@ -140,7 +150,8 @@ def _named(data: bytes) -> tuple[Any, str, Any]:
 TARGETS: Mapping[str, tuple[Callable[[bytes, Path], None], float]] = {
     "search file": (read_search, 0.35),
     "exported config": (read_spec, 0.15),
-    "spool": (read_spool, 0.3),
+    "spool": (read_spool, 0.25),
+    "trial record": (read_record, 0.05),
     "results folder": (read_small_files, 0.2),
 }
 """Reader and its share of the inputs."""
@@ -212,8 +223,8 @@ def _peak_mb() -> float:
 def _maker(target: str, mutator: Mutator) -> Callable[[], bytes]:
     """Makes the next input of a target: a seed broken by bytes, or by structure."""
     pick = mutator.random.choice
-    if target == "spool":
-        payloads = spool_lines()
+    if target in ("spool", "trial record"):
+        payloads = spool_lines() if target == "spool" else [trial_record()]
         plain = spool(payloads)
 
         def make_spool() -> bytes:

@@ -64,6 +64,28 @@ def spool_lines() -> list[dict[str, Any]]:
     return [to_payload(Entry(0, body)) for body in bodies]
 
 
+def trial_record() -> dict[str, Any]:
+    """What a trial's own record of the study holds."""
+    return {
+        "number": 0,
+        "state": "COMPLETE",
+        "values": [0.9],
+        "params": {
+            "lr": [
+                '{"name": "FloatDistribution", "attributes": '
+                '{"step": null, "low": 0.0001, "high": 0.1, "log": true}}',
+                0.01,
+            ]
+        },
+        "curve": [[1, 0.5], [2, "nan"]],
+        "user": {"spec": {"task": "digits"}, "end": {"outcome": "COMPLETE"}},
+        "system": {"fixed_params": {"lr": 0.01}},
+        "start": "2026-01-01T00:00:00",
+        "complete": "2026-01-01T00:01:00",
+        "study": {"sampler": 1},
+    }
+
+
 def spool(payloads: Sequence[Any]) -> bytes:
     """Anything as lines of a spool whose length and checksum hold."""
     bodies = [json.dumps(payload, separators=(",", ":")).encode() for payload in payloads]

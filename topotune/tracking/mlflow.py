@@ -225,9 +225,17 @@ class MlflowStore:
             )
 
     def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
-        """Upload one file, replacing one of the same name."""
+        """Upload one file, replacing one of the same name.
+
+        An embedded store that came from elsewhere, or was moved, may name any folder of this
+        machine as its own; nothing is written there.
+        """
         client, _ = self._connect()
         with translated():
+            if self.artifacts is not None:
+                place = str(client.get_run(run_id).info.artifact_uri)
+                if ".." in place or not place.startswith(f"{self.artifacts.as_uri()}/"):
+                    raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
             client.log_artifact(run_id, str(path), folder or None)
 
     def terminate(self, run_id: str, status: str, end_ms: int) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from topotune.errors import SpoolError
+from topotune.errors import SpoolError, TopotuneError
 from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
 from topotune.tracking.progress import Progress, Refused
@@ -240,7 +240,7 @@ class Shipper:
                 continue
             self._turn = turn + index
             if time.monotonic() > self._deadline:
-                failure = failure or StoreOfflineError("out of time")
+                failure = failure or StoreOfflineError(self._last_error or "out of time")
                 break
             try:
                 self._ship(name)
@@ -267,6 +267,10 @@ class Shipper:
             taken = self._delivery.send(name, piece.entries, by_driver=name == DRIVER_SPOOL)
         except StoreRefusedError as error:  # a run could not be made: no single item's fault
             raise StoreOfflineError(str(error)) from None
+        except (TopotuneError, OSError):
+            raise
+        except Exception as error:  # it must not hold up the other spools either
+            raise StoreOfflineError(f"{type(error).__name__}: {error}") from error
         self._progress.advance(name, piece.last, piece.end, taken)
 
     @contextmanager
