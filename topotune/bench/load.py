@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
+from topotune.bench.console import wide_console
 from topotune.bench.faults.task import IMPORT_PATH
 from topotune.configfile import parse_search
 from topotune.records import TrialSummary
@@ -184,7 +184,7 @@ def _command(results: Path, *arguments: str) -> float:
 
 def print_report(load: Load) -> None:
     """The measurements as two tables."""
-    out = Console(highlight=False)
+    out = wide_console()
     marks = Table(
         title=f"The driver while {load.marks[-1].trials} trials run, {load.concurrency} at once; "
         f"memory grows by {load.growth_kb:.0f} KiB a trial",

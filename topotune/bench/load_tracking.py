@@ -16,7 +16,9 @@ from typing import TypeAlias
 
 import numpy as np
 import psutil
+from rich.table import Table
 
+from topotune.bench.console import wide_console
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
@@ -109,6 +111,36 @@ def run(
     with tempfile.TemporaryDirectory(prefix="topotune-load-") as folder:
         records.append(_trace(Path(folder), points))
     return records
+
+
+def print_records(records: Sequence[Record]) -> None:
+    """The records as two tables."""
+    out = wide_console()
+    ships = Table(title="Trials shipped into one parent run", title_justify="left")
+    for heading in (
+        *("trials", "items", "points stored", "s", "ms a trial", "last tenth / first"),
+        *("idle look, ms", "reconcile, s", "memory, MB"),
+    ):
+        ships.add_column(heading, justify="right")
+    traces = Table(title="A step trace, in seconds", title_justify="left")
+    for heading in ("steps", "file, MB", "write", "join", "plot", "upload"):
+        traces.add_column(heading, justify="right")
+    for one in records:
+        if isinstance(one, ShippingRecord):
+            ships.add_row(
+                *(str(one.children), str(one.items), f"{one.stored} of {one.recorded}"),
+                *(f"{one.seconds:.1f}", f"{1e3 * one.seconds_per_child:.0f}"),
+                *(f"{one.last_tenth:.2f}", f"{one.idle_ms:.1f}"),
+                *(f"{one.reconcile_seconds:.1f}", f"{one.memory_mb:.0f}"),
+            )
+        else:
+            traces.add_row(
+                *(str(one.points), f"{one.size_mb:.1f}", f"{one.write_seconds:.1f}"),
+                *(f"{one.join_seconds:.1f}", f"{one.plot_seconds:.1f}"),
+                f"{one.upload_seconds:.1f}",
+            )
+    out.print(ships)
+    out.print(traces)
 
 
 def _store(results: Path) -> MlflowStore:

@@ -169,3 +169,22 @@ def fuzz(
     broken = [failure.error for record in records for failure in record.failures]
     if broken:
         raise RunError(f"not an error of ours: {'; '.join(broken)}")
+
+
+@app.command()
+def tracking(
+    children: Annotated[
+        list[int] | None,
+        typer.Option(min=10, help="Trials of a search; may be repeated. Default 125, 250, 500."),
+    ] = None,
+    points: Annotated[int, typer.Option(min=1000, help="Step-trace points.")] = 1_000_000,
+    as_json: AsJson = False,
+) -> None:
+    """Ship many trials into one MLflow parent, and a very long step trace."""
+    from topotune.bench.load_tracking import CHILDREN, print_records, run
+
+    records = run(children or CHILDREN, points, lambda text: typer.echo(text, err=True))
+    if as_json:
+        print_json([dataclasses.asdict(record) for record in records])
+    else:
+        print_records(records)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from topotune.bench.console import wide_console
 from topotune.bench.faults.registry import named
 from topotune.bench.faults.scenario import BrokenPromiseError, Finding, Scenario
 from topotune.bench.faults.site import Site
@@ -83,8 +83,5 @@ def table(findings: Sequence[Finding]) -> Table:
 
 
 def print_table(findings: Sequence[Finding]) -> None:
-    """Print the matrix; wide where nobody looks, so that nothing is cut."""
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, markup=False, width=220)
-    out.print(table(findings))
+    """Print the matrix."""
+    wide_console().print(table(findings))
