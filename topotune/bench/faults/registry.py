@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from topotune.bench.faults.drivers import DRIVERS
+from topotune.bench.faults.nodes import NODES
 from topotune.bench.faults.numbers import NUMBERS
 from topotune.bench.faults.scenario import Scenario
 from topotune.bench.faults.signals import SIGNALS
 from topotune.bench.faults.workers import WORKERS
 from topotune.errors import UnknownNameError
 
-SCENARIOS: tuple[Scenario, ...] = (*DRIVERS, *WORKERS, *SIGNALS, *NUMBERS)
+SCENARIOS: tuple[Scenario, ...] = (*DRIVERS, *WORKERS, *NODES, *SIGNALS, *NUMBERS)
 
 
 def named(names: list[str] | None, slow: bool) -> list[Scenario]:
