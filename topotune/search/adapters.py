@@ -50,6 +50,17 @@ def charge(book: Book) -> None:
     guarded(book, lambda: book.ledger.tick(book.holding), None)
 
 
+def last_error(trial: Trial) -> str:
+    """Ray's words on why a trial's worker failed last; it keeps those of all failures in a file."""
+    if trial.error_file is None:
+        return ""
+    try:
+        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return text.rpartition("Failure # ")[2].partition("\n")[2]
+
+
 class NotStored:
     """Mixin for what lives in the driver only: Tune's pickle of its own set-up, which nothing
     ever reads, gets an empty object in its place."""
@@ -140,8 +151,7 @@ class StudyScheduler(NotStored, FIFOScheduler):
             guarded(self._book, lambda: self._died(number, trial), None)
 
     def _died(self, number: int, trial: Trial) -> None:
-        error = trial.get_pickled_error()
-        death = classify(error, take_note(self._folder(number)))
+        death = classify(last_error(trial), take_note(self._folder(number)))
         self._note(self._book.died(number, death))
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:

@@ -51,6 +51,19 @@ RETRIED = tuple(_DONE)
 """Causes that are no verdict on the trial: it is tried again within its budget."""
 
 
+# As Ray 2.60 words them. Its words on any death mention "the OOM killer" as a possible cause.
+_RAY_SAYS = (
+    (
+        re.compile(r"memory pressure|running low on memory|OutOfMemoryError"),
+        Death(Cause.OUT_OF_MEMORY, "Ray ended it because its node was nearly full"),
+    ),
+    (
+        re.compile(r"node has died|is unavailable: .*RPC error|preempted|NodeDiedError"),
+        Death(Cause.NODE, "the connection to it broke"),
+    ),
+)
+
+
 def restarts(budget: Budget, cause: Cause) -> int:
     """How often a trial may be restarted after deaths of this cause."""
     return {
@@ -81,15 +94,13 @@ def take_note(folder: Path) -> str:
     return text
 
 
-def classify(error: BaseException | None, note: str) -> Death:
+def classify(error: str, note: str) -> Death:
     """The cause of a worker's death.
 
     Args:
-        error: what Ray raised for it.
+        error: Ray's words.
         note: what its guard left in the crash file.
     """
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
-
     if note.startswith("Timeout ("):
         return Death(Cause.STALL, f"no progress for longer than limits.stall, hung{_where(note)}")
     if note == FROZEN_NOTE:
@@ -101,17 +112,11 @@ def classify(error: BaseException | None, note: str) -> Death:
         words = note.partition("\n")[0].removeprefix("Fatal Python error: ")
         name = next((n for start, n in _SIGNALS.items() if words.startswith(start)), words)
         return Death(Cause.CRASH, name + _where(note))
-    text = str(error)
-    if isinstance(error, RayTaskError):
-        return Death(Cause.ERROR, f"its worker failed: {_line(text.strip().splitlines()[-1])}")
-    if isinstance(error, OutOfMemoryError) or "memory pressure" in text or "OOM kill" in text:
-        return Death(Cause.OUT_OF_MEMORY, "Ray ended it because its node was nearly full")
-    if isinstance(error, NodeDiedError) or "its node has died" in text:
-        return Death(Cause.NODE, "Ray lost the connection to the node, or it was shut down")
-    if isinstance(error, RayActorError) and error.preempted:
-        return Death(Cause.NODE, "the node was taken away")
-    if isinstance(error, RayActorError) and error.actor_init_failed:
-        return Death(Cause.CRASH, f"it did not start: {_line(text.strip().splitlines()[-1])}")
+    for pattern, death in _RAY_SAYS:
+        if pattern.search(error):
+            return death
+    if "ray::" in error and "Traceback" not in error.partition("ray::")[0]:
+        return Death(Cause.ERROR, f"its worker failed: {_line(error.strip().splitlines()[-1])}")
     return Death(Cause.CRASH, "killed from outside, or by the system for its memory")
 
 

@@ -31,6 +31,10 @@ _RAY_ENVIRONMENT = {
 }
 
 
+def _ignore(*_: object, **__: object) -> None:
+    """Print nothing."""
+
+
 class RaySession:
     """A connection to Ray that is closed whatever happens.
 
@@ -64,7 +68,11 @@ class RaySession:
 
     def _connect(self) -> None:
         import ray
+        from ray._private import worker
 
+        # Ray prints what happened to its processes, hundreds of lines, whatever its settings say;
+        # what matters of it is in a trial's reason.
+        vars(worker)["print_to_stdstream"] = _ignore
         local = self._address == "local"
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
         self._sweeper.__enter__()

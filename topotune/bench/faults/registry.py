@@ -5,6 +5,7 @@ from __future__ import annotations
 from topotune.bench.faults.clocks import CLOCKS
 from topotune.bench.faults.disk import DISK
 from topotune.bench.faults.drivers import DRIVERS
+from topotune.bench.faults.nodes import NODES
 from topotune.bench.faults.numbers import NUMBERS
 from topotune.bench.faults.scenario import Scenario
 from topotune.bench.faults.signals import SIGNALS
@@ -15,6 +16,7 @@ from topotune.errors import UnknownNameError
 
 SCENARIOS: tuple[Scenario, ...] = (
     *WORKERS,
+    *NODES,
     *DRIVERS,
     *SIGNALS,
     *TRACKING,
