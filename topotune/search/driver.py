@@ -152,7 +152,7 @@ def _run(
     ledger = Ledger(folder.ledger, gpus or 1.0, lease.check)
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
-    recorder = Recorder(folder, config)
+    recorder = Recorder(folder, config, lease.check)
     before = store.rows(ledger.trials)
     retention = Retention(folder, config, before)
 

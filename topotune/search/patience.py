@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 LIMIT_SECONDS = 600.0
 """How long a running search waits for its study before it ends (resumable)."""
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.0
 """How long it still waits after the first Ctrl-C."""
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 5.0
 _SILENT_SECONDS = 1.0  # a lock this short is everyday business

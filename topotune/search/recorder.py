@@ -11,6 +11,7 @@ import queue
 import shutil
 import threading
 import time
+from collections.abc import Callable
 
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
@@ -55,10 +56,16 @@ class Recorder:
     Args:
         folder: the search's folder.
         config: the search.
+        fence: called before its thread writes; raises if another driver has taken the search over.
     """
 
-    def __init__(self, folder: SearchFolder, config: SearchConfig) -> None:
-        self._folder, self._config = folder, config
+    def __init__(
+        self,
+        folder: SearchFolder,
+        config: SearchConfig,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._folder, self._config, self._fence = folder, config, fence
         self._tracker = SearchTracker(folder.root)
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -176,6 +183,7 @@ class Recorder:
                 continue
             picture = joined.with_suffix(".png")
             plot(joined, picture, title)
+            self._fence()
             self._tracker.trial_artifact(row.number, joined)
             self._tracker.trial_artifact(row.number, picture)
             # Renamed first: a kill half-way through must not leave chunks that look like all.
@@ -185,6 +193,7 @@ class Recorder:
     def _renew(self, board: Leaderboard, final: bool) -> None:
         from topotune.results.plots import plot_curves, plot_history
 
+        self._fence()
         root = self._folder.root
         write_text(root / "leaderboard.json", board.to_json())
         write_text(root / "leaderboard.md", board.to_markdown())

@@ -59,6 +59,7 @@ def _fenced(site: Site) -> str:
         for name in ("ledger.json", "driver.spool.jsonl", "driver.lock", "search.json")
         if (path := site.search.root / name)
     }
+    time.sleep(3)  # another machine's would have watched for 30
     driver.send(signal.SIGCONT)
     text = " ".join(driver.finish(1, 60).split())
     expect("taken over by pid 41 on elsewhere" in text, f"not said: {text[-500:]}")

@@ -44,6 +44,23 @@ def _sqlite_locked(site: Site) -> str:
     return f"waited {OUTAGE_SECONDS:.0f} s and went on; {audit(site)}"
 
 
+def _locked_and_interrupted(site: Site) -> str:
+    driver = site.start("search", site.search_file())
+    site.reach(driver, 0, 1)
+    with closing(sqlite3.connect(site.results / NAME / "study.db", timeout=30)) as other:
+        other.isolation_level = None
+        other.execute("BEGIN EXCLUSIVE")
+        site.wait(lambda: _WAITS in driver.output(), 60, "the lock is not said", driver.output)
+        began = time.monotonic()
+        driver.send(signal.SIGINT)
+        driver.finish(130, 40)
+        took = time.monotonic() - began
+        site.all_gone()
+        other.execute("ROLLBACK")
+    site.run("resume", NAME)
+    return f"ended after {took:.0f} s; {audit(site)}"
+
+
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
     before = os.environ.get(name)
@@ -179,6 +196,13 @@ STUDY = (
         "waits with back-off, says so once, goes on",
         _sqlite_locked,
         60,
+    ),
+    Scenario(
+        "study-locked-interrupted",
+        "Ctrl-C while the SQLite study is locked by another process",
+        "ends within 20 s as an abort does, resumable",
+        _locked_and_interrupted,
+        45,
     ),
     Scenario(
         "study-postgresql-restarted",
