@@ -12,7 +12,7 @@ from topotune.search.session import RaySession
 from topotune.search.shipping import Shipping
 from topotune.search.view import Listener
 
-DRAIN_SECONDS = 8.0
+DRAIN_SECONDS = 6.0
 """How long trials may finish their epoch after the first Ctrl-C, before they are cut short. With
 what closing takes (records, Ray) the process is gone within 20 seconds."""
 TICK_SECONDS = 0.5

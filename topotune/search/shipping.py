@@ -16,7 +16,7 @@ from topotune.tracking.shipper import Reconciliation, Shipper
 from topotune.tracking.store import check_tracking_uri
 
 CLOSE_SECONDS = 60.0
-CLOSE_SECONDS_HURRY = 4.0
+CLOSE_SECONDS_HURRY = 3.0
 """With a store that cannot be reached, or a search that was told to stop: the spools keep all."""
 
 
