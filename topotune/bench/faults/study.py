@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -167,11 +168,12 @@ def _ledger_damaged(site: Site) -> str:
         _kill(driver)
         spent = site.status()["wall_seconds"]
         damage(site.search.ledger)
-        left = site.status()["wall_seconds"]
+        text = site.run("status", NAME, "--json")
+        expect("ledger is damaged" in text, f"not said: {text[:500]}")
+        left = json.loads(text[text.index("\n{") :])["wall_seconds"]
         expect(0 < left <= spent, f"wall time {left} s after the damage, {spent} s before")
         driver = site.start("resume", NAME)
-    text = driver.finish()
-    expect("ledger is damaged" in text, f"not said: {text[-800:]}")
+    driver.finish()
     return str(audit(site))
 
 
