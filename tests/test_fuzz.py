@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from topotune.bench.fuzz import TARGETS, run, try_one
-from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines
+from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
+from topotune.search.trialfile import read_copies
 from topotune.tracking.tails import read_all
 from topotune.yamlfile import MAX_BYTES
 
@@ -59,6 +60,14 @@ def test_only_our_errors_come_out() -> None:
 @pytest.mark.parametrize(("target", "data"), ONCE_FAILED, ids=lambda value: str(value)[:40])
 def test_what_once_failed_is_refused(target: str, data: bytes, tmp_path: Path) -> None:
     assert not try_one(target, data, tmp_path)
+
+
+def test_a_trial_record_that_once_failed_is_as_none(tmp_path: Path) -> None:
+    record = {**trial_record(), "values": [10**400]}
+    assert try_one("trial record", spool([record]), tmp_path)
+    assert read_copies(tmp_path) == {}
+    assert try_one("trial record", spool([trial_record()]), tmp_path)
+    assert list(read_copies(tmp_path)) == [0]
 
 
 def test_the_fuzzer_finds_a_reader_that_breaks(

@@ -30,7 +30,7 @@ from topotune.tracking.progress import Progress, Refused
 from topotune.tracking.tails import read_all
 
 SLOW = 5.0
-"""Seconds that no input may take."""
+"""CPU seconds that no input may take."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class FuzzRecord:
         target: the reader.
         inputs: how many inputs.
         refused: how many it refused with an error of ours; it took the others.
-        seconds: for all of them.
-        slowest: seconds of the slowest.
+        seconds: CPU seconds for all of them.
+        slowest: CPU seconds of the slowest.
         grown_mb: growth of the process's peak memory meanwhile, megabytes.
         failures: one input a distinct failure.
     """
@@ -65,7 +65,7 @@ class FuzzRecord:
 
     @property
     def inputs_per_second(self) -> float:
-        """Inputs a second."""
+        """Inputs a CPU second."""
         return self.inputs / self.seconds if self.seconds else 0.0
 
     def line(self) -> str:
@@ -195,7 +195,7 @@ def _fuzz(target: str, inputs: int, seed: int, folder: Path) -> FuzzRecord:
     peak = _peak_mb()
     for _ in range(inputs):
         data = make()
-        began = time.perf_counter()
+        began = time.thread_time()
         error = ""
         try:
             record.refused += not try_one(target, data, folder)
@@ -203,7 +203,7 @@ def _fuzz(target: str, inputs: int, seed: int, folder: Path) -> FuzzRecord:
             place = traceback.extract_tb(caught.__traceback__)[-1]
             error = f"{type(caught).__name__} at {Path(place.filename).name}:{place.lineno}"
             text = f"{error}: {str(caught)[:200]}"
-        seconds = time.perf_counter() - began
+        seconds = time.thread_time() - began
         if seconds > SLOW:
             error = text = f"took more than {SLOW:g} s"
         if error and error not in seen:

@@ -24,6 +24,10 @@ from topotune.tracking.lines import decode, encode
 
 TRIAL_FILE = "trial.jsonl"
 PREVIOUS_TRIAL_FILE = "trial.previous.jsonl"
+_UNREADABLE = (
+    *(OSError, SpoolError, KeyError, TypeError, ValueError, AttributeError, OverflowError),
+)
+"""What a damaged record can raise while it is taken apart."""
 _log = logging.getLogger(__name__)
 
 
@@ -118,6 +122,6 @@ def _read(path: Path) -> TrialCopy | None:
         return TrialCopy.from_payload(decode(path.read_bytes().removesuffix(b"\n")))
     except FileNotFoundError:
         return None
-    except (OSError, SpoolError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except _UNREADABLE as error:
         _log.warning("%s: damaged (%s); the one before is used", path, error)
         return None
