@@ -91,6 +91,7 @@ def test_searches_of_one_name_share_a_database(
     config = remembered_study(make_config(constraints={"overhead_vs_adam": {"max": 2.0}}))
     desks = [Desk(tmp_path / name, config) for name in ("a", "b")]
     for desk in desks:
+        assert SearchFolder.open(desk.folder.root.parent, "demo").config() == config
         desk.run()
         assert [row.number for row in desk.rows()] == list(range(6))
         assert {row.state for row in desk.rows()} == {"COMPLETE"}

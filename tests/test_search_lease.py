@@ -17,7 +17,9 @@ from topotune.search.lease import Lease, lease_holder
 def foreign(path: Path, token: str = "theirs", beat: int = 3) -> None:
     """What a driver on another machine writes."""
     holder = {"pid": 41, "host": "elsewhere", "machine": "m", "token": token, "beat": beat}
-    path.write_text(json.dumps(holder).ljust(511) + "\n")
+    partial = path.with_suffix(".new")
+    partial.write_text(json.dumps(holder).ljust(511) + "\n")
+    partial.replace(path)
 
 
 @pytest.fixture(autouse=True)

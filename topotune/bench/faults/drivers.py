@@ -24,7 +24,9 @@ def _second_driver(site: Site) -> str:
 def _foreign(site: Site, beat: int) -> None:
     """Write the lease as a driver on another machine would."""
     holder = {"pid": 41, "host": "elsewhere", "machine": "other", "token": "theirs", "beat": beat}
-    site.search.lock.write_text(json.dumps(holder).ljust(511) + "\n", encoding="utf-8")
+    # In one piece and in place, as the lease itself is written.
+    with site.search.lock.open("r+", encoding="utf-8") as file:
+        file.write(json.dumps(holder).ljust(511) + "\n")
 
 
 def _foreign_lease(site: Site) -> str:
