@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -396,3 +398,27 @@ def test_registering_a_model_makes_a_version_and_moves_the_alias(search: Search)
         register_model(search.store, run_id, [weights], "a/b' OR 1", "champion")
     with pytest.raises(TrackingError):
         register_model(search.store, run_id, [weights], name, "v1")
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.4])
+def test_a_process_killed_while_it_makes_the_database_leaves_nothing_that_blocks(
+    delay: float, tmp_path: Path
+) -> None:
+    code = (
+        "import sys, pathlib\n"
+        "from topotune.tracking.mlflow import MlflowStore\n"
+        "MlflowStore.embedded(pathlib.Path(sys.argv[1])).ping()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    partial = tmp_path / "mlflow" / "mlflow.db.partial"
+    deadline = time.monotonic() + 60
+    while not partial.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "mlflow" / "mlflow.db").exists()
+    MlflowStore.embedded(tmp_path).ping()
+    assert not partial.exists()

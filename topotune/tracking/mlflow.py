@@ -15,12 +15,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from topotune.errors import ResourceError, RunError, TopotuneError
+from topotune.errors import ResourceError, TopotuneError
 from topotune.redaction import redact
+from topotune.tracking.answers import classified, one_line, permanent
 from topotune.tracking.entries import Item
 from topotune.tracking.store import (
+    DATABASE_FILE,
     DEFAULT_EXPERIMENT,
     ROLE_TAG,
     SEARCH_TAG,
@@ -48,10 +50,6 @@ _SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
 }
 _SEARCH_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
-_STATUS = re.compile(r"failed with error code (\d{3})\b")
-_NETWORK = re.compile(
-    r"\[Errno -?\d+\] [^'\")]+|\w+ timed out[^'\")]*|too many \d+ error responses", re.IGNORECASE
-)
 _PAGE = 1000
 _import_lock = threading.Lock()
 
@@ -116,6 +114,8 @@ class MlflowStore:
                 folder = None if self._results_dir is None else self._results_dir / "mlflow"
                 try:
                     with creation_lock(folder) if folder else nullcontext(), translated():
+                        if folder is not None:
+                            _make_whole(folder / DATABASE_FILE)
                         self._connected = self._open()
                 except (ResourceError, StoreRefusedError, RunMissingError) as error:
                     # Nothing was refused for what it says: the store as a whole is not usable.
@@ -268,6 +268,21 @@ class MlflowStore:
         return self._connect()[0]
 
 
+def _make_whole(database: Path) -> None:
+    """Make an embedded database under another name first: a process that is killed meanwhile must
+    not leave half of its tables, which MLflow would refuse for ever."""
+    from mlflow.tracking import MlflowClient
+
+    if database.exists():
+        return
+    partial = database.with_name(f"{database.name}.partial")
+    for left in (partial, partial.with_name(f"{partial.name}-journal")):
+        left.unlink(missing_ok=True)
+    address = f"sqlite:///{partial}"
+    MlflowClient(address, registry_uri=address).search_experiments(max_results=1)
+    partial.replace(database)
+
+
 def _stored(run: Run) -> StoredRun:
     trial = run.data.tags.get(TRIAL_TAG, "")
     return StoredRun(
@@ -289,37 +304,11 @@ def translated() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise _classified(error) from None
+        raise classified(error) from None
     except TopotuneError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever its libraries raise, it comes out as ours
         response = getattr(error, "response", None)
-        if response is not None and _permanent(response.status_code):
-            raise StoreRefusedError(_one_line(error)) from None
-        raise StoreOfflineError(f"{type(error).__name__}: {_one_line(error)}") from None
-
-
-def _permanent(status: int) -> bool:
-    """Whether an HTTP status means that this content will never be taken.
-
-    A wrong password (401, 403) or address (404 without a record) concerns every record alike:
-    setting them all aside would lose a search, so that these wait like an outage.
-    """
-    return 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 429, 499)
-
-
-def _classified(error: Any) -> RunError:
-    text = _one_line(error)
-    status = int(error.get_http_status_code())
-    if (plain := _STATUS.search(str(error))) is not None:
-        status = int(plain[1])
-    if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-        return RunMissingError(text)
-    return StoreRefusedError(text) if _permanent(status) else StoreOfflineError(text)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if text.startswith("API request to") and (cause := _NETWORK.search(text)) is not None:
-        return f"no answer from the server: {cause[0].strip()}"
-    return redact(text)[:300] or type(error).__name__
+        if response is not None and permanent(response.status_code):
+            raise StoreRefusedError(one_line(error)) from None
+        raise StoreOfflineError(f"{type(error).__name__}: {one_line(error)}") from None

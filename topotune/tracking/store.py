@@ -14,6 +14,7 @@ from topotune.errors import ConfigError, ResourceError, RunError, TrackingError
 from topotune.redaction import redact
 from topotune.tracking.entries import Item
 
+DATABASE_FILE = "mlflow.db"
 DEFAULT_EXPERIMENT = "topotune"
 SEARCH_TAG = "topotune.search_id"
 TRIAL_TAG = "topotune.trial"
@@ -111,7 +112,7 @@ def embedded_store_uri(results_dir: Path) -> str:
         ConfigError: the path holds a ``?`` or ``%``, which mean something else in an address (and
             whose escapes not every SQLAlchemy undoes).
     """
-    path = results_dir.absolute() / "mlflow" / "mlflow.db"
+    path = results_dir.absolute() / "mlflow" / DATABASE_FILE
     if "?" in str(path) or "%" in str(path):
         raise ConfigError(
             f"results folder {results_dir}",
