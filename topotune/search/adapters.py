@@ -171,10 +171,13 @@ class Clock(NotStored, Callback):
 
     def __init__(self, book: Book, pulse: Pulse, stalls: Stalls) -> None:
         self._book, self._pulse, self._stalls = book, pulse, stalls
+        # Tune keeps every trial that ever was; these are the few that hold a device.
+        self._started: dict[int, Trial] = {}
 
     def _release(self, trial: Trial) -> None:
         charge(self._book)
         self._book.holding.discard(trial.config[NUMBER])
+        self._started.pop(trial.config[NUMBER], None)
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -182,6 +185,7 @@ class Clock(NotStored, Callback):
         """The trial holds its device from now on."""
         charge(self._book)
         self._book.holding.add(trial.config[NUMBER])
+        self._started[trial.config[NUMBER]] = trial
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -206,9 +210,9 @@ class Clock(NotStored, Callback):
         charge(self._book)
         guarded(self._book, self._pulse, None)
         working = {
-            trial.config[NUMBER]: trial
-            for trial in trials
-            if trial.status == Trial.RUNNING and trial.config[NUMBER] in self._book.holding
+            number: trial
+            for number, trial in self._started.items()
+            if trial.status == Trial.RUNNING and number in self._book.holding
         }
         guarded(self._book, lambda: self._stalls.look(working), None)
         if self._pulse.overdue():

@@ -102,6 +102,8 @@ class Site:
         self._started = 0
 
     def __enter__(self) -> Self:
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: commands inherit that
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.shared.mkdir(parents=True, exist_ok=True)
         return self
