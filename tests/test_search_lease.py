@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from topotune.errors import LeaseLostError, SearchFolderError
+from topotune.errors import LeaseLostError, ResourceError, SearchFolderError
 from topotune.search import lease as module
 from topotune.search.lease import Lease, lease_holder
 
@@ -107,3 +109,49 @@ def test_content_that_names_nobody_holds_nobody_up(content: str, tmp_path: Path)
     assert lease_holder(path) is None
     with Lease(path) as lease:
         lease.check(force=True)
+
+
+@pytest.mark.parametrize("left", ["empty", "missing", "unreadable"])
+def test_who_slept_through_a_whole_other_driver_has_lost_it(left: str, tmp_path: Path) -> None:
+    path = tmp_path / "driver.lock"
+    with Lease(path) as lease:
+        if left == "missing":
+            path.unlink()
+        else:
+            path.write_text("" if left == "empty" else "\x00" * 512)
+        time.sleep(0.3)  # longer than a look is trusted, and three beats
+        with pytest.raises(LeaseLostError, match="a driver that has ended since"):
+            lease.check()
+    assert not path.exists() or path.read_text().strip("\x00") == ""  # nothing was written back
+
+
+def test_a_beat_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "driver.lock"
+    failed = threading.Event()
+    with Lease(path):
+
+        def full(*_: object) -> None:
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            assert failed.wait(20)
+        before = json.loads(path.read_text())["beat"]
+        deadline = time.monotonic() + 20
+        while json.loads(path.read_text())["beat"] < before + 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_a_lease_that_cannot_be_written_is_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    lease = Lease(tmp_path / "driver.lock")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", exhausted)
+        with pytest.raises(ResourceError, match="cannot be written: Too many open files"):
+            lease._write()

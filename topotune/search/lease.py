@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -31,6 +32,7 @@ _FRESH_SECONDS = 1.0  # a look at the file that is younger than this is trusted
 _BYTES = 512  # the content's fixed length: a beat needs no new room on a full disk
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,14 @@ def this_machine() -> str:
 
 def _read(path: Path) -> Holder | None:
     """The holder in the file, opened anew so that a network file system looks; None for none."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError, ValueError):
+        return _parse(path.read_text(encoding="utf-8"))
+    return None
+
+
+def _parse(text: str) -> Holder | None:
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return Holder(**json.loads(text))
     return None
 
 
@@ -84,8 +92,8 @@ class Lease:
         self._file: IO[str] | None = None
         self._over = threading.Event()
         self._looked = 0.0
-        self._usurper: Holder | None = None
-        self._writing = threading.Lock()
+        self._lost = ""
+        self._writing = threading.RLock()  # a look never meets a beat that is half written
 
     def __enter__(self) -> Self:
         """Take the lease.
@@ -121,28 +129,42 @@ class Lease:
         with self._writing:
             file, self._file = self._file, None
             if file is not None:
-                with contextlib.suppress(OSError):
-                    if self._usurper is None and _read(self._path) == self._me:
-                        file.truncate(0)
-                    file.close()
+                with contextlib.suppress(OSError, LeaseLostError, ResourceError):
+                    self.check(force=True)
+                    file.truncate(0)  # holds nobody up, and tells who slept that it is not theirs
+                file.close()
 
     def check(self, force: bool = False) -> None:
         """Make sure that the lease is still ours; cheap enough to ask before every change.
 
+        It is ours only while the file says so: who took it over may have ended since, and have
+        left it empty.
+
         Raises:
             LeaseLostError: another driver took it while this process could not run.
+            ResourceError: the file cannot be read now, so nobody knows.
         """
-        now = _time_since_boot()
-        if self._usurper is None and (force or now - self._looked > _FRESH_SECONDS):
-            found = _read(self._path)
-            self._looked = now
-            if found is not None and found.token != self._me.token:
-                self._usurper = found
-        if self._usurper is not None:
+        with self._writing:
+            now = _time_since_boot()
+            if not self._lost and (force or now - self._looked > _FRESH_SECONDS):
+                try:
+                    text = self._path.read_text(encoding="utf-8", errors="replace")
+                except FileNotFoundError:
+                    text = ""
+                except OSError as error:
+                    raise ResourceError(
+                        f"{self._path}: cannot be read: {error.strerror}. Mend the disk, then "
+                        "resume"
+                    ) from error
+                self._looked = now
+                found = _parse(text)
+                if found is None or found.token != self._me.token:
+                    self._lost = str(found or "a driver that has ended since")
+        if self._lost:
             raise LeaseLostError(
-                f"{self._path.parent}: the search was taken over by {self._usurper} while this "
-                "process was suspended or cut off. It stops here and writes nothing more; the "
-                "other driver goes on"
+                f"{self._path.parent}: the search was taken over by {self._lost} while this "
+                "process was suspended or cut off. It stops here and writes nothing more; "
+                "'topotune status' shows how far the search is"
             )
 
     def _outlast(self, holder: Holder) -> None:
@@ -166,27 +188,29 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
-            with self._writing, contextlib.suppress(OSError):  # a full disk stops others first
+            with self._writing:
                 if self._file is None:
                     return
                 try:
                     self.check(force=True)
+                    self._me = replace(self._me, beat=self._me.beat + 1)
+                    self._write()
                 except LeaseLostError:
                     return  # whoever changes something next is told
-                self._me = replace(self._me, beat=self._me.beat + 1)
-                self._write()
+                except ResourceError as error:
+                    _log.warning("%s; the next beat tries again", error)
 
     def _write(self) -> None:
-        assert self._file is not None
         text = json.dumps(asdict(self._me)).ljust(_BYTES - 1) + "\n"
-        handle = os.open(self._path, os.O_WRONLY)
         try:
-            os.pwrite(handle, text.encode(), 0)
-            os.fsync(handle)
+            handle = os.open(self._path, os.O_WRONLY)
+            try:
+                os.pwrite(handle, text.encode(), 0)
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         except OSError as error:
             raise ResourceError(f"{self._path}: cannot be written: {error.strerror}") from error
-        finally:
-            os.close(handle)
 
 
 def lease_holder(path: Path) -> str | None:
