@@ -284,3 +284,33 @@ def test_a_grid_that_explodes_is_refused(tmp_path: Path) -> None:
     config: SearchConfig = make_config(space=space, sampler="grid")
     with pytest.raises(ConfigError, match="more than"):
         Desk(tmp_path, config)
+
+
+@pytest.mark.parametrize("spent", [False, True])
+def test_an_end_that_was_noted_and_not_told_is_settled_at_the_next_start(
+    spent: bool, tmp_path: Path
+) -> None:
+    config = make_config(budget={"trials": 2, "epochs": 1, "wall_clock": 5.0})
+    desk = Desk(tmp_path, config)
+    handout = handed(desk.book.next())
+    desk.book.progress(handout.number, Progress((report(handout.spec, 1),)))
+    desk.store._tell = interrupted  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyboardInterrupt):
+        desk.store.finish(0, Outcome.COMPLETE, "", {"val_accuracy": 0.5}, 1, 2.0)
+    desk.store.close()
+
+    again = Desk(tmp_path, config)
+    (row,) = again.rows()  # as the driver hands them to the recorder, the counts and the retention
+    assert (row.state, row.values, row.device_seconds) == ("COMPLETE", (0.5,), 2.0)
+    assert again.book.view("running").counts["COMPLETE"] == 1
+    if spent:
+        again.ledger.wall_seconds = 6.0
+        assert again.book.next() is Turn.END
+    else:
+        assert handed(again.book.next()).number == 1
+    assert again.rows()[0] == row
+
+
+def interrupted(*_: object) -> None:
+    """Ctrl-C."""
+    raise KeyboardInterrupt

@@ -89,10 +89,23 @@ class StudyStore:
         self._worst: list[float] | None = None
         for trial in frozen:
             self._learn(trial)
-        self._orphans = [t.number for t in frozen if t.state == TrialState.RUNNING]
         self._waiting = sum(t.state == TrialState.WAITING for t in frozen)
         self._started = len(frozen) - self._waiting
         self._trials: dict[int, Trial] = {}
+        self._orphans: list[int] = []
+        for trial in frozen:
+            if trial.state == TrialState.RUNNING and not self._settle(trial):
+                self._orphans.append(trial.number)
+
+    def _settle(self, trial: FrozenTrial) -> bool:
+        """End a trial whose driver died between the note of its end and the study's own; whether
+        it was such a one. Done first of all, so that it is among the rows that ended before."""
+        end = trial.user_attrs.get("end")
+        if end is None:
+            return False
+        self._fence()
+        self._tell(trial.number, Outcome(end["outcome"]), unpack_metrics(end["metrics"]))
+        return True
 
     def _enqueue(self) -> None:
         """Queue the warm-start points and the grid, once: a restart finds them there."""
@@ -120,13 +133,8 @@ class StudyStore:
             ConfigError: a resolved value has the wrong type for its block.
         """
         self._fence()
-        while self._orphans:
-            number = self._orphans.pop(0)
-            end = self._trial(number).user_attrs.get("end")
-            if end is None:
-                return self._adopt(number)
-            # Killed between the note of its end and the study's own: finish what was begun.
-            self._tell(number, Outcome(end["outcome"]), unpack_metrics(end["metrics"]))
+        if self._orphans:
+            return self._adopt(self._orphans.pop(0))
         if self.left == 0:
             return None
         self._study.sampler = make_sampler(self.config, self._started)
