@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
+import os
 import random
 from pathlib import Path
 
@@ -172,3 +174,34 @@ def test_generators_continue_where_they_were() -> None:
     _draws()
     restore_generators(states, CPU)
     assert _draws() == expected
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        *(OSError(number, os.strerror(number)) for number in (errno.EIO, errno.ESTALE)),
+        *(OSError(number, os.strerror(number)) for number in (errno.EACCES, errno.EMFILE)),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("place", [(Path, "read_bytes"), (torch, "load")], ids=["read", "decode"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
+    tmp_path: Path,
+    trouble: Exception,
+    place: tuple[object, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = _saved_twice(tmp_path)
+
+    def fails(*_: object, **__: object) -> None:
+        raise trouble
+
+    for load in (store.load, store.load_or_restart):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, fails)
+            with pytest.raises(CheckpointError, match="cannot be read now"):
+                load()
+    state = store.load_or_restart()
+    assert state is not None
+    assert state["epoch"] == 2

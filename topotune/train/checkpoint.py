@@ -75,7 +75,8 @@ class CheckpointStore:
         A damaged newest file is reported in the log and the previous one used.
 
         Raises:
-            CheckpointError: every file there is damaged, or it belongs to another spec.
+            CheckpointError: every file there is damaged, one cannot be read now though it may be
+                whole, or it belongs to another spec.
         """
         state, faults = self._newest_whole()
         if state is None and faults:
@@ -90,7 +91,7 @@ class CheckpointStore:
         loses time and nothing else. Reported in the log.
 
         Raises:
-            CheckpointError: it belongs to another spec.
+            CheckpointError: one cannot be read now, or it belongs to another spec.
         """
         state, faults = self._newest_whole()
         if state is None and faults:
@@ -134,13 +135,21 @@ class CheckpointStore:
             )
 
 
+def _unread(path: Path, error: Exception) -> CheckpointError:
+    """For a file that may be whole: starting over would write over it."""
+    return CheckpointError(
+        f"checkpoint {path}: cannot be read now: {error or type(error).__name__}. Nothing was "
+        "changed: mend the disk, the permission or the shortage, then resume"
+    )
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise _DamagedError(f"cannot be read: {error}") from error
+    except (OSError, MemoryError) as error:
+        raise _unread(path, error) from error
     header, payload = content[:_HEADER_BYTES], content[_HEADER_BYTES:]
     if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
         raise _DamagedError("does not begin like a checkpoint of this version")
@@ -149,6 +158,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything on what others have written
+        if isinstance(error, OSError | MemoryError) or "can't allocate memory" in str(error):
+            raise _unread(path, error) from error
         raise _DamagedError(f"its content cannot be decoded: {error}") from error
     if not isinstance(loaded, dict) or not all(
         isinstance(loaded.get(name), dict) for name in ("identity", "state")
