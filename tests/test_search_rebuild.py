@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tests.search_cases import Desk, accuracy, make_config, report
 from topotune.errors import SearchFolderError
-from topotune.records import EpochReport, TrialSpec
+from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.book import Progress
 from topotune.search.ledger import Ledger, read_ledger
 from topotune.search.patience import Patience
@@ -281,3 +281,32 @@ def test_a_ledger_of_an_older_version_is_read(tmp_path: Path) -> None:
     path.write_text('{"wall_seconds": 7.5, "trials": {"3": 2.5}}\n')
     assert read_ledger(path) == {"wall_seconds": 7.5, "trials": {3: 2.5}}
     assert Ledger(path, 1.0).device_seconds == 2.5
+
+
+def test_epochs_from_before_a_rebuild_are_not_judged_anew(tmp_path: Path) -> None:
+    config = make_config(budget={"trials": 9, "epochs": 4}, pruner="median")
+    desk = Desk(tmp_path, config, concurrency=2)
+    slow = desk.book.next()
+    assert isinstance(slow, Handout)
+    # Bad at first and the best at last: it stays, because it was early.
+    curve = [report(slow.spec, n, val_accuracy=v) for n, v in ((1, 0.01), (2, 0.02), (3, 2.0))]
+    for one in curve:
+        assert desk.book.progress(slow.number, Progress((one,)))
+    for _ in range(6):
+        turn = desk.book.next()
+        assert isinstance(turn, Handout)
+        desk.train(turn)
+    desk.store.close()
+    study_file(desk).unlink()
+
+    again = Desk(tmp_path, config)
+    orphan = again.book.next()
+    assert isinstance(orphan, Handout)
+    assert orphan.number == slow.number
+    assert again.book.progress(orphan.number, Progress(tuple(curve)))
+    last = report(orphan.spec, 4)
+    again.book.progress(orphan.number, Progress((last,), outcome=Outcome.COMPLETE))
+    row = again.book.end(orphan.number)
+    assert row is not None
+    assert row.state == "COMPLETE"
+    assert set(row.curve) == {1, 2, 3, 4}

@@ -162,7 +162,10 @@ class Book:
         live = self.live[number]
         for report in progress.reports:
             if report.epoch > live.epoch and live.verdict is None:
-                self._take(number, live, report, progress.metrics)
+                # A restarted worker gives all its epochs at once, and a study that was rebuilt
+                # knows none of them: the trials that came since must not judge the old ones.
+                judged = report is progress.reports[-1]
+                self._take(number, live, report, progress.metrics, judged)
         live.metrics.update(progress.metrics)
         if progress.stop:
             self.fatal = self.fatal or RunError(f"trial {number}: {progress.stop}")
@@ -179,7 +182,12 @@ class Book:
         return True
 
     def _take(
-        self, number: int, live: _Live, report: EpochReport, extra: Mapping[str, float]
+        self,
+        number: int,
+        live: _Live,
+        report: EpochReport,
+        extra: Mapping[str, float],
+        judged: bool,
     ) -> None:
         live.epoch = report.epoch
         live.metrics.update(report.metrics)
@@ -202,7 +210,7 @@ class Book:
                 return
         live.value = live.metrics[self.config.objective[0].metric]
         known = self.store.report(number, report)
-        if known:
+        if known or not judged:
             return  # judged when it was new; the study has moved on since
         if report.epoch < live.spec.epochs and self.store.should_prune(number):
             reason = f"{self.config.pruner.name} after epoch {report.epoch} of {live.spec.epochs}"
