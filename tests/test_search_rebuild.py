@@ -310,3 +310,51 @@ def test_epochs_from_before_a_rebuild_are_not_judged_anew(tmp_path: Path) -> Non
     assert row is not None
     assert row.state == "COMPLETE"
     assert set(row.curve) == {1, 2, 3, 4}
+
+
+def test_a_lost_trials_folder_is_moved_aside_whole(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    for number in (2, 5):  # in the midst, and the newest
+        home = desk.folder.trial(number)
+        (home / TRIAL_FILE).unlink()
+        (home / PREVIOUS_TRIAL_FILE).unlink()
+        (home / "spool.jsonl").write_text("old")
+    study_file(desk).unlink()
+    store, notes = reopened(desk)
+    assert sum("runs again from its beginning" in note for note in notes) == 2
+    for number in (2, 5):
+        assert not desk.folder.trial(number).exists()
+        aside = desk.folder.root / "trials.lost" / f"{number:04d}-1"
+        assert (aside / "spool.jsonl").read_text() == "old"
+    store.close()
+    again = Desk(tmp_path, desk.config)
+    again.run()
+    assert [row.state for row in again.rows()] == ["COMPLETE"] * 6
+
+
+@pytest.mark.parametrize("lost", [(1,), (0, 3), (5,)], ids=str)
+@pytest.mark.parametrize("kind", ["grid", "warm start"])
+def test_queued_points_run_once_each_though_records_are_lost(
+    lost: tuple[int, ...], kind: str, tmp_path: Path
+) -> None:
+    if kind == "grid":
+        space = {"lr": {"type": "categorical", "choices": [n / 1000 for n in range(1, 10)]}}
+        config = make_config(sampler="grid", space=space, budget={"trials": 100, "epochs": 1})
+    else:
+        points = [{"lr": n / 1000} for n in range(1, 10)]
+        config = make_config(warm_start=points, budget={"trials": 9, "epochs": 1})
+    desk = Desk(tmp_path, config)
+    for _ in range(6):
+        turn = desk.book.next()
+        assert isinstance(turn, Handout)
+        desk.train(turn)
+    desk.store.close()
+    for number in lost:
+        shutil.rmtree(desk.folder.trial(number))
+    study_file(desk).unlink()
+    again = Desk(tmp_path, config)
+    again.run()
+    values = [row.params["lr"] for row in again.rows()]
+    assert sorted(map(str, values)) == [str(n / 1000) for n in range(1, 10)]

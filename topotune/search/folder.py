@@ -10,6 +10,7 @@
       driver.lock        held by the one process that drives the search
       driver.spool.jsonl what the driver records for MLflow
       trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
+      trials.lost/       folders of trials whose records were lost before a rebuild
 """
 
 from __future__ import annotations

@@ -11,13 +11,17 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from topotune.config import SearchConfig
-from topotune.errors import SearchFolderError
+from topotune.errors import ResourceError, SearchFolderError
+from topotune.files import make_folder
 from topotune.search.address import study_name
 from topotune.search.folder import SearchFolder
 from topotune.search.patience import Patience, explained
+from topotune.search.space import queued_points
 from topotune.search.storage import PatientStorage, open_storage
 from topotune.search.trialfile import TrialCopy, read_copies, write_copy
-from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+
+LOST_FOLDER = "trials.lost"
+"""Where the folders of trials go whose records are lost."""
 
 
 def whole_storage(folder: SearchFolder, config: SearchConfig, patience: Patience) -> PatientStorage:
@@ -162,13 +166,39 @@ def _build(
     for number, copy in copies.items():
         if _rank(copy.trial) >= _rank(best.get(number)):
             best[number] = copy.trial
+    _set_aside(folder, {number for number, trial in best.items() if _begun(trial)}, storage)
+    points = queued_points(config)
     for number in range(max(best, default=-1) + 1):
         if number not in best:
-            # Its record is gone: it runs again, with values of its own and from its beginning.
-            for name in (CHECKPOINT_FILE, PREVIOUS_FILE):
-                (folder.trial(number) / name).unlink(missing_ok=True)
-            best[number] = optuna.trial.create_trial(state=TrialState.RUNNING)
+            # Its record is gone: it runs again, from its beginning; a queued point as it was.
+            fixed = {"fixed_params": points[number]} if number < len(points) else {}
+            best[number] = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=fixed)
         study.add_trial(best[number])
     newest = copies[max(copies)].study if copies else {}
     for key, value in newest.items():
         storage.set_study_system_attr(study._study_id, key, value)
+
+
+def _set_aside(folder: SearchFolder, known: set[int], storage: PatientStorage) -> None:
+    """Move away the folders of trials of which neither the study nor a record knows anything.
+
+    Such a number runs again, perhaps with other values: nothing of the two may be mixed.
+    """
+    trials, lost = folder.root / "trials", folder.root / LOST_FOLDER
+    names = {folder.trial(number).name for number in known}
+    for home in sorted(trials.glob("[0-9]*")):
+        if home.name in names:
+            continue
+        index = 1
+        while (aside := lost / f"{home.name}-{index}").exists():
+            index += 1
+        make_folder(lost)
+        try:
+            home.rename(aside)
+        except OSError as error:
+            raise ResourceError(f"{home}: cannot be moved to {aside}: {error.strerror}") from error
+        storage.patience.note(
+            f"warning: trial {home.name}: its record is lost, so its number runs again from its "
+            f"beginning; its old folder is {LOST_FOLDER}/{aside.name}. MLflow keeps what it has "
+            "of the old trial and refuses what contradicts it"
+        )

@@ -59,6 +59,17 @@ def grid(config: SearchConfig) -> list[dict[str, Value]]:
     return points
 
 
+def queued_points(config: SearchConfig) -> list[dict[str, Value]]:
+    """The points that come before the sampler's: point N is trial N's.
+
+    Raises:
+        ConfigError: as :func:`grid`.
+    """
+    if config.sampler.name == "grid":
+        return grid(config)[: config.budget.trials]
+    return [dict(point) for point in config.warm_start]
+
+
 def _axis(param: Param) -> list[Value]:
     if isinstance(param, CategoricalParam):
         return list(param.choices)

@@ -36,7 +36,7 @@ from topotune.search.patience import Patience
 from topotune.search.rebuild import whole_storage
 from topotune.search.rows import FINISHED, summarise
 from topotune.search.samplers import make_pruner, make_sampler
-from topotune.search.space import grid, resolve, suggest
+from topotune.search.space import queued_points, resolve, suggest
 from topotune.search.trialfile import TrialCopy, write_copy
 
 
@@ -109,13 +109,9 @@ class StudyStore:
 
     def _enqueue(self) -> None:
         """Queue the warm-start points and the grid, once: a restart finds them there."""
-        points: list[dict[str, Any]] = [dict(point) for point in self.config.warm_start]
-        if self.config.sampler.name == "grid":
-            points = [dict(point) for point in grid(self.config)[: self.config.budget.trials]]
         # Optuna's own check for repeats takes close numbers for equal and reads all trials anew
         # for every point. The points are queued first and in order, so counting is enough.
-        queued = sum("fixed_params" in t.system_attrs for t in self._study.get_trials(False))
-        for point in points[queued:]:
+        for point in queued_points(self.config)[len(self._study.get_trials(False)) :]:
             self._study.enqueue_trial(point)
 
     @property
