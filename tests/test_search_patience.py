@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from tests.search_cases import Desk, make_config
 from topotune.errors import ResourceError
 from topotune.search import patience as module
+from topotune.search.ledger import MAX_GAP, Ledger
 from topotune.search.patience import Patience, StudyAwayError, absence
 from topotune.search.storage import open_storage
 from topotune.search.study import Handout
@@ -171,3 +172,23 @@ def test_storage_methods_are_all_patient(tmp_path: Path) -> None:
     assert overridden - heartbeat - {"get_best_trial"} <= set(vars(type(storage)))
     assert storage.get_all_trials(1, states=(TrialState.RUNNING,)) == []
     storage.close()
+
+
+def test_devices_are_charged_while_the_study_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    ledger = Ledger(tmp_path / "ledger.json", 1.0)
+    patience = Patience("here")
+    patience.waiting = lambda: ledger.tick([3])
+
+    def away() -> None:
+        if clock[0] < 1000.0 + 10 * MAX_GAP - 30:
+            raise StudyAwayError("does not answer")
+
+    patience(away)
+    ledger.tick([3])
+    assert ledger.trials == {3: pytest.approx(clock[0] - 1000.0)}
+    assert ledger.device_seconds > 9 * MAX_GAP

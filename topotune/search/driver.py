@@ -164,6 +164,7 @@ def _run(
     book = Book(config, store, ledger, concurrency, ended, before)
     interrupts.drain(book)
     patience.stopping = lambda: book.stopping
+    patience.waiting = lambda: ledger.tick(book.holding)  # workers hold their devices meanwhile
     with Shipping(folder, config, listener) as shipping:
         recorder.start(
             {

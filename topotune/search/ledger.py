@@ -19,7 +19,11 @@ _log = logging.getLogger(__name__)
 
 SAVE_EVERY = 1.0
 MAX_GAP = 60.0
-"""A longer pause between two ticks is a suspended machine, not work; it is charged as this."""
+"""A longer pause between two ticks is a driver that was stopped, not work; it is charged as this.
+
+A machine's sleep is not charged at all: the monotonic clock stands still in it. Whoever waits for
+long with workers running ticks meanwhile (see Patience).
+"""
 
 
 _UNREADABLE = (

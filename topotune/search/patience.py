@@ -102,6 +102,7 @@ class Patience:
     Attributes:
         stopping: asked while waiting: whether the search should end. It then waits for
             ``GRACE_SECONDS`` more and aborts, as a second Ctrl-C would: nothing can be saved.
+        waiting: called every few seconds while waiting: what must go on, as workers do.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Patience:
     ) -> None:
         self.place, self.note, self.limit = place, note, limit
         self.stopping: Callable[[], object] = lambda: False
+        self.waiting: Callable[[], object] = lambda: None
 
     def __call__(self, call: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """The call's value, as soon as the database gives it.
@@ -154,6 +156,7 @@ class Patience:
                     raise KeyboardInterrupt(f"stopped while the study database {away}")
                 delay = _FIRST_DELAY
             call = again or call
+            self.waiting()
             time.sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
 
