@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import gzip
 import io
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +25,8 @@ import yaml
 from topotune.bench.faults.proxy import Proxy
 from topotune.configfile import parse_search
 from topotune.errors import ConfigError
-from topotune.redaction import names_secret, redact
+from topotune.redaction import address_with_secret, names_secret, redact
+from topotune.search.folder import SearchFolder
 from topotune.tracking.store import check_tracking_uri
 
 ROOT = Path(__file__).parent.parent
@@ -167,10 +171,45 @@ def test_a_search_file_holds_no_secret(changes: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"tokens": 16, "token": 3}, {"tokenizer": "bpe"}, {"keys": "wasd"}]
+    "changes",
+    [
+        *[
+            {"task": {"name": "a:B", "options": options}}
+            for options in (
+                {"tokens": 16, "token": 3, "num_tokens": 8, "key_dim": 2},
+                {"tokenizer": "bpe", "keys": "wasd", "pad_token": "[PAD]", "filter": "low_pass"},
+                {"password": ""},
+            )
+        ],
+        {"fixed": {"model.token_mixer": "mlp", "model.cls_token": "mean", "lr": 0.1}},
+        {"space": {"model.token_dropout": {"type": "float", "low": 0.0, "high": 0.5}}},
+        {"space": {"model.token": {"type": "categorical", "choices": ["cls", "mean"]}}},
+        *[
+            {"description": f"see {text}"}
+            for text in (
+                "https://medium.com/@jane/post",
+                "git+https://github.com/o/r@main",
+                "https://host:5000/@jane and ssh://git@host/r",
+                "http://x and 3:1@lr, token=mean",
+            )
+        ],
+    ],
+    ids=str,
 )
-def test_what_only_sounds_like_a_secret_is_taken(options: dict[str, object]) -> None:
-    parse_search({**SEARCH, "task": {"name": "a:B", "options": options}}, "a.yaml", {})
+def test_what_only_sounds_like_a_secret_is_taken(changes: dict[str, Any]) -> None:
+    space = {"task.fault": {"type": "categorical", "choices": ["", "raise"]}}
+    search = {**SEARCH, **changes, "space": {**space, **changes.get("space", {})}}
+    parse_search(search, "a.yaml", {})
+
+
+def test_a_search_that_exists_goes_on_whatever_it_holds(tmp_path: Path) -> None:
+    folder = SearchFolder.create(tmp_path, parse_search(SEARCH, "a.yaml", {}), "")
+    identity = folder.identity()
+    identity["config"]["description"] = f"see http://me:{FILE}@host"
+    folder.meta.write_text(json.dumps(identity), encoding="utf-8")
+    config = SearchFolder.open(tmp_path, "leaky").config()
+    assert FILE in config.description
+    assert config.with_budget(trials=9).budget.trials == 9
 
 
 @pytest.mark.parametrize("uri", [f"me:{BAD}@host", f"htp://me:{BAD}@host", f"//me:{BAD}@[host"])
@@ -181,15 +220,78 @@ def test_an_address_that_is_none_is_quoted_without_its_secret(uri: str) -> None:
 
 
 def test_secrets_of_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DB_URL", "mysql://u:p%40ss-word@h/d?api_key=kkkkkkk")
+    monkeypatch.setenv("DB_URL", "mysql://u:p%40ss-word@h/d?api_key=kkkkkkkk")
     monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
     monkeypatch.setenv("HF_TOKEN", "short")
     monkeypatch.setenv("PWD", "/home/someone")
-    text = "p@ss-word p%40ss-word kkkkkkk abcdefgh short /home/someone"
+    text = "p@ss-word p%40ss-word kkkkkkkk abcdefgh short /home/someone"
     assert redact(text) == "*** *** *** *** short /home/someone"
-    assert redact("Authorization: Basic bWU6eA==aa and Bearer abc.def.ghi") == (
-        "Authorization: Basic *** and Bearer ***"
-    )
+
+
+def test_what_the_environment_holds_besides_secrets_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN_BUDGET", "100000000")
+    monkeypatch.setenv("OTHER_TOKEN", "123456789")
+    monkeypatch.setenv("PASSWORD_STORE_DIR", "/home/someone")
+    monkeypatch.setenv("SIGNING_SECRET", str(tmp_path))
+    monkeypatch.setenv("PGPASSWORD", "optimize")
+    text = f"100000000 123456789 /home/someone/x {tmp_path}/x optimizer"
+    assert redact(text) == text
+    assert redact("'optimize',optimize_it") == "'***',***_it"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A basic comparison of optimizers",
+        "Bearer authentication",
+        "a basic hyperparametrisation",
+        "tokens 3:1@lr and Adam:ring@home, lr:0.00001@epoch",
+        "https://medium.com/@jane/post and https://host:5000/@jane",
+        "git+https://github.com/o/r@main, git@github.com:o/r",
+        "pad_token=[PAD] tokens=3 low_pass=0.25",
+    ],
+)
+def test_text_that_holds_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Authorization: Basic bWU6eA==aa", "Authorization: Basic ***"),
+        ("{'Authorization': 'Bearer abcdefgh'}", "{'Authorization': 'Bearer ***'}"),
+        ("sent Bearer abc.def.ghi.jkl.m0 twice", "sent Bearer *** twice"),
+        ("http://a/b,http://u:p/w@x@h/p", "http://a/b,http://***@h/p"),
+        ("(http://u:12345@h) ssh://key@h/x", "(http://***@h) ssh://***@h/x"),
+        ("uri=me:pass-word@host:5000", "uri=***@host:5000"),
+        (
+            "http://h/?a=http://x&hf_token=t&b=1 sig=s",
+            "http://h/?a=http://x&hf_token=***&b=1 sig=***",
+        ),
+    ],
+)
+def test_secrets_in_a_text_are_hidden(text: str, shown: str) -> None:
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize("tail", ["", "@", " @a", "@@"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *["-", "/", "//a:", "a:", ",a:b", "password=", "a=", "token=x ", "basic ", "@", "://"],
+        *["Authorization:", "://a:1", "a@", "//@", "Bearer aaaaaaaaaaaaaaaaaaaa", "aB", " "],
+        *["pwd1", "_", "?a=&"],
+    ],
+)
+def test_a_large_hostile_text_takes_little_time(unit: str, tail: str) -> None:
+    text = "://" + unit * (200_000 // len(unit)) + tail
+    began = time.process_time()
+    redact(text)
+    address_with_secret(text)
+    names_secret(text)
+    assert time.process_time() - began < 3  # of a quadratic pattern: minutes
 
 
 @pytest.mark.parametrize(
@@ -197,7 +299,15 @@ def test_secrets_of_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -
     [
         *[(name, True) for name in ("password", "DB_PASSWORD", "dbPassword", "api-key", "token")],
         *[(name, True) for name in ("aws_secret_access_key", "auth_token", "task.api_key")],
+        *[(name, True) for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY")],
+        *[(name, True) for name in ("PGPASSWORD", "DBPASSWORD", "MYSQL_PWD", "db_pass")],
+        *[(name, True) for name in ("MLFLOW_TRACKING_TOKEN", "RAY_AUTH_TOKEN", "GITHUB_TOKEN")],
+        *[(name, True) for name in ("OPENAI_API_KEY", "NGROK_AUTHTOKEN", "DB_PASSWORD_2")],
+        *[(name, True) for name in ("AWS_ACCESS_KEY_ID", "SENTRY_DSN", "MLFLOW_TRACKING_PASSWORD")],
         *[(name, False) for name in ("tokens", "key", "tokenizer", "passes", "secretary", "lr")],
+        *[(name, False) for name in ("PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "TOKEN_BUDGET")],
+        *[(name, False) for name in ("PASSWORD_STORE_DIR", "SSH_AUTH_SOCK", "KEYBOARD")],
+        *[(name, False) for name in ("model.token_mixer", "num_tokens", "key_dim", "compass")],
     ],
 )
 def test_names_of_secrets(name: str, secret: bool) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from topotune.errors import TrackingError
 from topotune.records import EpochReport, Outcome
-from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.mlflow import MlflowStore, _is_inside
 from topotune.tracking.registry import register_model
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.spool import SearchTracker, SpoolTracker
@@ -362,6 +362,39 @@ def test_a_spool_that_was_replaced_is_sent_from_its_start(search: Search) -> Non
     )
 
 
+def test_an_artifact_lands_however_the_results_folder_is_named(
+    results_dir: Path, store: MlflowStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own name, a link and a path with ``..``, each made and used by any of the three."""
+    link = tmp_path / "link"
+    link.symlink_to(results_dir)
+    monkeypatch.chdir(tmp_path)
+    relative = Path("..", tmp_path.name, "link")
+    file = tmp_path / "note.txt"
+    file.write_text("kept", encoding="utf-8")
+    names = (results_dir, link, relative)
+    for index, maker in enumerate(names):
+        experiment = f"made as {index}"  # its artifacts' address is stored as the maker names it
+        run_id = MlflowStore.embedded(maker, experiment).create_run(
+            NewRun(uuid.uuid4().hex, None, "a", 1)
+        )
+        for user in names:
+            used = MlflowStore.embedded(user, experiment)
+            used.log_artifact(run_id, file, f"from {names.index(user)}")
+        assert len(store.client().list_artifacts(run_id)) == 3
+
+
+@pytest.mark.parametrize("tail", ["", "/../x", "/%2e%2e/x", "/link/x", "x/y"])
+def test_an_artifact_address_outside_is_told_from_one_inside(tail: str, tmp_path: Path) -> None:
+    folder = tmp_path / "artifacts"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    assert _is_inside(f"{folder.as_uri()}/7/artifacts", folder)
+    assert not _is_inside(f"{folder.as_uri()}{tail}", folder)
+    assert not _is_inside(f"{folder}/7", folder)  # no address
+    assert not _is_inside(f"ftp://{folder}/7", folder)
+
+
 def test_a_missing_point_is_found_by_reconciliation(search: Search, results_dir: Path) -> None:
     small_search(search)
     shipper = search.shipper()
@@ -406,7 +439,7 @@ def test_a_process_killed_while_it_makes_the_database_leaves_nothing_that_blocks
 ) -> None:
     code = (
         "import sys, pathlib\n"
-        "from topotune.tracking.mlflow import MlflowStore\n"
+        "from topotune.tracking.mlflow import MlflowStore, _is_inside\n"
         "MlflowStore.embedded(pathlib.Path(sys.argv[1])).ping()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])

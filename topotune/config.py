@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from topotune.config_budget import Budget, Limits
 from topotune.config_space import Frozen, Param, Scalar
@@ -190,6 +190,11 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
+SAVED = "saved"
+"""Validation context of a search that exists: a secret in it is kept already, and refusing it
+would only stop the search."""
+
+
 class SearchConfig(Frozen):
     """A search file.
 
@@ -257,17 +262,19 @@ class SearchConfig(Frozen):
         return data
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        from topotune.config_rules import check_search
+    def _consistent(self, info: ValidationInfo) -> Self:
+        from topotune.config_rules import check_search, check_secrets
 
         check_search(self)
+        if info.context != SAVED:
+            check_secrets(self)
         return self
 
     def with_budget(self, **changes: object) -> SearchConfig:
         """A copy whose budget differs, validated again."""
         data = self.model_dump()
         data["budget"].update(changes)
-        return SearchConfig.model_validate(data)
+        return SearchConfig.model_validate(data, context=SAVED)
 
 
 def json_schema() -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from topotune.errors import did_you_mean
 from topotune.records import Value
-from topotune.redaction import names_secret, redact_addresses
+from topotune.redaction import address_with_secret, names_secret
 
 if TYPE_CHECKING:
     from topotune.config import SearchConfig
@@ -32,7 +32,6 @@ def check_search(config: SearchConfig) -> None:
         RuleError: the first broken rule.
     """
     _check_names(config)
-    _check_secrets(config)
     for name in config.fixed:
         if name in config.space and not config.space[name].when:
             raise RuleError(
@@ -58,15 +57,18 @@ def check_search(config: SearchConfig) -> None:
     _check_pruner(config)
 
 
-def _check_secrets(config: SearchConfig) -> None:
-    """Nothing in a search file may be a secret: it is kept, uploaded and shown."""
+def check_secrets(config: SearchConfig) -> None:
+    """Nothing in a search file may be a secret: it is kept, uploaded and shown.
+
+    Raises:
+        RuleError: a text looks like one.
+    """
     # The study's address has a rule of its own, which allows a user's name.
     for place, value in _texts(config.model_dump(exclude={"study"}), ()):
-        address = "://" in value and redact_addresses(value) != value
-        named = place[0] in ("task", "model", "fixed", "space") and any(
-            isinstance(key, str) and names_secret(key) for key in place
-        )
-        if address or named:
+        names = [key for key in place if isinstance(key, str)]
+        # What is searched is no secret, whatever its name.
+        named = place[0] in ("task", "model", "fixed") and names_secret(names[-1])
+        if value and (named or address_with_secret(value)):
             raise RuleError(
                 place,
                 "looks like a secret, and a search file is kept, uploaded and shown. Put it into "

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from topotune.config import SearchConfig
+from topotune.config import SAVED, SearchConfig
 from topotune.config_rules import RuleError
 from topotune.errors import ConfigError, did_you_mean
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec
@@ -30,8 +30,15 @@ def load_search(path: Path) -> SearchConfig:
     return parse_search(data, str(path), lines)
 
 
-def parse_search(data: object, source: str, lines: Lines) -> SearchConfig:
-    """A search config from plain data; errors name ``source`` and the line."""
+def parse_search(data: object, source: str, lines: Lines, *, saved: bool = False) -> SearchConfig:
+    """A search config from plain data; errors name ``source`` and the line.
+
+    Args:
+        data: a mapping of plain data.
+        source: where it was read.
+        lines: the line of each key.
+        saved: it is of a search that exists, where a secret is no longer refused.
+    """
     if not isinstance(data, dict):
         raise ConfigError(
             source,
@@ -39,7 +46,7 @@ def parse_search(data: object, source: str, lines: Lines) -> SearchConfig:
             "'topotune schema' prints what it may hold",
         )
     try:
-        return SearchConfig.model_validate(data)
+        return SearchConfig.model_validate(data, context=SAVED if saved else None)
     except ValidationError as error:
         raise _translate(error, source, lines, data, _search_schema()) from None
 

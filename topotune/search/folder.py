@@ -186,7 +186,7 @@ class SearchFolder:
     def config(self) -> SearchConfig:
         """The validated config as the search runs it now."""
         try:
-            return parse_search(self.identity()["config"], str(self.meta), {})
+            return parse_search(self.identity()["config"], str(self.meta), {}, saved=True)
         except ConfigError as error:
             raise SearchFolderError(
                 f"{error}. Another version wrote it, or it was edited"

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from topotune.errors import ResourceError, TopotuneError
 from topotune.redaction import redact
@@ -234,7 +236,7 @@ class MlflowStore:
         with translated():
             if self.artifacts is not None:
                 place = str(client.get_run(run_id).info.artifact_uri)
-                if ".." in place or not place.startswith(f"{self.artifacts.as_uri()}/"):
+                if not _is_inside(place, self.artifacts):
                     raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
             client.log_artifact(run_id, str(path), folder or None)
 
@@ -266,6 +268,14 @@ class MlflowStore:
     def client(self) -> MlflowClient:
         """MLflow's own client, connected."""
         return self._connect()[0]
+
+
+def _is_inside(uri: str, folder: Path) -> bool:
+    """Whether a ``file:`` address lies below a folder, each by its real path: either may have been
+    written down through a link or with ``..`` in it."""
+    parts = urlsplit(uri)
+    real = Path(os.path.realpath(url2pathname(parts.path)))
+    return parts.scheme == "file" and Path(os.path.realpath(folder)) in real.parents
 
 
 def _make_whole(database: Path) -> None:
