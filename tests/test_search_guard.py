@@ -96,14 +96,15 @@ def test_a_worker_whose_sign_of_life_is_not_to_be_seen_is_not_judged(
 def test_a_worker_suspended_with_its_machine_goes_on(tmp_path: Path) -> None:
     body = """
     with guard.watching():
-        for step in range(20):
+        for step in range(6):
             Path(sys.argv[1], f"step-{step}").touch()
-            time.sleep(0.3)
+            for _ in range(10):
+                time.sleep(0.1)
             guard.beat()
     guard.close()
     Path(sys.argv[1], "done").touch()
     """
-    with subprocess.Popen([sys.executable, "-c", worker(body, "1.5"), str(tmp_path)]) as process:
+    with subprocess.Popen([sys.executable, "-c", worker(body, "2.5"), str(tmp_path)]) as process:
         deadline = time.monotonic() + 30
         while not (tmp_path / "step-2").exists():
             assert time.monotonic() < deadline
