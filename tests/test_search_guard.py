@@ -109,6 +109,7 @@ def test_a_worker_suspended_with_its_machine_goes_on(tmp_path: Path) -> None:
         while not (tmp_path / "step-2").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        time.sleep(0.5)  # neither right after a beat nor right before one
         process.send_signal(signal.SIGSTOP)
         time.sleep(4)
         process.send_signal(signal.SIGCONT)
