@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from topotune.config_budget import Budget
-from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, MEMORY_PREFIX
+from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, MEMORY_PREFIX, STALL_PREFIX
 
 
 class Cause(StrEnum):
@@ -101,7 +101,7 @@ def classify(error: str, note: str) -> Death:
         error: Ray's words.
         note: what its guard left in the crash file.
     """
-    if note.startswith("Timeout ("):
+    if note.startswith(STALL_PREFIX):
         return Death(Cause.STALL, f"no progress for longer than limits.stall, hung{_where(note)}")
     if note == FROZEN_NOTE:
         return Death(Cause.STALL, "no progress for longer than limits.stall, its process frozen")

@@ -1,10 +1,14 @@
 """The watchdog of a worker: it ends its own process when a trial hangs or takes too much memory.
 
 Why a trial's process ended stands in ``crash.txt`` in the trial's folder, which is empty while all
-is well: the traceback of a hang (written by a thread in C, so that it works even where a library
-holds Python's lock), the line of Python under a fatal signal, or the memory that was taken. The
-driver reads it (:mod:`topotune.search.deaths`). Its modification time is the trial's sign of life:
-the driver ends a process that shows none and cannot end itself, such as a frozen one.
+is well: the traceback of a hang, the line of Python under a fatal signal, or the memory that was
+taken. The driver reads it (:mod:`topotune.search.deaths`). Its modification time is the trial's
+sign of life: the driver ends a process that shows none and cannot end itself
+(:mod:`topotune.search.stalls`): it is frozen, or a library hangs that holds Python's lock.
+
+Only a thread in C runs under that lock, and it knows no time but that of the clock, which goes on
+while the whole machine is suspended. So it ends nothing; it leaves the traceback in ``hang.txt``,
+which is evidence only where the driver finds that there was a hang.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ from typing import Literal
 import psutil
 
 CRASH_FILE = "crash.txt"
+HANG_FILE = "hang.txt"
 MEMORY_PREFIX = "Memory: "
+STALL_PREFIX = "Timeout ("
+"""How a traceback begins that was written because of a hang, by faulthandler too."""
 FROZEN_NOTE = "Frozen\n"
 """What the driver leaves in the crash file of a process that could not end itself."""
 EXIT_CODE = 71
-"""Exit code of a worker that ended itself for its memory."""
-MEMORY_EVERY = 1.0
+"""Exit code of a worker that ended itself."""
+LOOK_EVERY = 1.0
 AUTO_SHARE = 0.9
 """Share of the machine's memory that ``limits.memory: auto`` allows."""
 _PR_SET_CHILD_SUBREAPER = 36
@@ -40,7 +47,8 @@ class Guard:
 
     Args:
         folder: the trial's folder.
-        stall: seconds without a beat after which the process ends; None for no limit.
+        stall: seconds without a beat after which the process ends, of those that it was itself
+            running in; None for no limit.
         memory: bytes of resident memory, children included, above which it ends; "auto" for most
             of the machine's; None for no limit.
     """
@@ -56,10 +64,13 @@ class Guard:
         self._before = set(psutil.Process().children(recursive=True))
         self._over = threading.Event()
         self._busy = threading.Event()
-        self._file = _open(folder)
+        self._beats = 0
+        self._file, self._hang = _open(folder / CRASH_FILE), _open(folder / HANG_FILE)
+        self._hang_path = folder / HANG_FILE
         faulthandler.enable(self._file)
         _adopt_orphans()
-        threading.Thread(target=self._watch_memory, name="memory guard", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="guard", daemon=True)
+        self._watcher.start()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -75,20 +86,25 @@ class Guard:
 
     def beat(self) -> None:
         """There was progress."""
+        self._beats += 1
         now = time.monotonic()
         if now - self._armed < self._every:
             return
         self._armed = now
         if self._stall is not None:
-            faulthandler.dump_traceback_later(self._stall, exit=True, file=self._file)
+            faulthandler.dump_traceback_later(self._stall, file=self._hang)
         with contextlib.suppress(OSError):  # a full disk stops nothing here
             os.utime(self._file)
 
     def close(self) -> None:
         """The trial is over: end what it has left running."""
         self._over.set()
+        self._watcher.join()  # it must not write to a descriptor that the next trial gets
         faulthandler.disable()
         os.close(self._file)
+        os.close(self._hang)
+        with contextlib.suppress(OSError):
+            self._hang_path.unlink()
         left = set(psutil.Process().children(recursive=True)) - self._before
         if not left:
             return
@@ -98,19 +114,40 @@ class Guard:
                 child.kill()
         psutil.wait_procs(left, timeout=2)
 
-    def _watch_memory(self) -> None:
-        limit = self._memory
-        while limit is not None and not self._over.wait(MEMORY_EVERY):
-            if not self._busy.is_set():
-                continue
-            # Pages that a fork shares count in each process; only where it matters are they told
-            # apart, which is slow.
-            if resident(shared=True) > limit and (taken := resident(shared=False)) > limit:
-                text = f"{MEMORY_PREFIX}{_gib(taken)} resident, limit {_gib(limit)}\n"
-                with contextlib.suppress(OSError):
-                    os.write(self._file, text.encode())
-                    faulthandler.dump_traceback(self._file)
-                os._exit(EXIT_CODE)
+    def _watch(self) -> None:
+        """Idle time is what this thread has seen to pass, a little at each look, so that a
+        suspended machine counts for next to nothing."""
+        stall = float("inf") if self._stall is None else self._stall
+        every = min(LOOK_EVERY, stall / 10)
+        idle, beats, last = 0.0, self._beats, time.monotonic()
+        while not self._over.wait(every):
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * every), now
+            still = self._busy.is_set() and self._beats == beats
+            idle, beats = idle + passed if still else 0.0, self._beats
+            if idle > stall:
+                self._end(f"{STALL_PREFIX}{stall:g} s)!\n")
+            if self._busy.is_set() and (excess := self._excess()):
+                self._end(f"{MEMORY_PREFIX}{excess}\n")
+
+    def _excess(self) -> str:
+        """The resident memory in words where it is too much; else empty."""
+        # Pages that a fork shares count in each process; only where it matters are they told
+        # apart, which is slow.
+        if self._memory is None or resident(shared=True) <= self._memory:
+            return ""
+        taken = resident(shared=False)
+        over = taken > self._memory
+        return f"{_gib(taken)} resident, limit {_gib(self._memory)}" if over else ""
+
+    def _end(self, why: str) -> None:
+        """End the process, unless the trial has got through meanwhile."""
+        if not self._busy.is_set():
+            return
+        with contextlib.suppress(OSError):
+            os.write(self._file, why.encode())
+            faulthandler.dump_traceback(self._file)
+        os._exit(EXIT_CODE)
 
 
 def resident(shared: bool) -> float:
@@ -140,12 +177,12 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _open(folder: Path) -> int:
-    """The crash file, emptied; the null device where it cannot be had."""
+def _open(path: Path) -> int:
+    """The file, emptied; the null device where it cannot be had."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.open(folder / CRASH_FILE, flags, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, flags, 0o644)
     except OSError:
         return os.open(os.devnull, os.O_WRONLY)
 

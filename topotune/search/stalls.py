@@ -1,4 +1,5 @@
-"""Ends workers that can no longer end themselves: frozen ones, and all that outstay a stop."""
+"""Ends workers that can no longer end themselves: frozen ones, those that a library hangs in
+without giving Python's lock back, and all that outstay a stop."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 import ray
 from ray.tune.experiment import Trial
 
-from topotune.search.guard import CRASH_FILE, FROZEN_NOTE
+from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, HANG_FILE
 
 LOOK_EVERY = 2.0
 
@@ -18,9 +19,10 @@ LOOK_EVERY = 2.0
 class Stalls:
     """Watches the signs of life of the workers from outside.
 
-    A worker ends itself when it hangs; this is for one that is frozen. Idle time is what this
-    process has itself seen to pass, a little at each look: no two machines' clocks are compared,
-    and a suspended machine or a driver that was held up counts for next to nothing.
+    A worker ends itself when it hangs; this is for one that cannot. Idle time is what this process
+    has itself seen to pass, a little at each look: no two machines' clocks are compared, and a
+    suspended machine or a driver that was held up counts for next to nothing. A worker whose sign
+    of life is not to be seen is not judged.
 
     Args:
         limit: ``limits.stall``; None looks at nothing.
@@ -48,12 +50,14 @@ class Stalls:
         for number, trial in working.items():
             path = self._folder(number) / CRASH_FILE
             sign = _modified(path)
+            if sign is None:
+                continue
             known, idle = before.get(number, (sign, 0.0))
             idle = idle + passed if sign == known else 0.0
             self._idle[number] = (sign, idle)
             if idle > self._patience:
                 with contextlib.suppress(OSError):
-                    path.write_text(FROZEN_NOTE, encoding="utf-8")
+                    path.write_text(_hang(path.with_name(HANG_FILE), sign), encoding="utf-8")
                 end_worker(trial)
 
 
@@ -64,8 +68,16 @@ def end_worker(trial: Trial) -> None:
         ray.kill(actor)
 
 
-def _modified(path: Path) -> int:
+def _hang(path: Path, since: int) -> str:
+    """The traceback of a hang that began after a sign of life; else that the process is frozen."""
+    written = _modified(path)
+    if written is None or written <= since:
+        return FROZEN_NOTE
+    return path.read_text(encoding="utf-8", errors="replace") or FROZEN_NOTE
+
+
+def _modified(path: Path) -> int | None:
     try:
         return path.stat().st_mtime_ns
     except OSError:
-        return 0
+        return None
