@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from tests.train_cases import BLOBS, STEPS
 from topotune.cli.boards import print_best
 from topotune.config import SearchConfig
 from topotune.config_budget import Limits
-from topotune.errors import ConfigError, UnstableError
+from topotune.errors import CheckpointError, ConfigError, UnstableError
+from topotune.files import disk_fault, write_atomically
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.book import Progress, Turn
 from topotune.search.folder import SearchFolder
@@ -226,3 +229,47 @@ def test_a_leaderboard_shows_what_the_step_was_timed_against(tmp_path: Path) -> 
     printed = io.StringIO()
     print_best(Console(file=printed, width=200), board)
     assert "val_accuracy 0.5000, step time 0.76x BPTT\n" in printed.getvalue()
+
+
+def test_files_left_open_fail_the_trial_and_a_full_disk_stops_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, search(0.0, 0.5))
+    actor = actor_of(desk.folder, handed(desk.book.next()))
+    actor.step()
+    leak = OSError(errno.EMFILE, "Too many open files")
+    wrapped = CheckpointError("cannot be written")
+    wrapped.__cause__ = leak
+    full = errno.ENOSPC, "No space left on device"
+    cases: list[tuple[Exception, bool]] = [
+        (leak, False),
+        (wrapped, False),
+        (OSError(*full), False),
+        (OSError(*full, "/dev/full"), False),
+        (OSError(*full, str(desk.folder.trial(0) / "checkpoint.pt")), True),
+        (CheckpointError("cannot be written"), True),
+    ]
+    for error, stops in cases:
+
+        def fails(error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(actor, "_next", fails)
+        progress = actor._advance()
+        assert bool(progress.stop) is stops
+        assert (progress.outcome is Outcome.FAILED) is not stops
+        assert str(error) in (progress.stop or progress.reason)
+    actor.cleanup()
+
+
+def test_a_write_to_a_full_disk_names_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        write_atomically(tmp_path / "trace.npz", b"x")
+    assert disk_fault(caught.value, tmp_path)
+    assert not disk_fault(caught.value, tmp_path / "search")

@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from tests.search_cases import Desk, accuracy, make_config, report
-from topotune.errors import SearchFolderError
+from topotune.errors import ResourceError, SearchFolderError
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.book import Progress
 from topotune.search.ledger import Ledger, read_ledger
@@ -27,6 +27,7 @@ from topotune.search.trialfile import (
     read_copies,
     write_copy,
 )
+from topotune.tracking.lines import encode
 
 
 def study_file(desk: Desk) -> Path:
@@ -81,12 +82,21 @@ def foreign(path: Path) -> None:
     connection.close()
 
 
+def half_foreign(path: Path) -> None:
+    """Tables that Optuna cannot even open."""
+    path.unlink()
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE version_info (unlike)")
+    connection.close()
+
+
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "truncated": truncated,
     "scrambled": scrambled,
     "empty": empty,
     "not a database": not_a_database,
     "another database": foreign,
+    "tables of others": half_foreign,
     "missing": Path.unlink,
 }
 
@@ -358,3 +368,31 @@ def test_queued_points_run_once_each_though_records_are_lost(
     again.run()
     values = [row.params["lr"] for row in again.rows()]
     assert sorted(map(str, values)) == [str(n / 1000) for n in range(1, 10)]
+
+
+def test_a_study_of_another_optuna_is_refused_with_the_fix_and_left_alone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    with sqlite3.connect(study_file(desk)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v99'")
+    connection.close()
+    with pytest.raises(ResourceError, match=r"study\.db: .*Use the Optuna it was made with"):
+        reopened(desk)
+    assert not list(desk.folder.root.glob("study.damaged*"))
+
+
+@pytest.mark.parametrize("number", [3, 1_000_000_000, -1])
+def test_a_record_that_is_not_its_folders_is_as_none(number: int, tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    home = desk.folder.trial(2)
+    payload = read_copies(desk.folder.root)[2].to_payload()
+    for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
+        (home / name).write_bytes(encode(payload | {"number": number}))
+    assert sorted(read_copies(desk.folder.root)) == [0, 1, 3, 4, 5]
+    (desk.folder.root / "trials" / "1000000000").mkdir()
+    far = desk.folder.root / "trials" / "1000000000" / TRIAL_FILE
+    far.write_bytes(encode(payload | {"number": 1_000_000_000}))
+    assert sorted(read_copies(desk.folder.root)) == [0, 1, 3, 4, 5]

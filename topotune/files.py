@@ -8,13 +8,30 @@ from pathlib import Path
 
 from topotune.errors import ResourceError
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENFILE, errno.EMFILE)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENFILE)
 
 
-def disk_fault(error: BaseException) -> bool:
-    """Whether an error is the machine's and would meet any other work, too: a disk that is full,
-    read-only or broken, or no more files to open."""
-    return isinstance(error, OSError) and error.errno in _DISK
+def disk_fault(error: BaseException, folder: Path) -> bool:
+    """Whether an error is of the disk that a folder lies on, full, read-only or broken, and so
+    would meet any other work there, too.
+
+    Args:
+        error: what was raised; where its file lies elsewhere or is unknown, it is not.
+        folder: the folder.
+    """
+    if not isinstance(error, OSError) or error.errno not in _DISK:
+        return False
+    if not isinstance(error.filename, str | bytes):
+        return False
+    return Path(os.fsdecode(error.filename)).resolve().is_relative_to(folder.resolve())
+
+
+def files_exhausted(error: BaseException) -> bool:
+    """Whether an error, or the one behind it, is that this process has too many files open, which
+    is the doing of what runs in it."""
+    return any(
+        isinstance(one, OSError) and one.errno == errno.EMFILE for one in (error, error.__cause__)
+    )
 
 
 def make_folder(folder: Path) -> None:
@@ -48,13 +65,18 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
             renames leaves only ``keep``.
 
     Raises:
-        OSError: the disk is full or the folder not writable; the old file is then untouched.
+        OSError: the disk is full or the folder not writable; the old file is then untouched. It
+            names the file.
     """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(partial)  # a full disk's names none
+        raise
     if keep is not None and path.exists():
         path.replace(keep)
     partial.replace(path)

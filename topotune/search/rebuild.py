@@ -41,11 +41,13 @@ def whole_storage(folder: SearchFolder, config: SearchConfig, patience: Patience
     stored: list[FrozenTrial] = []
     attributes: Mapping[str, Any] = {}
     if not fault:
-        storage = open_storage(folder, config, patience)
+        opened: PatientStorage | None = None
         try:
+            opened = storage = open_storage(folder, config, patience)
             stored, attributes = _read(storage, study_name(folder, config))
         except SearchFolderError as error:  # passes its check, but holds other tables
-            storage.close()
+            if opened is not None:
+                opened.close()
             if not in_file:
                 raise
             fault = str(error)

@@ -12,7 +12,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, ExceptionContext
 
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, ResourceError
 from topotune.search.address import study_place, study_uri
 from topotune.search.folder import SearchFolder
 from topotune.search.patience import Patience, StudyAwayError, absence
@@ -30,13 +30,19 @@ def open_storage(
     """A search's study database; close it after use.
 
     Raises:
-        ResourceError: it cannot be reached or used.
+        ResourceError: it cannot be reached or used, or another version of Optuna made it.
         SearchFolderError: it is damaged.
     """
     if patience is None:
         patience = Patience(study_place(folder, config), limit=READER_SECONDS)
     url = study_uri(config)
-    backend = patience(lambda: _connect(folder, url))
+    try:
+        backend = patience(lambda: _connect(folder, url))
+    except RuntimeError as error:  # all that Optuna says of a schema that it does not know
+        raise ResourceError(
+            f"study {patience.place}: {' '.join(str(error).split())} Use the Optuna it was made "
+            f"with, or upgrade it; this is Optuna {optuna.__version__}"
+        ) from error
     event.listen(backend.engine, "handle_error", _at_once)
     return PatientStorage(backend, patience)
 

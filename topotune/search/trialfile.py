@@ -24,6 +24,8 @@ from topotune.tracking.lines import decode, encode
 
 TRIAL_FILE = "trial.jsonl"
 PREVIOUS_TRIAL_FILE = "trial.previous.jsonl"
+MAX_TRIALS = 1_000_000
+"""No search comes near: a larger number is no record of ours, and not made room for."""
 _UNREADABLE = (
     *(OSError, SpoolError, KeyError, TypeError, ValueError, AttributeError, OverflowError),
 )
@@ -102,7 +104,8 @@ def write_copy(folder: SearchFolder, copy: TrialCopy) -> None:
 
 
 def read_copies(root: Path) -> dict[int, TrialCopy]:
-    """What the trials' folders hold of the study, by number; a damaged file is as none.
+    """What the trials' folders hold of the study, by number; a damaged file is as none, and so
+    is one of another trial or with a number that no search reaches.
 
     Args:
         root: the search's folder.
@@ -111,9 +114,13 @@ def read_copies(root: Path) -> dict[int, TrialCopy]:
     for home in sorted((root / "trials").glob("[0-9]*")):
         for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
             copy = _read(home / name)
-            if copy is not None:
-                found[copy.trial.number] = copy
+            if copy is None:
+                continue
+            number = copy.trial.number
+            if number < MAX_TRIALS and home.name == f"{number:04d}":
+                found[number] = copy
                 break
+            _log.warning("%s: is the record of trial %d; it is not used", home / name, number)
     return found
 
 

@@ -31,7 +31,7 @@ from topotune.errors import (
     TopotuneError,
     UnstableError,
 )
-from topotune.files import disk_fault
+from topotune.files import disk_fault, files_exhausted
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.redaction import redact
 from topotune.search.adapters import PAYLOAD
@@ -110,14 +110,17 @@ class TrialActor(tune.Trainable):
             return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
         except (CheckpointError, SpoolError, ResourceError, DataUnavailableError) as error:
             # The machine's fault, not the trial's: the same would meet every other trial, so the
-            # search stops and this trial stays resumable.
+            # search stops and this trial stays resumable. Files that were left open in training are
+            # the trial's own.
+            if self._reports is not None and files_exhausted(error):
+                return self._failed(error)
             return Progress((), self._overhead(), stop=str(error))
         except TopotuneError as error:
             return Progress((), self._overhead(), Outcome.FAILED, f"{error}")
         except BaseException as error:
             if _raised_by_ray(error):
                 raise
-            if disk_fault(error):
+            if disk_fault(error, self._search):
                 text = (
                     f"{self._folder}: {error}. Make space or make the folder writable, then resume"
                 )
