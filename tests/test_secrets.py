@@ -119,7 +119,7 @@ def test_no_planted_secret_comes_out(tmp_path: Path) -> None:
             assert proxy.calls.get("401")
         assert b"cannot be reached" in printed
         assert b"cannot open postgresql://***@" in printed
-        assert b"runs code of tests.leaky_task:Leaky from " in printed
+        assert printed.count(b"note runs code of tests.leaky_task:Leaky from ") == 1
         # Nobody listens there any more; then an address that is none; then the embedded store.
         env = planted(Path(short), uri)
         printed += run(tmp_path, env, "sync", "leaky", "--timeout", "3", code=1)

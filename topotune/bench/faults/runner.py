@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -10,12 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import psutil
 from rich.table import Table
 
 from topotune.bench.console import wide_console
 from topotune.bench.faults.registry import named
 from topotune.bench.faults.scenario import BrokenPromiseError, Finding, Scenario
-from topotune.bench.faults.site import Site
+from topotune.bench.faults.site import Site, marked
+from topotune.search.signals import Interrupts
+
+_SCRATCH = "TOPOTUNE_FAULTS_SCRATCH"
 
 
 def run_one(scenario: Scenario, folder: Path, shared: Path) -> Finding:
@@ -36,7 +42,8 @@ def run_one(scenario: Scenario, folder: Path, shared: Path) -> Finding:
 
 
 def run(scenarios: Sequence[Scenario], jobs: int, say: Callable[[str], None]) -> Iterator[Finding]:
-    """Run rows in processes and folders of their own; the folders are removed in the end.
+    """Run rows in processes and folders of their own; both are gone in the end, as after Ctrl-C,
+    SIGTERM and SIGHUP.
 
     Args:
         scenarios: what is run; those that must be alone come last.
@@ -46,11 +53,16 @@ def run(scenarios: Sequence[Scenario], jobs: int, say: Callable[[str], None]) ->
     together = [scenario for scenario in scenarios if not scenario.alone]
     alone = [scenario for scenario in scenarios if scenario.alone]
     spawn = multiprocessing.get_context("spawn")  # a row may change its process's environment
-    with tempfile.TemporaryDirectory(prefix="topotune-faults-") as scratch:
+    with Interrupts(), tempfile.TemporaryDirectory(prefix="topotune-faults-") as scratch:
         shared = Path(scratch) / "shared"
         done = 0
         for rows, workers in ((together, jobs), (alone, 1)):
-            with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+            with (
+                ProcessPoolExecutor(
+                    workers, mp_context=spawn, initializer=_mark, initargs=(scratch,)
+                ) as pool,
+                _ended_when_cut_short(scratch),
+            ):
                 folders = [Path(scratch) / scenario.name for scenario in rows]
                 names = [scenario.name for scenario in rows]
                 for finding in pool.map(_run_named, names, folders, [shared] * len(rows)):
@@ -61,6 +73,29 @@ def run(scenarios: Sequence[Scenario], jobs: int, say: Callable[[str], None]) ->
                         f"{finding.seconds:.0f} s: {finding.seen}"
                     )
                     yield finding
+
+
+def _mark(scratch: str) -> None:
+    """In a row's process: all that it starts can be told by its environment, however detached."""
+    os.environ[_SCRATCH] = scratch
+
+
+@contextlib.contextmanager
+def _ended_when_cut_short(scratch: str) -> Iterator[None]:
+    """End the rows and all that they started where the block is left early: the pool would wait
+    for them, and a row that is killed cannot clean up."""
+    try:
+        yield
+    except BaseException:
+        for row in multiprocessing.active_children():
+            row.kill()
+            row.join()
+        while left := marked(_SCRATCH, scratch):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, 1)
+        raise
 
 
 def _run_named(name: str, folder: Path, shared: Path) -> Finding:

@@ -31,6 +31,17 @@ NAME = "faulted"
 _MARK = "TOPOTUNE_FAULT_SITE"
 
 
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """All living processes that began with this variable in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = process.environ().get(name) == value
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 class Driver:
     """A running ``topotune`` command; its output goes to a file."""
 
@@ -172,13 +183,7 @@ class Site:
 
     def processes(self) -> list[psutil.Process]:
         """All living processes that this site's commands started, however detached."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                ours = process.environ().get(_MARK) == self._mark
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return marked(_MARK, self._mark)
 
     def all_gone(self, seconds: float = 15.0) -> None:
         """Every process of this site ends within ``seconds``."""

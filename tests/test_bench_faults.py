@@ -1,0 +1,60 @@
+"""``topotune bench faults`` leaves nothing behind when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from topotune.bench.faults.site import marked
+
+
+def titles(processes: list[psutil.Process]) -> list[str]:
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_bench_ends_its_searches_and_removes_its_folder(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "topotune", "bench", "faults", "--row", "worker-killed"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def ours() -> list[psutil.Process]:
+        return marked("TMPDIR", str(tmp_path))
+
+    try:
+        deadline = time.monotonic() + 100
+        while not any("topotune search" in title for title in titles(ours())):
+            assert bench.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert list(tmp_path.glob("topotune-faults-*"))
+        bench.send_signal(number)
+        assert bench.wait(60) == 130
+        deadline = time.monotonic() + 15  # what only follows its parent: Python's resource tracker
+        while titles(ours()):
+            assert time.monotonic() < deadline, titles(ours())
+            time.sleep(0.1)
+        assert not list(tmp_path.glob("topotune-faults-*"))
+    finally:
+        for process in ours():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        bench.wait(10)
