@@ -36,7 +36,7 @@ def _set_back(site: Site) -> str:
     (site.folder / "shim" / "sitecustomize.py").write_text(_SHIM, encoding="utf-8")
     path = [str(site.folder / "shim"), site.environment().get("PYTHONPATH", "")]
     env = {"TOPOTUNE_CLOCK_FILE": str(clock), "PYTHONPATH": ":".join(filter(None, path))}
-    driver = site.start("search", site.search_file(), env=env)
+    driver = site.start("search", site.search_file(limits={"stall": 12.0}), env=env)
     site.reach(driver, 1, 1)
     jumped = site.epochs(1)[-1].timestamp_ms
     _write(clock, -HOUR)

@@ -42,7 +42,7 @@ class Audit:
         )
 
 
-def audit(site: Site, trials: int = 4, undisturbed: bool = True) -> Audit:
+def audit(site: Site, trials: int = 4, undisturbed: bool = True, kills: int | None = None) -> Audit:
     """Check a search that has come to its end.
 
     Args:
@@ -50,6 +50,8 @@ def audit(site: Site, trials: int = 4, undisturbed: bool = True) -> Audit:
         trials: how many trials it must have.
         undisturbed: compare its trials with those of the same search without a fault, to be the
             same in all but timings. For one trial at a time, where the fault changes no value.
+        kills: how often the one trial at work was interrupted, each of which may cost the epoch
+            that it was in and no more; None for not counted.
 
     Raises:
         BrokenPromiseError: something does not hold.
@@ -62,6 +64,12 @@ def audit(site: Site, trials: int = 4, undisturbed: bool = True) -> Audit:
     ended = {outcome.value for outcome in Outcome}
     expect({row["state"] for row in rows} <= ended, f"not ended: {status['counts']}")
     epochs = sum(_check_epochs(row, site.epochs(row["number"])) for row in rows)
+    if kills is not None:
+        trained = site.trained()
+        expect(
+            epochs <= trained <= epochs + kills,
+            f"{trained} epochs were trained for {epochs}, with {kills} interruptions",
+        )
     _check_checkpoints(site.search, rows)
     recorded, stored = _check_mlflow(site.search, trials)
     if undisturbed:

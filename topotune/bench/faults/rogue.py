@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topotune.bench.faults.task import BATCHES, PacedRings
+from topotune.bench.faults.task import BATCHES, PacedRings, in_worker
 from topotune.optim import TopologicalAdam
 
 IMPORT_PATH = "topotune.bench.faults.rogue:RogueRings"
@@ -20,11 +20,6 @@ POISONED_ADAM = "topotune.bench.faults.rogue:PoisonedAdam"
 FAULTS = ("raise", "exit", "interrupt", "abort", "hang", "leak", "fork", "print")
 PRINTED = 50_000_000
 """Characters that the fault "print" prints."""
-
-
-def in_worker() -> bool:
-    """Whether this process is Ray's worker, and not the driver, which tries a search out first."""
-    return sys.argv[0].endswith("default_worker.py")
 
 
 class RogueRings(PacedRings):

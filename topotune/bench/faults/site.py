@@ -19,7 +19,7 @@ import psutil
 import yaml
 
 from topotune.bench.faults.scenario import expect
-from topotune.bench.faults.task import IMPORT_PATH
+from topotune.bench.faults.task import IMPORT_PATH, TRAINED
 from topotune.records import EpochReport
 from topotune.search.folder import SearchFolder
 from topotune.tracking.entries import Epoch
@@ -109,6 +109,7 @@ class Site:
     def __init__(self, folder: Path, shared: Path) -> None:
         self.folder, self.shared = folder, shared
         self.results = folder / "results"
+        self._trained = folder / "trained.txt"
         self._mark = uuid.uuid4().hex
         self._started = 0
 
@@ -175,7 +176,12 @@ class Site:
 
     def environment(self, changes: Mapping[str, str] | None = None) -> dict[str, str]:
         """The environment of this site's processes, by which they are found again."""
-        return {**os.environ, _MARK: self._mark, "OMP_NUM_THREADS": "1", **(changes or {})}
+        own = {_MARK: self._mark, TRAINED: str(self._trained), "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **own, **(changes or {})}
+
+    def trained(self) -> int:
+        """Epochs that were begun to be trained, those trained again included."""
+        return len(self._trained.read_bytes().splitlines()) if self._trained.exists() else 0
 
     def run(self, *arguments: str | Path, code: int = 0, seconds: float = 240.0) -> str:
         """Run ``topotune`` to its end, which must have this exit code; the output."""

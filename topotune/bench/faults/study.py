@@ -148,17 +148,26 @@ def _study_damaged(site: Site) -> str:
 
 
 def _checkpoints_damaged(site: Site) -> str:
-    """The newest in the first trial, both in the second."""
-    driver = site.start("search", site.search_file())
+    """The newest in the first trial, both in the second; what each costs is counted."""
+    budget = {"trials": 3, "epochs": 6}
+    driver = site.start("search", site.search_file({"pause": 0.15}, budget=budget))
+    cost = []
     for trial, damaged in enumerate(((CHECKPOINT_FILE,), (CHECKPOINT_FILE, PREVIOUS_FILE))):
-        site.reach(driver, trial, 2)
+        site.reach(driver, trial, 4)
         _kill(driver)
         site.wait(lambda: not site.processes(), 60, "processes are left")
+        known, trained = len(site.epochs(trial)), site.trained()
         for name in damaged:
             _truncated(site.search.trial(trial) / name)
         driver = site.start("resume", NAME)
+        site.reach(driver, trial, budget["epochs"])
+        again = site.trained() - trained - (budget["epochs"] - known)
+        # One more where the next trial has begun already.
+        wanted = known if PREVIOUS_FILE in damaged else 1
+        expect(wanted <= again <= wanted + 1, f"{again} of {known} epochs were trained again")
+        cost.append(again)
     driver.finish()
-    return str(audit(site))
+    return f"{cost[0]}, then {cost[1]} epochs trained again; {audit(site, trials=3)}"
 
 
 def _ledger_damaged(site: Site) -> str:

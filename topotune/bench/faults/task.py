@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,15 @@ from topotune.tasks import ClassificationTask, DataOptions
 IMPORT_PATH = "topotune.bench.faults.task:PacedRings"
 BATCHES = 5
 """Training batches of an epoch, of 32 points each."""
+TRAINED = "TOPOTUNE_FAULT_TRAINED"
+"""Names a file that gets a line whenever a worker begins to train an epoch, finished or not."""
+PAUSE = "TOPOTUNE_FAULT_PAUSE"
+"""Seconds a batch in place of the task's own, for the processes of one command."""
+
+
+def in_worker() -> bool:
+    """Whether this process is Ray's worker, and not the driver, which tries a search out first."""
+    return sys.argv[0].endswith("default_worker.py")
 
 
 class PacedRings(ClassificationTask):
@@ -25,7 +37,8 @@ class PacedRings(ClassificationTask):
     """
 
     def __init__(self, pause: float = 0.0) -> None:
-        self._pause = pause
+        self._pause = float(os.environ.get(PAUSE, pause))
+        self._seen = 0
 
     def splits(self, options: DataOptions) -> Splits:
         """200 points (200, 2) and the number of their ring, of which 160 train."""
@@ -44,5 +57,9 @@ class PacedRings(ClassificationTask):
 
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """The points as they are, after the pause."""
+        if in_worker() and self._seen % BATCHES == 0 and TRAINED in os.environ:
+            with Path(os.environ[TRAINED]).open("a", encoding="ascii") as file:
+                file.write(f"{os.getpid()} {time.monotonic():.3f}\n")
+        self._seen += 1
         time.sleep(self._pause)
         return inputs

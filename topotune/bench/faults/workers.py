@@ -23,11 +23,12 @@ PRINT_BOUND = 32 * 2**20
 
 def kill_worker(site: Site, driver: Driver, trial: int) -> tuple[int, float]:
     """Kill -9 the worker of a running trial; epochs it had, and seconds until it has one more."""
-    known = len(site.epochs(trial))
     workers = driver.workers()
     expect(bool(workers), "no worker is running")
     for worker in workers:
         worker.kill()
+    psutil.wait_procs(workers, timeout=10)
+    known = len(site.epochs(trial))  # what it wrote up to its end is not what came after it
     return known, site.reach(driver, trial, known + 1)
 
 
@@ -37,7 +38,7 @@ def _killed_once(site: Site) -> str:
     known, seconds = kill_worker(site, driver, 0)
     driver.finish()
     expect(seconds < RESUMES_WITHIN, f"the next epoch came after {seconds:.1f} s")
-    return f"epoch {known + 1} came {seconds:.1f} s after the kill; {audit(site)}"
+    return f"epoch {known + 1} came {seconds:.1f} s after the kill; {audit(site, kills=1)}"
 
 
 def _killed_for_good(site: Site) -> str:
