@@ -8,7 +8,7 @@ import os
 from typing import Any, Self
 
 from topotune.errors import ResourceError
-from topotune.search.signals import Interrupts
+from topotune.search.signals import Interrupts, shielded
 from topotune.search.sweep import Sweeper
 from topotune.search.view import Listener
 
@@ -56,7 +56,7 @@ class RaySession:
         os.environ.update(_RAY_ENVIRONMENT)
         self._listener.note("starting Ray")
         try:
-            with self._held():
+            with self._held(), shielded():
                 self._connect()
         except BaseException:
             self.__exit__()

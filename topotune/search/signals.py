@@ -13,6 +13,7 @@ from typing import Any, Self
 from topotune.search.book import Book
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GROUP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
@@ -83,6 +84,26 @@ class Interrupts:
         for fd in self._terminals:
             if not os.isatty(fd):
                 discard(fd)
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """What is started inside inherits SIGHUP and SIGTERM blocked, as Ray does it for SIGINT.
+
+    A shell that closes, ``timeout`` or a service manager signal the whole process group: Ray's
+    own processes must outlive that, so that the driver can drain; it ends them itself.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unshield() -> None:
+    """Take these signals again in this thread and in what it starts: a user's code, in a worker,
+    ends its own processes by them."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
 
 
 def discard(*descriptors: int) -> None:

@@ -37,6 +37,7 @@ from topotune.redaction import redact
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.guard import Guard
+from topotune.search.signals import unshield
 from topotune.search.slate import Slate
 from topotune.tracking.base import Tracker
 
@@ -57,6 +58,7 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take a trial on; it opens at the first step, where its errors can be reported."""
+        unshield()
         self._spec = TrialSpec.from_json(config["spec"])
         self._number = int(config["number"])
         self._search = Path(config["search"])
