@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.search_cases import make_config
 from topotune.errors import LeaseLostError, ResourceError, SearchFolderError
+from topotune.search import driver
 from topotune.search import lease as module
+from topotune.search.folder import SearchFolder
 from topotune.search.lease import Lease, lease_holder
 
 
@@ -155,3 +158,55 @@ def test_a_lease_that_cannot_be_written_is_an_error_of_ours(
         patch.setattr(os, "open", exhausted)
         with pytest.raises(ResourceError, match="cannot be written: Too many open files"):
             lease._write()
+
+
+class NoRay:
+    """Stands for a running Ray."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> NoRay:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def size(self) -> tuple[float, float]:
+        return 2.0, 0.0
+
+
+class Deaf:
+    """A listener that does nothing."""
+
+    def note(self, text: object) -> None: ...
+
+    tick = ended = note
+
+
+def test_of_two_commands_that_begin_one_search_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    folder = SearchFolder(tmp_path / "demo")
+    monkeypatch.setattr(driver, "RaySession", NoRay)
+
+    def meanwhile(*_: object) -> None:
+        """The other command comes as far as its lease while this one checks the search."""
+        folder.root.mkdir()
+        (folder.root / "search.json.partial").touch()
+        other.__enter__()
+
+    other = Lease(folder.lock)
+    monkeypatch.setattr(driver, "preflight", meanwhile)
+    with pytest.raises(SearchFolderError, match=f"driven by pid {os.getpid()}"):
+        driver.start(config, "", tmp_path, Deaf())
+    assert not folder.meta.exists()
+
+    def finished(*_: object) -> None:
+        """The other command has ended by the time this one gets the lease."""
+        SearchFolder.create(tmp_path, make_config(seed=9), "")
+        other.__exit__()
+
+    monkeypatch.setattr(driver, "preflight", finished)
+    with pytest.raises(SearchFolderError, match="another search named 'demo'"):
+        driver.start(config, "", tmp_path, Deaf())
+    assert folder.config().seed == 9

@@ -8,6 +8,7 @@ from pathlib import Path
 from topotune import __version__
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, LeaseLostError, TopotuneError
+from topotune.files import make_folder
 from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.search.address import remembered_study, study_place
@@ -74,8 +75,10 @@ def start(
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             gpus, concurrency = fit_resources(config, *ray_session.size())
-            folder = SearchFolder.create(results_dir, config, source)
+            make_folder(folder.root)
             with Lease(folder.lock, listener.note) as lease:
+                # Looks again: another command may have begun the same search meanwhile.
+                folder = SearchFolder.create(results_dir, config, source)
                 return _run(
                     *(folder, config, listener, ray_session),
                     *(gpus, concurrency, interrupts, lease),

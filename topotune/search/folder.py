@@ -163,10 +163,11 @@ class SearchFolder:
                     )
 
     def _is_stub(self) -> bool:
-        """Whether there is only what a creation that was killed leaves."""
+        """Whether there is only what a creation that was killed, or is under way, leaves."""
         for path in self.root.iterdir():
             empty = path.name == "trials" and path.is_dir() and not any(path.iterdir())
-            if not (empty or path.name.startswith("search.yaml")):
+            begun = path.name.startswith("search.")  # search.json itself is not there
+            if not (empty or path == self.lock or begun):
                 return False
         return True
 
