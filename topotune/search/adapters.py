@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -158,6 +159,22 @@ class StudyScheduler(NotStored, FIFOScheduler):
         """A trial is new, or about to be started again after its worker died."""
         if self._book.over(trial.config[NUMBER]):
             tune_controller.stop_trial(trial)
+
+
+class Silence(NotStored, TrialProgressCallback):
+    """Stands where Tune would put a printer of its own, which also remembers every trial."""
+
+    def __init__(self) -> None:
+        """Nothing to keep."""
+
+    def on_trial_result(self, *args: Any, **info: Any) -> None:
+        """Print nothing."""
+
+    def on_trial_error(self, *args: Any, **info: Any) -> None:
+        """Print nothing."""
+
+    def on_trial_complete(self, *args: Any, **info: Any) -> None:
+        """Print nothing."""
 
 
 class Clock(NotStored, Callback):

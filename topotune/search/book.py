@@ -234,7 +234,7 @@ class Book:
             return f"trial {number} is given up: {verdict(death, times)}"
         return (
             f"trial {number}: {verdict(death, 1)}; it goes on from its last epoch "
-            f"({left} more restarts allowed)"
+            f"({left} more {'restart' if left == 1 else 'restarts'} allowed)"
         )
 
     def over(self, number: int) -> bool:

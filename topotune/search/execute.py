@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from topotune.config import SearchConfig
-from topotune.errors import RunError
+from topotune.errors import RunError, TopotuneError
 from topotune.search.book import Book
 from topotune.search.folder import SearchFolder
 from topotune.search.pulse import Pulse
+from topotune.search.repairs import out_of_memory_is_a_death
 
 KILL_SECONDS = 3.0
 """How long the end of killed workers may take to be noticed."""
@@ -30,12 +31,16 @@ def execute(
         RunError: Ray itself failed.
     """
     from ray import tune
-    from ray.exceptions import RayError
     from ray.tune import Stopper
-    from ray.tune.error import TuneError
     from ray.tune.execution import class_cache
 
-    from topotune.search.adapters import Clock, NotStored, StudyScheduler, StudySearcher
+    from topotune.search.adapters import (
+        Clock,
+        NotStored,
+        Silence,
+        StudyScheduler,
+        StudySearcher,
+    )
     from topotune.search.stalls import Stalls
     from topotune.search.worker import TrialActor, trial_config
 
@@ -58,6 +63,7 @@ def execute(
         [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
     )
     resources = {"cpu": config.resources.cpus, "gpu": gpus}
+    stalls = Stalls(config.limits.stall, folder.trial)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
         tuner = tune.Tuner(
@@ -80,14 +86,20 @@ def execute(
                 checkpoint_config=tune.CheckpointConfig(
                     checkpoint_frequency=0, checkpoint_at_end=False
                 ),
-                callbacks=[Clock(book, pulse, Stalls(config.limits.stall, folder.trial))],
+                callbacks=[
+                    Clock(book, pulse, Stalls(config.limits.stall, folder.trial)),
+                    Silence(),
+                ],
                 stop=Overdue(),
                 verbose=0,
             ),
         )
         try:
-            tuner.fit()
-        except (TuneError, RayError, RuntimeError, ValueError, OSError) as error:
+            with out_of_memory_is_a_death():
+                tuner.fit()
+        except TopotuneError:
+            raise
+        except Exception as error:
             text = " ".join(str(error).split())[:500]
             raise RunError(
                 f"Ray ended the search: {text}. What is finished is kept; 'topotune resume "

@@ -141,7 +141,13 @@ class SearchFolder:
             SearchFolderError: there is none, or its identity is unreadable.
         """
         folder = cls(results_dir.absolute() / name)
-        if not SAFE_NAME.fullmatch(name) or not folder.meta.is_file():
+        if SAFE_NAME.fullmatch(name) and _is_search(folder.root / "trials", is_folder=True):
+            if not _is_search(folder.meta):
+                raise SearchFolderError(
+                    f"{folder.meta}: is missing or cannot be read, though the folder holds trials. "
+                    "Bring it back from a copy, or give read access; it says what is searched"
+                )
+        elif not SAFE_NAME.fullmatch(name) or not _is_search(folder.meta):
             known = ", ".join(sorted(found.name for found in searches(results_dir))) or "none"
             raise SearchFolderError(
                 f"{results_dir}: no search named {name!r} (there: {known}). Give its "
@@ -209,5 +215,13 @@ def searches(results_dir: Path) -> list[SearchFolder]:
     return [
         SearchFolder(path.absolute())
         for path in sorted(results_dir.iterdir())
-        if (path / "search.json").is_file()
+        if _is_search(path / "search.json")
     ]
+
+
+def _is_search(path: Path, is_folder: bool = False) -> bool:
+    """Whether a file (or folder) is there; one that may not be looked at is not."""
+    try:
+        return path.is_dir() if is_folder else path.is_file()
+    except PermissionError:
+        return False

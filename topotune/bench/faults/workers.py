@@ -17,6 +17,8 @@ RESUMES_WITHIN = 15.0
 """Seconds from the kill of a worker to the next epoch of its trial."""
 _STALL = 20.0
 """Seconds of ``limits.stall``; more than a worker takes to load its libraries."""
+_ROOM = 5e9
+"""Bytes that the machine may hold more before Ray ends a worker; the search itself takes half."""
 PRINT_BOUND = 32 * 2**20
 """Bytes that a session's logs may take while a trial prints ``PRINTED`` characters."""
 
@@ -101,6 +103,23 @@ def _watchdog(site: Site) -> str:
     reasons = _ends(site, "no progress for longer than limits.stall", "too much memory")
     expect(reasons.count("rogue.py") == 2, f"the place is not named: {reasons}")
     return f"{reasons}; {audit(site, trials=4, undisturbed=False)}"
+
+
+def _node_full(site: Site) -> str:
+    """Ray's own monitor, told that the machine is full a little above what it holds now."""
+    memory = psutil.virtual_memory()
+    share = (memory.total - memory.available + _ROOM) / memory.total
+    budget = {"trials": 3, "epochs": 3, "max_out_of_memory": 1}
+    _rogue_file(site, "leak", budget=budget, limits={"memory": None})
+    monitor = {
+        "RAY_memory_usage_threshold": f"{share:.4f}",
+        "RAY_memory_monitor_refresh_ms": "50",
+    }
+    driver = site.start("search", site.folder / f"{NAME}.yaml", env=monitor)
+    output = driver.finish()
+    expect("goes on from its last epoch" in output, f"nothing was retried: {output[-800:]}")
+    reasons = _ends(site, "its node ran out of memory 2 times (last: Ray ended it")
+    return f"{reasons}; {audit(site, trials=3, undisturbed=False)}"
 
 
 def _frozen(site: Site) -> str:
@@ -210,6 +229,13 @@ WORKERS = (
         "the watchdog ends them: FAILED with cause and line, not retried; the search goes on",
         _watchdog,
         seconds=40,
+    ),
+    Scenario(
+        "node-out-of-memory",
+        "Ray's memory monitor ends the worker of a trial that fills its node, each time",
+        "retried within budget.max_out_of_memory, then FAILED with the cause; the search goes on",
+        _node_full,
+        alone=True,
     ),
     Scenario(
         "worker-frozen",

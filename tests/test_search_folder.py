@@ -1,0 +1,36 @@
+"""Results folders that are not whole, or not ours to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.search_cases import Desk, make_config
+from topotune.errors import SearchFolderError
+from topotune.search.folder import SearchFolder, searches
+
+
+def test_a_search_whose_identity_is_gone_is_not_said_to_be_unknown(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.folder.meta.unlink()
+    with pytest.raises(SearchFolderError, match=r"search\.json: is missing or cannot be read"):
+        SearchFolder.open(tmp_path, "demo")
+    with pytest.raises(SearchFolderError, match="no search named 'other'"):
+        SearchFolder.open(tmp_path, "other")
+
+
+def test_a_folder_that_may_not_be_read_is_no_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Desk(tmp_path, make_config())
+    (tmp_path / "private").mkdir()
+    looked = Path.is_file
+
+    def is_file(path: Path) -> bool:  # as the kernel answers everybody but root
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    assert [folder.name for folder in searches(tmp_path)] == ["demo"]
