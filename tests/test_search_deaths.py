@@ -158,7 +158,7 @@ def test_a_hang_is_never_retried_and_a_death_while_stopping_is_not_counted(tmp_p
     handout = again.book.next()
     assert isinstance(handout, Handout)
     again.book.progress(1, Progress((report(handout.spec, 1),), outcome=Outcome.PRUNED))
-    assert "1 more restarts" in again.book.died(1, Death(Cause.CRASH, "killed"))
+    assert "1 more restart " in again.book.died(1, Death(Cause.CRASH, "killed"))
 
 
 @pytest.mark.parametrize(

@@ -86,10 +86,7 @@ def execute(
                 checkpoint_config=tune.CheckpointConfig(
                     checkpoint_frequency=0, checkpoint_at_end=False
                 ),
-                callbacks=[
-                    Clock(book, pulse, Stalls(config.limits.stall, folder.trial)),
-                    Silence(),
-                ],
+                callbacks=[Clock(book, pulse, stalls), Silence()],
                 stop=Overdue(),
                 verbose=0,
             ),
