@@ -33,7 +33,7 @@ class Scenario:
         seconds: wall time on two idle cores, about.
         slow: left out of the tests and of ``bench faults --quick`` because a shorter row shows
             the same thing.
-        alone: it compares timings, so that nothing else may run beside it.
+        alone: it measures the whole machine, so that nothing else may run beside it.
     """
 
     name: str

@@ -209,7 +209,6 @@ TRACKING = (
         "MLflow server killed, back after 10 s",
         _EXPECTED,
         _outage(10, 4),
-        alone=True,
     ),
     Scenario(
         "tracking-restart-60s",
@@ -218,14 +217,12 @@ TRACKING = (
         _outage(60, 18),
         seconds=180,
         slow=True,
-        alone=True,
     ),
     Scenario(
         "tracking-gone",
         "MLflow server killed until after the end of the search, then topotune sync",
         _EXPECTED,
         _gone,
-        alone=True,
     ),
     Scenario(
         "tracking-down-at-start",
@@ -233,16 +230,14 @@ TRACKING = (
         _EXPECTED,
         _down_at_start,
         slow=True,
-        alone=True,
     ),
-    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, _slow, seconds=100, alone=True),
+    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, _slow, seconds=100),
     Scenario(
         "tracking-errors",
         "MLflow answers 429, 500 and 503 for a while",
         _EXPECTED,
         _misbehaving(("429", "500", "503"), 3.0),
         seconds=45,
-        alone=True,
     ),
     Scenario(
         "tracking-nonsense",
@@ -250,6 +245,5 @@ TRACKING = (
         _EXPECTED,
         _misbehaving(("login", "reset", "mute"), 3.0),
         seconds=60,
-        alone=True,
     ),
 )
