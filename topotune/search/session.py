@@ -56,7 +56,9 @@ class RaySession:
         os.environ.update(_RAY_ENVIRONMENT)
         self._listener.note("starting Ray")
         try:
-            with self._held(), shielded():
+            # The shield goes last: what it held back must meet our handlers, not Ray's, which
+            # abort; leaving the inner block puts ours back.
+            with shielded(), self._held():
                 self._connect()
         except BaseException:
             self.__exit__()

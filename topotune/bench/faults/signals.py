@@ -121,14 +121,28 @@ def _terminal_closed(site: Site) -> str:
     return f"gone after {seconds:.1f} s, exit code {INTERRUPTED}; {audit(site)}"
 
 
+_AT_START = (
+    (signal.SIGINT, "checking", 0.0),
+    (signal.SIGTERM, "starting Ray", 0.3),
+    (signal.SIGHUP, "starting Ray", 1.5),
+    (signal.SIGTERM, "starting Ray", 3.0),
+    (signal.SIGINT, "starting Ray", 0.3),
+)
+"""Signal, what the command has said by then, and seconds after that."""
+
+
+def _says(driver: Driver, word: str) -> bool:
+    return word in driver.output()
+
+
 def _start_up(site: Site) -> str:
     """A signal at moments from the first import to the first epoch."""
-    chance = random.Random(0)
     codes: list[int] = []
     file = site.search_file()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    for number, word, seconds in _AT_START:
         driver = site.start("search", file, "--name", f"attempt-{len(codes)}")
-        time.sleep(chance.uniform(2.0, 9.0))
+        site.wait(partial(_says, driver, word), 60, f"{word!r} is not said")
+        time.sleep(seconds)
         began = time.monotonic()
         driver.send(number)
         codes.append(driver.wait(GONE_WITHIN))
