@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from topotune.bench.faults.proxy import Proxy
+from topotune.cli.main import app
 from topotune.configfile import parse_search
 from topotune.errors import ConfigError
 from topotune.redaction import address_with_secret, names_secret, redact
@@ -312,3 +313,14 @@ def test_a_large_hostile_text_takes_little_time(unit: str, tail: str) -> None:
 )
 def test_names_of_secrets(name: str, secret: bool) -> None:
     assert names_secret(name) == secret
+
+
+def test_a_password_on_the_command_line_is_blamed_on_the_option(tmp_path: Path) -> None:
+    shipped = ROOT / "search_spaces" / "adam_mnist5k.yaml"
+    address = "http://me:pa55word@127.0.0.1:1"
+    with pytest.raises(ConfigError, match=r"^--tracking-uri: looks like a secret") as caught:
+        app(
+            ["search", str(shipped), "--tracking-uri", address, "--results-dir", str(tmp_path)],
+            standalone_mode=False,
+        )
+    assert "pa55word" not in str(caught.value)

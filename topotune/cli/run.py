@@ -18,7 +18,7 @@ from topotune.cli.options import (
     print_json,
     shown,
 )
-from topotune.errors import RunError
+from topotune.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,12 @@ def search(
         ("task", "data_dir"): data_dir,
         ("tracking", "uri"): tracking_uri,
     }
-    config = parse_search(changed(data, changes), str(file), lines)
+    try:
+        config = parse_search(changed(data, changes), str(file), lines)
+    except ConfigError as error:
+        if tracking_uri is not None and error.place.endswith("tracking.uri"):
+            raise ConfigError("--tracking-uri", error.problem, error.fix) from None
+        raise
     from topotune.search import driver
 
     _finish(
