@@ -45,7 +45,7 @@ def make_folder(folder: Path) -> None:
         writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError as error:
         raise ResourceError(
-            f"folder {folder}: cannot be created: {error}. Choose a folder that this user can write"
+            f"folder {folder}: cannot be created: {error}. Make space or choose a writable folder"
         ) from error
     if not writable:
         raise ResourceError(

@@ -48,8 +48,8 @@ def write_bytes(path: Path, content: bytes, keep: Path | None = None) -> None:
         write_atomically(path, content, keep)
     except OSError as error:
         raise ResourceError(
-            f"{path}: cannot be written: {error.strerror}. Make space or choose another "
-            "--results-dir, then resume"
+            f"{path}: cannot be written: {error.strerror}. Make space or make the "
+            "folder writable, then resume"
         ) from error
 
 

@@ -194,7 +194,7 @@ class LineWriter:
         except OSError as error:
             raise SpoolError(
                 f"{self.path}: the record cannot be written: {error.strerror or error}. "
-                "Make space or give write access, then resume"
+                "Make space or make the folder writable, then resume"
             ) from error
         self._seen(payload)
         return True

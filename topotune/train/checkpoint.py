@@ -66,7 +66,7 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(
                 f"checkpoint {self._newest}: cannot be written: {error}. "
-                "Free disk space or make the folder writable, then resume"
+                "Make space or make the folder writable, then resume"
             ) from error
 
     def load(self) -> dict[str, Any] | None:
