@@ -200,7 +200,9 @@ def test_a_search_file_holds_no_secret(changes: dict[str, object]) -> None:
 def test_what_only_sounds_like_a_secret_is_taken(changes: dict[str, Any]) -> None:
     space = {"task.fault": {"type": "categorical", "choices": ["", "raise"]}}
     search = {**SEARCH, **changes, "space": {**space, **changes.get("space", {})}}
-    parse_search(search, "a.yaml", {})
+    config = parse_search(search, "a.yaml", {})
+    assert config.space.keys() == search["space"].keys()
+    assert config.fixed == search.get("fixed", {})
 
 
 def test_a_search_that_exists_goes_on_whatever_it_holds(tmp_path: Path) -> None:

@@ -32,15 +32,22 @@ def _told(text: str, reason: str) -> None:
     expect(text.count(_BACK) == 1, f"the end of the outage was not said: {text[-800:]}")
 
 
-def _sqlite_locked(site: Site) -> str:
-    driver = site.start("search", site.search_file())
-    site.reach(driver, 0, 1)
+@contextmanager
+def _locked(site: Site) -> Iterator[None]:
+    """Another process's exclusive lock on the study, given back at the end."""
     with closing(sqlite3.connect(site.results / NAME / "study.db", timeout=30)) as other:
         other.isolation_level = None
         other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
+
+
+def _sqlite_locked(site: Site) -> str:
+    driver = site.start("search", site.search_file())
+    site.reach(driver, 0, 1)
+    with _locked(site):
         time.sleep(OUTAGE_SECONDS)
         expect(driver.process.poll() is None, f"the driver has ended: {driver.output()[-800:]}")
-        other.execute("ROLLBACK")
     _told(driver.finish(), "is locked by another process")
     return f"waited {OUTAGE_SECONDS:.0f} s and went on; {audit(site)}"
 
@@ -48,16 +55,13 @@ def _sqlite_locked(site: Site) -> str:
 def _locked_and_interrupted(site: Site) -> str:
     driver = site.start("search", site.search_file())
     site.reach(driver, 0, 1)
-    with closing(sqlite3.connect(site.results / NAME / "study.db", timeout=30)) as other:
-        other.isolation_level = None
-        other.execute("BEGIN EXCLUSIVE")
+    with _locked(site):
         site.wait(lambda: _WAITS in driver.output(), 60, "the lock is not said", driver.output)
         began = time.monotonic()
         driver.send(signal.SIGINT)
         driver.finish(130, 40)
         took = time.monotonic() - began
         site.all_gone()
-        other.execute("ROLLBACK")
     site.run("resume", NAME)
     return f"ended after {took:.0f} s; {audit(site)}"
 
