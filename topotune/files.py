@@ -80,10 +80,15 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
     if keep is not None and path.exists():
         path.replace(keep)
     partial.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to disk, so that a new or renamed file is found after a crash.
+
+    Raises:
+        OSError: the folder cannot be opened.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

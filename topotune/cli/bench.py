@@ -16,6 +16,11 @@ app = typer.Typer(
 )
 
 
+def _tell(text: str) -> None:
+    """How far it is, on standard error."""
+    typer.echo(text, err=True)
+
+
 @app.command()
 def optimizer(
     model: Annotated[
@@ -117,7 +122,7 @@ def faults(
     from topotune.bench.faults.runner import print_table, run
 
     scenarios = named(row, slow=not quick)
-    findings = list(run(scenarios, jobs, lambda text: typer.echo(text, err=True)))
+    findings = list(run(scenarios, jobs, _tell))
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:
@@ -140,7 +145,7 @@ def load(
     """Search over almost nothing a thousand times: what the driver costs, and whether it grows."""
     from topotune.bench.load import SIZES, print_report, run
 
-    report = run(trials or SIZES, concurrency, lambda text: typer.echo(text, err=True))
+    report = run(trials or SIZES, concurrency, _tell)
     if as_json:
         print_json(dataclasses.asdict(report))
     else:
@@ -160,7 +165,7 @@ def fuzz(
     from topotune.errors import RunError
 
     logging.disable(logging.CRITICAL)  # a broken spool is logged line by line
-    records = run(inputs, seed, lambda text: typer.echo(text, err=True))
+    records = run(inputs, seed, _tell)
     if as_json:
         print_json([record.to_dict() for record in records])
     else:
@@ -183,7 +188,7 @@ def tracking(
     """Ship many trials into one MLflow parent, and a very long step trace."""
     from topotune.bench.load_tracking import CHILDREN, print_records, run
 
-    records = run(children or CHILDREN, points, lambda text: typer.echo(text, err=True))
+    records = run(children or CHILDREN, points, _tell)
     if as_json:
         print_json([dataclasses.asdict(record) for record in records])
     else:

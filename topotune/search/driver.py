@@ -80,8 +80,14 @@ def start(
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
                 return _run(
-                    *(folder, config, listener, ray_session),
-                    *(gpus, concurrency, interrupts, lease),
+                    folder,
+                    config,
+                    listener,
+                    ray_session,
+                    gpus,
+                    concurrency,
+                    interrupts,
+                    lease,
                 )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from topotune.errors import SpoolError
+from topotune.files import sync_folder
 
 MAX_LINE = 1 << 23
 """Bytes of the longest line that is written or believed."""
@@ -190,7 +191,7 @@ class LineWriter:
                     return False
                 self._write(file, line)
             if new:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
         except OSError as error:
             raise SpoolError(
                 f"{self.path}: the record cannot be written: {error.strerror or error}. "
@@ -220,11 +221,3 @@ class LineWriter:
             raise
         self._end += len(line)
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from topotune.bench.faults.scenario import expect
@@ -84,12 +85,19 @@ def reference(site: Site) -> list[dict[str, Any]]:
         return _reference(site)
 
 
-def _reference(site: Site) -> list[dict[str, Any]]:
+def known_reference(site: Site) -> Path | None:
+    """The kept search file of the undisturbed run, its results in a folder beside it; None before
+    :func:`reference` has run."""
     text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
-    for known in site.shared.glob("*.yaml"):
-        if known.read_text(encoding="utf-8") == text:
-            found: list[dict[str, Any]] = json.loads(known.with_suffix(".json").read_text())
-            return found
+    files = site.shared.glob("*.yaml")
+    return next((file for file in files if file.read_text(encoding="utf-8") == text), None)
+
+
+def _reference(site: Site) -> list[dict[str, Any]]:
+    if (known := known_reference(site)) is not None:
+        found: list[dict[str, Any]] = json.loads(known.with_suffix(".json").read_text())
+        return found
+    text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
     calm = Site(site.shared / f"calm-{len(list(site.shared.glob('*.yaml')))}", site.shared)
     with calm:
         file = calm.folder / f"{NAME}.yaml"

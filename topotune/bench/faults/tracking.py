@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from topotune.bench.faults.invariants import audit, reference
+from topotune.bench.faults.invariants import audit, known_reference, reference
 from topotune.bench.faults.proxy import Proxy
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import NAME, Driver, Site
@@ -91,11 +91,9 @@ def _slowdown(site: Site) -> str:
 
 
 def _calm(site: Site) -> list[float]:
-    text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
-    for known in site.shared.glob("*.yaml"):
-        if known.read_text(encoding="utf-8") == text:
-            return _paces(Site(known.with_suffix(""), site.shared))
-    raise AssertionError("reference() has not run")
+    known = known_reference(site)
+    assert known is not None  # _search() has run it
+    return _paces(Site(known.with_suffix(""), site.shared))
 
 
 def _spread(values: Sequence[float]) -> float:
