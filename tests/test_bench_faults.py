@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from topotune.bench.faults.site import marked
+from topotune.bench.faults.site import Site, marked
 
 
 def titles(processes: list[psutil.Process]) -> list[str]:
@@ -22,6 +22,13 @@ def titles(processes: list[psutil.Process]) -> list[str]:
         with suppress(psutil.Error):
             found.append(" ".join(process.cmdline()))
     return found
+
+
+def test_a_site_that_is_left_ends_its_commands_and_waits_for_them(tmp_path: Path) -> None:
+    with Site(tmp_path / "site", tmp_path / "shared") as site:
+        marked_one, _ = site.spawn(["sleep", "300"], site.environment())
+        unmarked, _ = site.spawn(["sleep", "300"], {})
+    assert [marked_one.returncode, unmarked.returncode] == [-signal.SIGKILL, -signal.SIGKILL]
 
 
 @pytest.mark.heavy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import subprocess
 import sys
 
 import psutil
@@ -26,16 +25,9 @@ class Node:
     """
 
     def __init__(self, site: Site, environment: dict[str, str], *arguments: str) -> None:
-        self._log = site.folder / f"node-{len(list(site.folder.glob('node-*')))}.log"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
-        with self._log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*command, "--disable-usage-stats", *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
+        command += ["--disable-usage-stats", *arguments]
+        self.process, self._log = site.spawn(command, environment)
         site.wait(lambda: "block forever" in self.output(), 60, "no node", self.output)
 
     def output(self) -> str:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -110,7 +110,7 @@ class Site:
         self.results = folder / "results"
         self._trained = folder / "trained.txt"
         self._mark = uuid.uuid4().hex
-        self._started = 0
+        self._commands: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: commands inherit that
@@ -123,6 +123,9 @@ class Site:
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        for command in self._commands:
+            command.kill()
+            command.wait()
 
     def search_file(self, options: Mapping[str, Any] | None = None, **changes: Any) -> Path:
         """A search file: four trials of three epochs, one at a time, about 0.4 s an epoch.
@@ -155,18 +158,22 @@ class Site:
         self, *arguments: str | Path, env: Mapping[str, str] | None = None, **popen: Any
     ) -> Driver:
         """Start ``topotune`` with these arguments and this site's ``--results-dir``."""
-        self._started += 1
-        log = self.folder / f"command-{self._started}.log"
         command = [sys.executable, "-m", "topotune", *map(str, arguments)]
+        command += ["--results-dir", str(self.results)]
+        return Driver(*self.spawn(command, self.environment(env), **popen))
+
+    def spawn(
+        self, command: Sequence[str], environment: Mapping[str, str], **popen: Any
+    ) -> tuple[subprocess.Popen[bytes], Path]:
+        """Start any command, which ends with the site at the latest; its process and its log."""
+        log = self.folder / f"command-{len(self._commands) + 1}.log"
         with log.open("wb") as out:
             outputs = {"stdout": out, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
             process = subprocess.Popen(
-                [*command, "--results-dir", str(self.results)],
-                env=self.environment(env),
-                cwd=self.folder,
-                **{**outputs, **popen},
+                command, env=environment, cwd=self.folder, **{**outputs, **popen}
             )
-        return Driver(process, log)
+        self._commands.append(process)
+        return process, log
 
     def environment(self, changes: Mapping[str, str] | None = None) -> dict[str, str]:
         """The environment of this site's processes, by which they are found again."""
