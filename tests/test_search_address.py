@@ -79,7 +79,7 @@ def test_an_address_of_another_form_is_refused_without_being_shown(
 @pytest.fixture(scope="module")
 def server() -> Iterator[Postgres]:
     if not installed():
-        pytest.skip("PostgreSQL's initdb and postgres are not on the path")
+        pytest.skip("PostgreSQL's server (initdb, postgres) is not installed")
     with Postgres() as running:
         yield running
 

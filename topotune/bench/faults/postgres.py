@@ -20,9 +20,15 @@ from topotune.bench.faults.scenario import expect
 START_SECONDS = 60.0
 
 
+def program(name: str) -> str | None:
+    """Where a program of the server is: on the path, or where Debian puts it."""
+    debian = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *debian]))
+
+
 def installed() -> bool:
-    """Whether the server's programs are on the path."""
-    return bool(shutil.which("initdb") and shutil.which("postgres"))
+    """Whether the server's programs are here."""
+    return bool(program("initdb") and program("postgres"))
 
 
 class Postgres:
@@ -50,7 +56,7 @@ class Postgres:
         return f"postgresql://tester:{self.password}@127.0.0.1:{self.port}/postgres"
 
     def __enter__(self) -> Self:
-        expect(installed(), "PostgreSQL's initdb and postgres are not on the path")
+        expect(installed(), "PostgreSQL's server (initdb, postgres) is not installed")
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="topo-")))
         secret = self._folder / "password"
         secret.write_text(self.password, encoding="ascii")
@@ -60,7 +66,7 @@ class Postgres:
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         options = ["-U", "tester", "-A", "scram-sha-256", f"--pwfile={secret}", "--no-sync"]
         done = subprocess.run(
-            ["initdb", "-D", str(self._folder / "data"), *options],
+            [str(program("initdb")), "-D", str(self._folder / "data"), *options],
             capture_output=True,
             text=True,
             cwd=self._folder,
@@ -80,7 +86,7 @@ class Postgres:
         options += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
         with (self._folder / "log").open("ab") as log:
             self._server = subprocess.Popen(
-                ["postgres", *options],
+                [str(program("postgres")), *options],
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,
