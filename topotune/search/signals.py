@@ -21,6 +21,8 @@ START_SECONDS = 8.0
 STOP_SECONDS = 17.0
 """How long a stop may take, whatever it waits for; with what the sweeper needs, all is gone within
 20 seconds."""
+ABORT_SECONDS = 2.0
+"""How long the end may take after the second signal."""
 _LOOK_SECONDS = 0.1
 _INTERRUPTED = 130
 
@@ -39,7 +41,7 @@ class Interrupts:
         self._book: Book | None = None
         self._held = 0
         self._caught = ""
-        self._since = math.inf
+        self._since = self._again = math.inf  # of the first signal and the second
         self._over = threading.Event()
         self._terminals: tuple[int, ...] = ()
 
@@ -64,7 +66,7 @@ class Interrupts:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Put the first signal off until the block's end, where it must not be cut in two; the
-        second one ends the process. To be used inside of :func:`shielded`."""
+        second one ends the process soon. To be used inside of :func:`shielded`."""
         self._held += 1
         try:
             yield
@@ -87,31 +89,31 @@ class Interrupts:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self._note(number)
-        if again or (self._book is None and not self._held):
+        self._note(number)
+        if self._again < math.inf or (self._book is None and not self._held):
             raise KeyboardInterrupt(self._caught)
         # Nothing is printed here: the handler may have interrupted a print.
         if self._book is not None:
             self._book.stop(f"stopped by {self._caught}")
 
-    def _note(self, number: int) -> bool:
-        """Take a signal down; whether it is not the first."""
+    def _note(self, number: int) -> None:
+        """Take a signal down."""
         if number == signal.SIGHUP:
             self._leave_closed_terminals()
-        again = bool(self._caught)
-        self._caught = self._caught or signal.Signals(number).name
-        self._since = min(self._since, time.monotonic())
-        return again
+        if self._caught:
+            self._again = min(self._again, time.monotonic())
+        else:
+            self._caught, self._since = signal.Signals(number).name, time.monotonic()
 
     def _watch(self) -> None:
         """In a thread: see the signals that are held, and that a stop comes to its end."""
         while not self._over.wait(0.0 if self._held else _LOOK_SECONDS):
-            again = False
             if self._held:  # then they are blocked, and come to nobody else
                 caught = signal.sigtimedwait(tuple(self._before), _LOOK_SECONDS)
-                again = caught is not None and self._note(caught.si_signo)
-            limit = START_SECONDS if self._held else STOP_SECONDS
-            if again or time.monotonic() - self._since > limit:
+                if caught is not None:
+                    self._note(caught.si_signo)
+            first = START_SECONDS if self._held else STOP_SECONDS
+            if time.monotonic() > min(self._since + first, self._again + ABORT_SECONDS):
                 with contextlib.suppress(OSError):
                     os.write(2, b"aborted\n")
                 os._exit(_INTERRUPTED)
