@@ -231,6 +231,22 @@ def test_secrets_of_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -
     assert redact(text) == "*** *** *** *** short /home/someone"
 
 
+@pytest.mark.parametrize("password", ["hunter's3cret", 'a"b<c>d e/f@g', "new\nline-pass", "p'w"])
+def test_a_password_may_hold_any_character(monkeypatch: pytest.MonkeyPatch, password: str) -> None:
+    address = f"http://someone:{password}@127.0.0.1:1/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert password not in redact(f"cannot reach {address!s}: refused")
+    monkeypatch.setenv("PAGE", "https://example.org/@scope")
+    assert redact("see example.org/ or someone") == "see example.org/ or someone"
+
+
+def test_a_token_in_the_users_place_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://dapi0123456789@host/x")
+    assert redact("used dapi0123456789 for https://dapi0123456789@host") == (
+        "used *** for https://***@host"
+    )
+
+
 def test_a_key_of_the_environment_is_known_by_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAGGLE_KEY", "0123456789abcdef")
     monkeypatch.setenv("GH_PAT_2", "github_pat_11ABCDEFG")

@@ -60,6 +60,7 @@ def redact(text: str) -> str:
             text = re.sub(rf"(?<![^\W_]){value}(?![^\W_])", "***", text)
         else:
             text = text.replace(value, "***")
+    text = _PASSWORD.sub("://***@", text)  # a password may hold quotes, at which words end
     text = _WORD.sub(_without_login, text)
     parts: list[str] = []
     end = 0
@@ -136,6 +137,7 @@ def _known() -> Iterator[str]:
         key = _KEY.search(name) is not None and _LOOKS_RANDOM.fullmatch(value) is not None
         found = [value] if key or names_secret(name) else []
         if "@" in value:
+            found += _logins(value)
             for match in _WORD.finditer(value):
                 start, end = _login(match[0])
                 password = match[0][start:end].partition(":")[2]
@@ -146,6 +148,20 @@ def _known() -> Iterator[str]:
             number = secret.isdecimal()
             if len(secret) >= SHORTEST and not number and not _is_file(secret):
                 yield secret
+
+
+def _logins(address: str) -> Iterator[str]:
+    """What may be the login of a variable that is one whole address, whatever characters it has:
+    up to the first @ or the last; its password, and both with their escapes undone."""
+    scheme, mark, rest = address.partition("://")
+    if not mark:
+        return
+    for login in {rest.partition("@")[0], rest.rpartition("@")[0]}:
+        user, colon, password = login.partition(":")
+        if set("/?# ") & set(user):  # a path, not a login
+            continue
+        for secret in (login, password) if colon else (login,) * scheme.startswith("http"):
+            yield from (secret, unquote(secret))
 
 
 def _is_file(value: str) -> bool:
