@@ -40,7 +40,7 @@ class TaskConfig(Frozen):
     options: dict[str, Value] = Field(default_factory=dict)
     data_dir: str | None = None
     download: bool = True
-    split_seed: int = Field(default=0, ge=0)
+    split_seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class ModelConfig(Frozen):

@@ -26,7 +26,10 @@ A message names the place, the value, the rule and the fix, in that order.
 from __future__ import annotations
 
 import difflib
+import re
+import traceback
 from collections.abc import Iterable
+from pathlib import PurePath
 
 
 class TopotuneError(Exception):
@@ -134,3 +137,21 @@ def did_you_mean(name: str, known: Iterable[str], hint: str = "") -> str:
     text = f"; did you mean {near[0]!r}?" if near else ""
     text += f" (known: {', '.join(options)})" if options else ""
     return text + (f" {hint}" if hint else "")
+
+
+_OURS = str(PurePath(__file__).parent)
+_LIBRARY = re.compile(r"/(?:(?:site|dist)-packages|lib/python3[^/]*)/|^<")
+
+
+def told(error: BaseException) -> str:
+    """An exception of code that is not ours, on a line: its kind, the first line of its text (a
+    library in C++ adds its whole stack) and the place in a user's code that it came from."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception as failed:  # noqa: BLE001 - a user's own class may fail when it is asked
+        lines = [f"its text raises {type(failed).__name__}"]
+    text = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _LIBRARY.search(frame.filename) and not frame.filename.startswith(_OURS):
+            return f"{text} (at {PurePath(frame.filename).name}:{frame.lineno})"
+    return text

@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TypeVar
 
-from topotune.errors import PluginError, did_you_mean
+from topotune.errors import PluginError, did_you_mean, told
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -38,15 +38,15 @@ def load_object(path: str) -> object:
         )
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last: a file there stands in for no library
     if module_name not in sys.modules:
         _log.info("runs code of %s from %s", path, _file_of(module_name))
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
         raise PluginError(
-            f"import path {path!r}: module {module_name!r} does not import: "
-            f"{type(error).__name__}: {error}. Modules are looked up in the current directory "
+            f"import path {path!r}: module {module_name!r} does not import: {told(error)}. "
+            "Modules are looked up in the current directory "
             f"({here}) and in the environment"
         ) from error
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, log_to_stderr, print_json, say
-from topotune.errors import RunError
+from topotune.errors import RunError, TopotuneError, told
 from topotune.records import pack_metrics
 
 if TYPE_CHECKING:
@@ -105,7 +105,12 @@ def train(
 
     with tempfile.TemporaryDirectory(prefix="topotune-train-") as scratch:
         place = folder if folder is not None else Path(scratch)
-        result = run_trial(spec, folder=place, on_epoch=show)
+        try:
+            result = run_trial(spec, folder=place, on_epoch=show)
+        except (TopotuneError, OSError):
+            raise
+        except Exception as error:
+            raise RunError(f"{config}: training failed: {told(error)}") from error
         complete = result.outcome is Outcome.COMPLETE
         test = evaluate_test(spec, load_weights(spec, place)) if complete else {}
     if as_json:

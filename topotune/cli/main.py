@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -54,10 +55,19 @@ def _root(
 def main() -> None:
     """Entry point: runs the app; our errors become one line on stderr and an exit code."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # or a full disk would be met while Python ends
     except TopotuneError as error:
         sys.stderr.write(f"error: {shown(str(error))}\n")
         sys.exit(error.exit_code)
+    except OSError as error:  # of a path or of standard output; what a search meets it handles
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        place = "standard output" if error.filename is None else f"{error.filename!r:.200}"
+        sys.stderr.write(f"error: {shown(f'{place}: {error.strerror}')}\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("aborted\n")
         sys.exit(130)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from topotune.errors import ConfigError, did_you_mean
+from topotune.errors import ConfigError, TopotuneError, did_you_mean, told
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def call_with_options(
 
     Raises:
         ConfigError: an option is unknown, or set by the caller, or missing, or the constructor
-            itself rejects a value with TypeError or ValueError.
+            itself raises.
     """
     names, takes_any = accepted_names(constructor)
     known = [name for name in names if name not in (facts or {})]
@@ -72,8 +72,12 @@ def call_with_options(
             )
     try:
         return constructor(**arguments)
+    except TopotuneError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(place, f"{what} rejects {dict(options)!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(place, f"{what} rejects {dict(options)!r}: {told(error)}") from error
 
 
 def whole_number(place: str, value: object, low: int, high: int | None = None) -> int:

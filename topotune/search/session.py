@@ -80,13 +80,16 @@ class RaySession:
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
         self._sweeper.__enter__()
         try:
-            ray.init(
-                address=self._address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-                **options,
-            )
+            # Ray puts the current folder before the libraries in its workers, where a file named
+            # like one of them would run; a trial's own modules are found by TrialActor.setup().
+            with contextlib.chdir(os.sep):
+                ray.init(
+                    address=self._address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                    **options,
+                )
         except Exception as error:  # Ray raises bare ones, too, such as for a node that is late
             text = brief(str(error), 300)
             raise ResourceError(

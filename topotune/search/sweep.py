@@ -33,7 +33,7 @@ class Sweeper:
         os.environ[MARK] = mark
         # Its own session: a signal of the terminal must not end it before its work is done.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "topotune.search.sweep", mark],
+            [sys.executable, "-P", __file__, mark],  # -P: what lies in this folder is not imported
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

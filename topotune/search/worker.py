@@ -67,7 +67,7 @@ class TrialActor(tune.Trainable):
         limits = Limits.model_validate(config["limits"])
         self._guard = Guard(self._folder, limits.stall, limits.memory)
         if config["cwd"] not in sys.path:
-            sys.path.insert(0, config["cwd"])
+            sys.path.append(config["cwd"])  # last: a file there stands in for no library
         with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
             os.chdir(config["cwd"])
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from topotune.data.splits import TensorPair
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, TopotuneError, told
 from topotune.records import TrialSpec, Value
 from topotune.seeding import seed_everything
 from topotune.tasks import build_task
@@ -32,9 +32,11 @@ def check_spec(spec: TrialSpec) -> None:
         ConfigError: a number is out of its range or not a number.
         UnknownNameError: the schedule does not exist.
     """
+    for place, seed in (("seed", spec.seed), ("split_seed", spec.split_seed)):
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise ConfigError(place, f"must be a whole number from 0 to 2**63 - 1 (got {seed!r})")
     for place, value, least in (
         ("epochs", spec.epochs, 1),
-        ("seed", spec.seed, 0),
         ("threads", spec.threads, 0),
         ("train.batch_size", spec.train.batch_size, 1),
         ("overhead.blocks", spec.overhead.blocks, 0),
@@ -78,7 +80,7 @@ def preflight(spec: TrialSpec, *, check_device: bool = True) -> None:
     states = capture_generators(cpu)
     try:
         task = build_task(spec.task, spec.task_options)
-        method.optimizer(method.model(task).parameters())
+        method.optimizer(_model(method, task).parameters())
     finally:
         restore_generators(states, cpu)
 
@@ -128,7 +130,25 @@ def probe_rows(task: Task, train: TensorPair) -> TensorPair:
 def make_model(method: Method, task: Task) -> nn.Module:
     """The method's model on the CPU, initialised from the spec's seed whatever ran before."""
     seed_everything(method.spec.seed)
-    return method.model(task)
+    return _model(method, task)
+
+
+def _model(method: Method, task: Task) -> nn.Module:
+    """The method's model for a task, whose code may be a user's.
+
+    Raises:
+        UserError: it is none, or it cannot be built.
+    """
+    place = f"task {method.spec.task!r}: its model"
+    try:
+        model = method.model(task)
+    except TopotuneError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ConfigError(place, f"cannot be built: {told(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(place, f"must be a torch.nn.Module (got {model!r:.80})")
+    return model
 
 
 def resolved_params(spec: TrialSpec, found: Mapping[str, Value]) -> dict[str, Value]:
