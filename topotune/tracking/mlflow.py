@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 
 from topotune.errors import ResourceError, TopotuneError
 from topotune.redaction import redact
-from topotune.tracking.answers import classified, one_line, permanent
+from topotune.tracking.answers import classified, one_line, turned_down
 from topotune.tracking.entries import Item
 from topotune.tracking.store import (
     DATABASE_FILE,
@@ -318,7 +318,6 @@ def translated() -> Iterator[None]:
     except TopotuneError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever its libraries raise, it comes out as ours
-        response = getattr(error, "response", None)
-        if response is not None and permanent(response.status_code):
+        if turned_down(getattr(error, "response", None)):
             raise StoreRefusedError(one_line(error)) from None
         raise StoreOfflineError(f"{type(error).__name__}: {one_line(error)}") from None
