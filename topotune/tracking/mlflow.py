@@ -38,6 +38,7 @@ from topotune.tracking.store import (
     creation_lock,
     embedded_artifacts,
     embedded_store_uri,
+    refuse_links,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class MlflowStore:
                 _quiet_mlflow()
                 folder = None if self._results_dir is None else self._results_dir / "mlflow"
                 try:
+                    if self._results_dir is not None:
+                        refuse_links(self._results_dir)
                     with creation_lock(folder) if folder else nullcontext(), translated():
                         if folder is not None:
                             _make_whole(folder / DATABASE_FILE)
