@@ -195,7 +195,8 @@ def test_a_study_of_others_is_checked(tmp_path: Path) -> None:
     assert len(desk.rows()) == 6
     (end,) = sql(desk, f"SELECT value_json FROM trial_user_attributes {OF_TRIAL_2}")[0]
     good = json.loads(end)
-    for damaged in ({**good, "reason": 5}, {**good, "metrics": [1]}, [good]):
+    endless = {**good, "metrics": {"val_accuracy": 10**400}}
+    for damaged in ({**good, "reason": 5}, {**good, "metrics": [1]}, endless, [good]):
         text = json.dumps(damaged)
         sql(desk, f"UPDATE trial_user_attributes SET value_json = ? {OF_TRIAL_2}", text)
         with pytest.raises(SearchFolderError, match="record of trial 2 is damaged"):

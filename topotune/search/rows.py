@@ -61,7 +61,7 @@ def _checked(
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{value!r:.80} is no {kind}")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise damaged_record(str(folder.root), trial.number, error) from None
     return row
 

@@ -195,7 +195,8 @@ class LineWriter:
                     return False
                 self._write(file, line)
         except ResourceError as error:
-            raise SpoolError(f"{self.path}: the record cannot be written: {error}") from error
+            cause = error.__cause__ or error  # by which a trial's own open files are told
+            raise SpoolError(f"{self.path}: the record cannot be written: {error}") from cause
         except OSError as error:
             raise SpoolError(
                 f"{self.path}: the record cannot be written: {error.strerror or error}. "
