@@ -43,6 +43,7 @@ from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.registry import _plain
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.spool import SearchTracker
+from topotune.tracking.store import StoreOfflineError
 from topotune.tracking.tails import read_all
 from topotune.train.checkpoint import _MAGIC, CHECKPOINT_FILE, CheckpointStore
 from topotune.train.trace import read_columns
@@ -166,6 +167,17 @@ def test_an_embedded_store_of_others_writes_no_file_elsewhere(tmp_path: Path) ->
     assert not list((tmp_path / "theirs").rglob("search.yaml"))
 
 
+@pytest.mark.parametrize("place", ["mlflow", "mlflow/artifacts", "mlflow/mlflow.db"])
+def test_an_embedded_store_that_is_a_link_is_not_opened(place: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    link = tmp_path / "ours" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "theirs")
+    with pytest.raises(StoreOfflineError, match=f"{place}: is a link, .* tracking.uri"):
+        MlflowStore.embedded(tmp_path / "ours").ping()
+    assert not list((tmp_path / "theirs").iterdir())
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "a'b", 'a"b', "a\\b", "models:/a", NASTY])
 def test_names_of_models_fit_a_filter(name: str) -> None:
     with pytest.raises(TrackingError, match="not allowed"):
@@ -183,7 +195,8 @@ def test_a_study_of_others_is_checked(tmp_path: Path) -> None:
     assert len(desk.rows()) == 6
     (end,) = sql(desk, f"SELECT value_json FROM trial_user_attributes {OF_TRIAL_2}")[0]
     good = json.loads(end)
-    for damaged in ({**good, "reason": 5}, {**good, "metrics": [1]}, [good]):
+    endless = {**good, "metrics": {"val_accuracy": 10**400}}
+    for damaged in ({**good, "reason": 5}, {**good, "metrics": [1]}, endless, [good]):
         text = json.dumps(damaged)
         sql(desk, f"UPDATE trial_user_attributes SET value_json = ? {OF_TRIAL_2}", text)
         with pytest.raises(SearchFolderError, match="record of trial 2 is damaged"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -263,7 +264,7 @@ def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, kind: str) -> None
 
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ResourceError, match=r"file/out/rank-1-trial-0007: .*Not a directory"):
+    with pytest.raises(ResourceError, match=r"file/out: cannot be created: .*Not a directory"):
         export(tmp_path / "file" / "out")
     assert tree(tmp_path) == {"file": b"in the way"}
 
@@ -290,6 +291,50 @@ def test_a_failed_replacement_brings_the_old_export_back(
         export(tmp_path, weights={"w": torch.ones(2)}, force=True)
     assert tree(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["rank-1-trial-0007"]
+
+
+def test_an_interrupted_replacement_brings_the_old_export_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path)
+    before = tree(tmp_path)
+    rename = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path, weights={"w": torch.ones(2)}, force=True)
+    assert tree(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["rank-1-trial-0007"]
+
+
+def test_a_replacement_that_was_killed_half_way_loses_no_export(tmp_path: Path) -> None:
+    place = export(tmp_path).folder
+    before = tree(tmp_path)
+    place.replace(tmp_path / ".rank-1-trial-0007.0123abcd.old")  # and killed there
+    with pytest.raises(ConfigError, match="already holds a different export"):
+        export(tmp_path, weights={"w": torch.ones(2)})
+    assert tree(tmp_path) == before
+
+
+def test_an_export_is_forced_to_disk_with_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[str] = []
+    force = os.fsync
+
+    def watch(handle: int) -> None:
+        forced.append(Path(f"/proc/self/fd/{handle}").resolve().name.partition(".tmp")[0][:18])
+        force(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    export(tmp_path / "out")
+    files = ["config.yaml", "metrics.json", "provenance.json", "README.md", "model.safetensors"]
+    assert forced == [tmp_path.name[:18], *files, ".rank-1-trial-0007", "out"]
 
 
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:

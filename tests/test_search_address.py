@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from topotune.search.address import (
 )
 from topotune.search.folder import SearchFolder
 from topotune.search.rows import summaries
-from topotune.search.storage import check_study
+from topotune.search.storage import check_study, open_storage
 
 FULL = "postgresql://me:s3cret@db:5433/studies?sslmode=require&password=s3cret"
 
@@ -120,6 +122,22 @@ def test_a_study_that_was_dropped_is_rebuilt(
     again = Desk(tmp_path, desk.config)
     assert again.rows() == before
     again.store.close()
+
+
+def test_a_connection_whose_host_vanished_is_noticed_while_an_answer_is_awaited(
+    server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, server.uri)
+    config = remembered_study(make_config())
+    storage = open_storage(SearchFolder(tmp_path / "demo"), config)
+    connection = storage._engine.raw_connection()
+    handle = connection.driver_connection.fileno()  # type: ignore[union-attr]
+    with socket.socket(fileno=os.dup(handle)) as probed:
+        options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert [probed.getsockopt(socket.IPPROTO_TCP, one) for one in options] == [10, 5, 3]
+        assert probed.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    connection.close()
+    storage.close()
 
 
 def test_a_wrong_password_ends_at_once_and_is_not_shown(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -313,6 +315,18 @@ def test_a_results_path_through_a_file_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with pytest.raises(ResourceError, match="is a file"):
         check_writable(tmp_path / "file" / "deep")
+
+
+def test_a_file_system_without_locks_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:  # as NFS answers without its lock service
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(ResourceError, match=r"locks no files \(No locks available\).*Mount it"):
+        check_writable(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_the_best_checkpoints_stay(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from topotune.search import driver
 from topotune.search import lease as module
 from topotune.search.folder import SearchFolder
 from topotune.search.lease import Lease, lease_holder
+from topotune.search.reading import all_status
 
 
 def foreign(path: Path, token: str = "theirs", beat: int = 3) -> None:
@@ -112,6 +114,30 @@ def test_content_that_names_nobody_holds_nobody_up(content: str, tmp_path: Path)
     assert lease_holder(path) is None
     with Lease(path) as lease:
         lease.check(force=True)
+
+
+def test_a_lease_that_cannot_be_looked_at_ends_no_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        SearchFolder.create(tmp_path, make_config(name=name), "")
+    lock = tmp_path / "first/driver.lock"
+    lock.mkdir()
+    said: list[str] = []
+    assert [found.config.name for found in all_status(tmp_path, said.append)] == ["second"]
+    assert "driver.lock: cannot be read: Is a directory" in said[0]
+    lock.rmdir()
+    lock.touch()
+    look = Path.open
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:  # as everybody but root is
+        if path == lock:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    assert [found.config.name for found in all_status(tmp_path, said.append)] == ["second"]
+    assert "driver.lock: cannot be read: Permission denied. Give" in said[1]
 
 
 @pytest.mark.parametrize("left", ["empty", "missing", "unreadable"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -396,3 +397,149 @@ def test_a_record_that_is_not_its_folders_is_as_none(number: int, tmp_path: Path
     far = desk.folder.root / "trials" / "1000000000" / TRIAL_FILE
     far.write_bytes(encode(payload | {"number": 1_000_000_000}))
     assert sorted(read_copies(desk.folder.root)) == [0, 1, 3, 4, 5]
+
+
+def test_a_study_that_is_lost_with_all_records_is_not_begun_again(tmp_path: Path) -> None:
+    for name, damage in DAMAGES.items():
+        desk = Desk(tmp_path / name, make_config())
+        desk.run()
+        desk.store.close()
+        for number in range(6):
+            home = desk.folder.trial(number)
+            (home / TRIAL_FILE).unlink()
+            (home / PREVIOUS_TRIAL_FILE).unlink()
+            (home / "spool.jsonl").write_text("old")
+        damage(study_file(desk))
+        with pytest.raises(SearchFolderError, match=r"study\.db: .*they kept no records.*begin"):
+            reopened(desk)
+        assert (desk.folder.trial(0) / "spool.jsonl").exists()
+        shutil.rmtree(desk.folder.root / "trials")  # as it says
+        study_file(desk).unlink(missing_ok=True)
+        again = Desk(tmp_path / name, desk.config)
+        again.run()
+        again.store.close()
+
+
+NESTED = '{"a":' * 100_000
+ENDLESS = (
+    '{"name": "FloatDistribution", "attributes": '
+    '{"low": -1e999, "high": 1e999, "step": 0.1, "log": false}}'
+)
+HOSTILE: dict[str, dict[str, Any]] = {
+    "a start with a zone": {"start": "2026-01-01T00:00:00+00:00"},
+    "no start": {"start": None},
+    "no values": {"values": None},
+    "too many values": {"values": [0.5, 0.5]},
+    "a parameter outside its range": {"params": "outside"},
+    "a range of any depth": {"params": {"lr": [NESTED, 0.1]}},
+    "an endless range": {"params": {"lr": [ENDLESS, 0.1]}},
+    "an end that is a list": {"end": [1]},
+    "an end without seconds": {"end": {"device_seconds": None}},
+    "an endless end": {"end": {"device_seconds": 10**400}},
+    "an end with metrics that are a list": {"end": {"metrics": [1]}},
+    "an unknown outcome": {"end": {"outcome": "GREAT"}},
+    "a spec without content": {"spec": {}},
+    "a spec that is null": {"spec": None},
+    "deaths that are a number": {"deaths": 3},
+    "fixed parameters that are a number": {"system": {"fixed_params": 5}},
+    "a constraint that is a word": {"system": {"constraints:finished": "x"}},
+}
+
+
+def hostile(payload: dict[str, Any], change: dict[str, Any]) -> bytes:
+    """A trial's record with one thing in it as nobody of ours writes it."""
+    payload = json.loads(json.dumps(payload))
+    for key, value in change.items():
+        if key == "end" and isinstance(value, dict):
+            payload["user"]["end"] |= value
+        elif key in ("end", "spec", "deaths"):
+            payload["user"][key] = value
+        elif value == "outside":
+            payload["params"]["lr"][1] = 7.0
+        else:
+            payload[key] = value
+    return encode(payload)
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_record_is_as_a_damaged_one(change: dict[str, Any], tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    payload = read_copies(desk.folder.root)[2].to_payload()
+    (desk.folder.trial(2) / TRIAL_FILE).write_bytes(hostile(payload, change))
+    study_file(desk).unlink()
+    for name in ("ledger.json", "ledger.previous.json"):
+        (desk.folder.root / name).unlink(missing_ok=True)
+
+    read_ledger(desk.folder.ledger)
+    store, notes = reopened(desk)  # the record before it says that the trial runs
+    store.close()
+    assert "rebuilt from the records of 6 trials" in notes[0]
+    assert {row.number: row.state for row in desk.rows()} == {
+        **dict.fromkeys(range(6), "COMPLETE"),
+        2: "RUNNING",
+    }
+
+
+def test_a_ledger_is_counted_from_records_of_any_zone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    for name in ("ledger.json", "ledger.previous.json"):
+        (desk.folder.root / name).unlink(missing_ok=True)
+    home = desk.folder.trial(2)
+    changes: list[dict[str, Any]] = [HOSTILE["a start with a zone"], {"end": [1]}, {"end": {}}]
+    for change in changes:
+        payload = TrialCopy(trials(desk)[2], {}).to_payload()
+        for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
+            (home / name).write_bytes(hostile(payload, change | {"number": 2}))
+        assert read_ledger(desk.folder.ledger)["trials"].keys() >= {0, 1, 3, 4, 5}
+
+
+def set_note(desk: Desk, number: int, key: str, value: object) -> None:
+    """Write a trial's note as whoever has the database can."""
+    trial = "(SELECT trial_id FROM trials WHERE number = ?)"
+    with sqlite3.connect(study_file(desk)) as connection:
+        connection.execute(
+            "UPDATE trial_user_attributes SET value_json = ? WHERE key = ? AND trial_id = " + trial,
+            (json.dumps(value), key, number),
+        )
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "key", "value"),
+    [
+        (1, "end", [1]),
+        (1, "end", {"outcome": "COMPLETE"}),
+        (1, "spec", 3),
+        (0, "spec", {}),
+        (0, "spec", {"task": "digits", "method": "adam", "epochs": 1, "seed": 1, "x": 1}),
+    ],
+)
+def test_a_hostile_note_in_a_study_is_an_error_of_ours(
+    number: int, key: str, value: object, tmp_path: Path
+) -> None:
+    desk = half_done(tmp_path)  # trial 0 runs
+    desk.store.close()
+    set_note(desk, number, key, value)
+    with pytest.raises(SearchFolderError, match=f"record of trial {number} is damaged.*rebuilds"):
+        Desk(tmp_path, desk.config).book.next()
+
+
+def test_a_study_whose_trial_contradicts_itself_is_not_rebuilt_from_it(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
+        (desk.folder.trial(2) / name).unlink()
+    with sqlite3.connect(study_file(desk)) as connection:
+        connection.execute(
+            "DELETE FROM trial_values WHERE trial_id = (SELECT trial_id FROM trials WHERE "
+            "number = 2)"
+        )
+        connection.execute("UPDATE trials SET state = 'RUNNING' WHERE number = 4")
+    connection.close()
+    with pytest.raises(SearchFolderError, match=r"trials/0002: what is known .* contradicts"):
+        reopened(desk)

@@ -102,6 +102,20 @@ def test_an_orphan_without_its_spec_gets_the_one_it_would_have_had(tmp_path: Pat
     assert 1e-4 <= float(handout.spec.params["lr"]) <= 1e-1  # type: ignore[arg-type]
 
 
+def test_an_orphan_is_told_to_the_sampler_that_samples_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    Desk(tmp_path, config).store._study.ask()
+    again = Desk(tmp_path, config)
+    told: list[object] = []
+    monkeypatch.setattr(
+        optuna.samplers.TPESampler, "before_trial", lambda sampler, *_: told.append(sampler)
+    )
+    handed(again.book.next())
+    assert told == [again.store._study.sampler]
+
+
 def test_warm_start_points_come_first_and_once(tmp_path: Path) -> None:
     config = make_config(warm_start=[{"lr": 0.005}, {"lr": 0.05}])
     desk = Desk(tmp_path, config)

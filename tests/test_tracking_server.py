@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +31,7 @@ from topotune.tracking.dashboard import (
 )
 from topotune.tracking.entries import Item
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.progress import Progress
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.spool import SearchTracker, SpoolTracker
 from topotune.tracking.store import RunMissingError, StoreOfflineError, StoreRefusedError
@@ -45,12 +47,17 @@ class Answers(BaseHTTPRequestHandler):
     posts: ClassVar[list[str]]
 
     def do_GET(self) -> None:
-        self.reply(200, b'{"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}}')
+        run = {"run_id": "a" * 32, "experiment_id": "1", "artifact_uri": "mlflow-artifacts:/1/a"}
+        experiment = {"experiment_id": "1", "lifecycle_stage": "active"}
+        self.reply(200, json.dumps({"experiment": experiment, "run": {"info": run}}).encode())
 
     def do_POST(self) -> None:
         self.posts.append(self.path)
         self.rfile.read(int(self.headers["Content-Length"]))
         self.reply(self.status, self.body)
+
+    def do_PUT(self) -> None:
+        self.do_POST()
 
     def reply(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -85,7 +92,13 @@ def code(name: str) -> bytes:
     ("status", "body", "expected"),
     [
         (400, code("INVALID_PARAMETER_VALUE"), StoreRefusedError),
-        (400, b"<html>bad</html>", StoreRefusedError),
+        (400, b"<html>The plain HTTP request was sent to HTTPS port</html>", StoreOfflineError),
+        (402, b"<html>pay first</html>", StoreOfflineError),
+        (405, b"<html>not allowed</html>", StoreOfflineError),
+        (405, b'{"message": "not allowed"}', StoreOfflineError),
+        (407, b"<html>proxy authentication required</html>", StoreOfflineError),
+        (422, b"<html>unfit</html>", StoreOfflineError),
+        (426, b"<html>upgrade required</html>", StoreOfflineError),
         (413, b"too large", StoreRefusedError),
         (404, code("RESOURCE_DOES_NOT_EXIST"), RunMissingError),
         (404, b"nginx: not found", StoreOfflineError),
@@ -106,6 +119,43 @@ def test_each_answer_is_temporary_or_final(
         MlflowStore(uri).log("a" * 32, [Item("metric", "loss", 1.0, 1, 5)])
     assert posts == ["/api/2.0/mlflow/runs/log-batch"]  # MLflow itself must not try again
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (400, code("INVALID_PARAMETER_VALUE"), StoreRefusedError),
+        (413, b"<html>too large</html>", StoreRefusedError),
+        (400, b"<html>bad</html>", StoreOfflineError),
+        (405, b"<html>not allowed</html>", StoreOfflineError),
+        (405, b'{"message": "not allowed"}', StoreOfflineError),
+    ],
+)
+def test_an_upload_that_a_proxy_answers_is_tried_again(
+    status: int, body: bytes, expected: type[RunError], tmp_path: Path
+) -> None:
+    (tmp_path / "trace.npz").write_bytes(b"trace")
+    posts: list[str] = []
+    run = uuid.uuid4().hex  # MLflow remembers where a run's files go
+    with answering(status, body, posts) as uri, pytest.raises(expected):
+        MlflowStore(uri).log_artifact(run, tmp_path / "trace.npz", "")
+    assert posts == ["/api/2.0/mlflow-artifacts/artifacts/1/a/trace.npz"]
+
+
+def test_a_misrouted_request_costs_no_record(tmp_path: Path) -> None:
+    """A reverse proxy that answers in MLflow's place sets nothing aside: all is sent later."""
+    record(tmp_path, range(1, 4))
+    with answering(405, b"<html>not allowed</html>", []) as uri:
+        store = MlflowStore(uri)
+        progress = Progress(tmp_path, store.label)
+        progress.runs |= {"search": "b" * 32, "0": "a" * 32}
+        progress.save()
+        shipper = Shipper(tmp_path, store, "s1", "digits")
+        assert not shipper.ship_once()
+        status = shipper.status()
+    assert (status.refused, status.shipped) == (0, 0)
+    assert status.pending == status.recorded > 0
+    assert not (tmp_path / "refused.jsonl").exists()
 
 
 def record(search: Path, epochs: range) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import resource
+import stat
 import subprocess
 import sys
 import threading
@@ -200,6 +203,48 @@ def test_a_full_disk_leaves_whole_lines_and_the_call_can_be_repeated(tmp_path: P
     assert (tmp_path / NAME).read_bytes() == before
     spool.epoch(report(2))
     assert epochs(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("broken", ["the line", "the folder's entry"])
+def test_a_record_that_is_not_forced_to_disk_is_not_written(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = tracker(tmp_path)
+    if broken == "the line":
+        spool.epoch(report(1))
+    else:
+        (tmp_path / NAME).parent.mkdir(parents=True)
+    force = os.fsync
+
+    def fail(handle: int) -> None:  # no disk breaks on demand
+        if stat.S_ISDIR(os.fstat(handle).st_mode) == (broken != "the line"):
+            raise OSError(errno.EIO, "Input/output error")
+        force(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(SpoolError, match="the record cannot be written: Input/output error"):
+            spool.epoch(report(2))
+    assert epochs(tmp_path) == ([1] if broken == "the line" else [])
+    spool.epoch(report(2))
+    spool.epoch(report(2))
+    assert epochs(tmp_path) == ([1, 2] if broken == "the line" else [2])
+
+
+def test_a_new_trials_folder_is_forced_to_disk_with_its_spool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[Path] = []
+    force = os.fsync
+
+    def watch(handle: int) -> None:
+        forced.append(Path(f"/proc/self/fd/{handle}").resolve())
+        force(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    tracker(tmp_path).epoch(report(1))
+    path = (tmp_path / NAME).resolve()
+    assert forced == [path.parents[2], path.parents[1], path.parent, path]
 
 
 def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:

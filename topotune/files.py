@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -41,13 +42,18 @@ def files_exhausted(error: BaseException) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents.
+    """Create a folder and its parents, and force their names to disk: a power loss must not drop
+    a new folder with all that was forced to disk in it.
 
     Raises:
         ResourceError: it cannot be created or written.
     """
     try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        for path in reversed(new):
+            with contextlib.suppress(PermissionError):  # written to, and perhaps not readable
+                sync_folder(path.parent)
         writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError as error:
         raise ResourceError(

@@ -78,7 +78,17 @@ def trial_record() -> dict[str, Any]:
             ]
         },
         "curve": [[1, 0.5], [2, "nan"]],
-        "user": {"spec": {"task": "digits"}, "end": {"outcome": "COMPLETE"}},
+        "user": {
+            "spec": {"task": "digits", "method": "adam", "epochs": 2, "seed": 1},
+            "end": {
+                "outcome": "COMPLETE",
+                "reason": "",
+                "metrics": {"val_accuracy": 0.9, "bad": "nan"},
+                "epochs": 2,
+                "device_seconds": 1.5,
+            },
+            "deaths": {"worker": 1},
+        },
         "system": {"fixed_params": {"lr": 0.01}},
         "start": "2026-01-01T00:00:00",
         "complete": "2026-01-01T00:01:00",

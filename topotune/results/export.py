@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topotune.errors import ConfigError, ResourceError
+from topotune.files import make_folder, sync_folder
 from topotune.records import EpochReport, TrialSpec, TrialSummary
 from topotune.results.card import CardFacts, Provenance, model_card
 from topotune.results.ranking import check_directions, is_finished
@@ -111,7 +112,9 @@ def export_config(
     place = out / f"rank-{rank}-trial-{summary.number:04d}"
     part = out / f".{place.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        part.mkdir(parents=True)
+        make_folder(out)
+        _bring_back(place)
+        part.mkdir()
         _fill(part, texts, tensors)
         if place.exists() and _same(part, place):
             shutil.rmtree(part)
@@ -202,6 +205,7 @@ def _fill(folder: Path, texts: Mapping[str, str], tensors: Mapping[str, Tensor])
         _write(folder / name, text.encode())
     # one key of metadata: several would come in an order of their own at every call
     _write(folder / _WEIGHTS, save(dict(tensors), metadata={"format": "pt"}))
+    sync_folder(folder)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -240,15 +244,25 @@ def _refuse_if_taken(place: Path, force: bool) -> None:
 
 
 def _swap(part: Path, place: Path) -> None:
-    """Move the new folder into place; an old one comes back if that fails."""
+    """Move the new folder into place; an old one comes back if that fails or is interrupted."""
     old = part.with_suffix(".old")
-    if place.exists():
-        place.replace(old)
-        try:
-            part.replace(place)
-        except OSError:
-            old.replace(place)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
+    try:
+        if place.exists():
+            place.replace(old)
         part.replace(place)
+    except BaseException:
+        if old.exists() and part.exists():
+            old.replace(place)
+        raise
+    sync_folder(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _bring_back(place: Path) -> None:
+    """Give an export its name back that was killed between the two renames of its replacement."""
+    if place.exists() or place.is_symlink():
+        return
+    for old in sorted(place.parent.glob(f".{place.name}.*.old")):
+        if old.is_dir() and not old.is_symlink():
+            old.replace(place)
+            return

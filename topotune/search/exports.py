@@ -18,7 +18,7 @@ from topotune.search.folder import SearchFolder
 from topotune.search.recorder import leaderboard, objectives
 from topotune.search.shipping import open_store
 from topotune.tracking.registry import register_model
-from topotune.train.checkpoint import CHECKPOINT_FILE
+from topotune.train.checkpoint import CheckpointStore
 
 GPU_TOLERANCE = 5e-3
 """Accepted difference of a verified metric off the CPU, where kernels sum in varying order."""
@@ -116,21 +116,41 @@ def export_top(
 def _weights(
     spec: TrialSpec, folder: Path, note: Callable[[str], None]
 ) -> tuple[dict[str, Any], tuple[EpochReport, ...]]:
-    """Weights and history of a trial: from its checkpoint, or trained again if that is gone."""
+    """Weights and history of a trial: from its checkpoint, or trained again where that does not
+    hold the whole training. The search's own folder stays as it is, whoever drives the search."""
     from topotune.trial import open_trial
 
     plain = _without_overhead(spec)
-    kept = (folder / CHECKPOINT_FILE).exists()
-    try:
-        run = open_trial(plain, folder=folder if kept else None)
-    except CheckpointError as error:
-        note(f"warning: {error}")
-        kept, run = False, open_trial(plain)
-    if not kept:
-        note(f"trial {folder.name}: its checkpoint is gone, so it is trained again")
+    run, fault = None, _fault(plain, folder)
+    if not fault:
+        try:
+            run = open_trial(plain, folder=folder)
+        except CheckpointError as error:  # the code that builds the trial has changed
+            fault = _in_short(error)
+    if run is None:
+        note(f"trial {folder.name}: {fault}, so it is trained again; its folder stays as it is")
+        run = open_trial(plain)
     for _ in run.reports():
         pass
     return run.weights(), run.history
+
+
+def _fault(spec: TrialSpec, folder: Path) -> str:
+    """Why a trial's checkpoint does not hold its whole training; empty where it does."""
+    try:
+        state = CheckpointStore(folder, spec).load()
+    except CheckpointError as error:
+        return _in_short(error)
+    if state is None:
+        return "its checkpoint is gone"
+    history = state.get("history")
+    kept = len(history) if isinstance(history, list) else 0
+    return "" if kept >= spec.epochs else f"its checkpoint holds {kept} of {spec.epochs} epochs"
+
+
+def _in_short(error: CheckpointError) -> str:
+    """Without the fix, which is for whoever trains on."""
+    return str(error).partition(". ")[0]
 
 
 def _without_overhead(spec: TrialSpec) -> TrialSpec:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class SearchFolder:
             SearchFolderError: a search of that name, or something else, is there.
         """
         folder = cls(results_dir.absolute() / config.name)
+        folder._refuse_foreign()
         if folder.meta.exists():
             same = folder.config() == config
             raise SearchFolderError(
@@ -110,7 +112,6 @@ class SearchFolder:
                 + f". Continue it with 'topotune resume {config.name}', or start a new one with "
                 "--name OTHER or another --results-dir"
             )
-        folder._refuse_links()
         if folder.root.exists() and not folder.root.is_dir():
             raise SearchFolderError(f"{folder.root}: is a file. Choose --name or --results-dir")
         if folder.root.exists() and not folder._is_stub():
@@ -159,19 +160,34 @@ class SearchFolder:
                 f"{results_dir}: no search named {name!r} (there: {known}). Give its "
                 "--results-dir if it lies elsewhere"
             )
-        folder._refuse_links()
+        folder._refuse_foreign()
         folder.identity()
         return folder
 
-    def _refuse_links(self) -> None:
-        """A folder from elsewhere must not make us read or write what lies outside of it."""
+    def _refuse_foreign(self) -> None:
+        """A folder from elsewhere must not make us read or write what lies outside of it, nor wait
+        for what nobody writes."""
         for place, folders, files in os.walk(self.root):
             for name in (*folders, *files):
                 path = Path(place, name)
-                if path.is_symlink():
+                try:
+                    mode = path.lstat().st_mode
+                except FileNotFoundError:  # a living driver's, which replaces them
+                    continue
+                except OSError as error:
+                    raise SearchFolderError(
+                        f"{path}: cannot be looked at: {error.strerror}. Give this user access to "
+                        "the whole folder"
+                    ) from error
+                if stat.S_ISLNK(mode):
                     raise SearchFolderError(
                         f"{path}: is a link, and a search's folder holds its own files only. "
                         "Put there what it points to"
+                    )
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise SearchFolderError(
+                        f"{path}: is a pipe, a socket or a device, and a search's folder holds "
+                        "files and folders only. Remove it"
                     )
 
     def _is_stub(self) -> bool:

@@ -218,16 +218,24 @@ def lease_holder(path: Path) -> str | None:
     """Who drives the search ("pid 12 on host"), or None if nobody does.
 
     Of another machine's driver only its word is known, and the answer says so.
+
+    Raises:
+        ResourceError: the file cannot be read, so nobody knows.
     """
     holder = _read(path)
-    with contextlib.suppress(FileNotFoundError), path.open("r", encoding="utf-8") as file:
-        try:
+    try:
+        with path.open("r", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return str(holder) if holder else "another process"
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        return str(holder) if holder else "another process"
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise ResourceError(
+                f"{path}: cannot be read: {error.strerror}. Give this user read access to it; a "
+                "search that nobody drives needs no such file"
+            ) from error
     if holder is None or holder.machine == this_machine():
         return None
     return f"{holder}, if it still lives"

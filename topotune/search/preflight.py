@@ -6,7 +6,10 @@ would build: task, model and optimizer at the ends of every range, and the names
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from topotune.config import SearchConfig
 from topotune.errors import ConfigError, ResourceError, UnstableError, did_you_mean
 from topotune.records import TrialSpec
 from topotune.search.space import corners
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: None) -> list[str]:
@@ -67,7 +72,8 @@ def _first_stable(specs: list[TrialSpec], note: Callable[[str], None]) -> TrialS
 
 
 def check_writable(results_dir: Path) -> None:
-    """Make sure that a results directory can be made and written, without leaving anything.
+    """Make sure that a results directory can be made and written, and that files in it can be
+    locked, without leaving anything.
 
     Raises:
         ResourceError: it cannot.
@@ -82,6 +88,21 @@ def check_writable(results_dir: Path) -> None:
             f"{results_dir}: cannot be written ({folder} is not writable). Choose another "
             "--results-dir"
         )
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise ResourceError(
+                f"{results_dir}: cannot be written: {error.strerror}. Make space or choose another "
+                "--results-dir"
+            ) from error
+        raise ResourceError(
+            f"{results_dir}: its file system locks no files ({error.strerror}), so that two "
+            "writers of one record could not see each other. Mount it with locks (NFS: without "
+            "'nolock', with its lock service running; Lustre: with '-o flock'), or choose another "
+            "--results-dir"
+        ) from error
 
 
 def fit_resources(

@@ -33,9 +33,10 @@ def whole_storage(folder: SearchFolder, config: SearchConfig, patience: Patience
 
     Raises:
         ResourceError: the database cannot be used, or the folder not be written.
-        SearchFolderError: a PostgreSQL study knows less than the records do.
+        SearchFolderError: a PostgreSQL study knows less than the records do, or trials have run
+            of which neither a study nor a record tells.
     """
-    copies = read_copies(folder.root)
+    copies = read_copies(folder.root, len(config.objective))
     in_file = config.study.uri is None
     fault = _fault(folder, copies, patience) if in_file else ""
     stored: list[FrozenTrial] = []
@@ -51,6 +52,13 @@ def whole_storage(folder: SearchFolder, config: SearchConfig, patience: Patience
             if not in_file:
                 raise
             fault = str(error)
+    if not stored and not copies:
+        try:
+            _refuse_if_run(folder, patience.place, fault or "knows no trial")
+        except SearchFolderError:
+            if not fault:
+                storage.close()
+            raise
     if not fault:
         if not _behind(stored, copies):
             for trial in stored:
@@ -80,11 +88,8 @@ def _fault(folder: SearchFolder, copies: Mapping[int, TrialCopy], patience: Pati
     """What is wrong with a search's study file; empty where nothing is or none is needed yet."""
     path = folder.root / "study.db"
     if not path.exists():
-        if not copies and next((folder.root / "trials").glob("*/*"), None):
-            raise SearchFolderError(
-                f"{path}: is missing, though trials have run, and they kept no records. Bring it "
-                "back from a copy; leaderboard.json holds the last known results"
-            )
+        if not copies:
+            _refuse_if_run(folder, str(path), "is missing")  # before an empty one is made
         return "is missing" if copies else ""
 
     def check() -> str:
@@ -99,6 +104,16 @@ def _fault(folder: SearchFolder, copies: Mapping[int, TrialCopy], patience: Pati
     except SearchFolderError as error:
         return f"is damaged ({' '.join(str(error.__cause__).split())[:100]})"
     return "" if found == "ok" else f"is damaged ({' '.join(found.split())[:100]})"
+
+
+def _refuse_if_run(folder: SearchFolder, place: str, fault: str) -> None:
+    """A search that would begin again must not meet what its lost trials left."""
+    if next((folder.root / "trials").glob("*/*"), None):
+        raise SearchFolderError(
+            f"{place}: {fault}, though trials have run, and they kept no records. Bring it back "
+            "from a copy; leaderboard.json holds the last known results. To begin again, move "
+            f"{folder.root / 'trials'} away"
+        )
 
 
 def _read(storage: PatientStorage, name: str) -> tuple[list[FrozenTrial], Mapping[str, Any]]:
@@ -175,7 +190,14 @@ def _build(
             # Its record is gone: it runs again, from its beginning; a queued point as it was.
             fixed = {"fixed_params": points[number]} if number < len(points) else {}
             best[number] = optuna.trial.create_trial(state=TrialState.RUNNING, system_attrs=fixed)
-        study.add_trial(best[number])
+        try:
+            study.add_trial(best[number])
+        except (ValueError, TypeError) as error:
+            raise SearchFolderError(
+                f"{folder.trial(number)}: what is known of the trial contradicts itself "
+                f"({' '.join(str(error).split())[:200]}). Move that folder out of the search, "
+                "then resume: its number runs again"
+            ) from error
     newest = copies[max(copies)].study if copies else {}
     for key, value in newest.items():
         storage.set_study_system_attr(study._study_id, key, value)

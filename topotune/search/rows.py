@@ -14,6 +14,7 @@ from topotune.errors import SearchFolderError
 from topotune.records import Outcome, TrialSummary, unpack_metrics
 from topotune.search.address import study_name
 from topotune.search.folder import SearchFolder
+from topotune.search.notes import damaged_record
 from topotune.search.storage import open_storage
 
 FINISHED = "finished"
@@ -60,10 +61,8 @@ def _checked(
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"{value!r:.80} is no {kind}")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SearchFolderError(
-            f"{folder.root}: the study's record of trial {trial.number} is damaged ({error})"
-        ) from None
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise damaged_record(str(folder.root), trial.number, error) from None
     return row
 
 

@@ -22,6 +22,16 @@ READER_SECONDS = 10.0
 OPENING_SECONDS = 60.0
 """How long a new search waits for its study database."""
 _BUSY_SECONDS = 1.0  # longer pauses are ours, which Ctrl-C can end
+_POSTGRESQL = {
+    "connect_timeout": 5,
+    "tcp_user_timeout": 20_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+"""Half-open connections of a host that vanished end after half a minute, not after hours: with a
+query on its way by the time-out of what is not acknowledged, with one that is waited for by the
+probes."""
 
 
 def open_storage(
@@ -67,12 +77,10 @@ def _connect(folder: SearchFolder, url: URL | None) -> RDBStorage:
         storage.engine.dispose()  # connections from before the listener
         return storage
     address = url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    # Half-open connections of a host that vanished end after the time-out, not after hours.
-    options = {"connect_args": {"connect_timeout": 5, "tcp_user_timeout": 20_000}}
     try:
         # Optuna formats the address: braces in a password stand for themselves.
         escaped = address.replace("{", "{{").replace("}", "}}")
-        return RDBStorage(escaped, engine_kwargs=options)
+        return RDBStorage(escaped, engine_kwargs={"connect_args": dict(_POSTGRESQL)})
     except ImportError:
         raise ConfigError(
             "study.uri",

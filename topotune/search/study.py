@@ -32,6 +32,7 @@ from topotune.records import (
 )
 from topotune.search.address import study_name, study_place
 from topotune.search.folder import SearchFolder
+from topotune.search.notes import check_stored, damaged_record
 from topotune.search.patience import Patience
 from topotune.search.rebuild import whole_storage
 from topotune.search.rows import FINISHED, summarise
@@ -60,7 +61,8 @@ class StudyStore:
 
     Raises:
         ResourceError: the database cannot be reached or used.
-        SearchFolderError: a PostgreSQL study knows less than the trials' records do.
+        SearchFolderError: a PostgreSQL study knows less than the trials' records do, or what it
+            knows of a trial is damaged.
     """
 
     def __init__(
@@ -74,9 +76,8 @@ class StudyStore:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.config, self._gpus, self._folder, self._fence = config, gpus, folder, fence
         self._directions = [objective.direction for objective in config.objective]
-        self._storage = whole_storage(
-            folder, config, patience or Patience(study_place(folder, config))
-        )
+        self._place = study_place(folder, config)
+        self._storage = whole_storage(folder, config, patience or Patience(self._place))
         self._study = optuna.create_study(
             storage=self._storage,
             study_name=study_name(folder, config),
@@ -88,6 +89,7 @@ class StudyStore:
         frozen = self._study.get_trials(deepcopy=False)
         self._worst: list[float] | None = None
         for trial in frozen:
+            check_stored(trial, self._place, len(self._directions))
             self._learn(trial)
         self._waiting = sum(t.state == TrialState.WAITING for t in frozen)
         self._started = len(frozen) - self._waiting
@@ -137,10 +139,16 @@ class StudyStore:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             trial = self._study.ask()
-            sampled = suggest(trial, self.config.space)
         self._started += 1
         self._waiting = max(self._waiting - 1, 0)
         self._trials[trial.number] = trial
+        return self._specify(trial)
+
+    def _specify(self, trial: Trial) -> Handout:
+        """Have a trial's parameters sampled, and note what they resolve to."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampled = suggest(trial, self.config.space)
         spec = resolve(self.config, sampled, trial.number, self._gpus)
         trial.set_user_attr("spec", spec.to_dict())
         self._keep(trial.number)
@@ -154,17 +162,15 @@ class StudyStore:
         return frozen
 
     def _adopt(self, number: int) -> Handout:
+        self._study.sampler = make_sampler(self.config, number)  # before it is told of the trial
         trial = self._trial(number)
         stored = trial.user_attrs.get("spec")
         if stored is None:  # killed between ask and the note of what it resolved to
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._study.sampler = make_sampler(self.config, number)
-                sampled = suggest(trial, self.config.space)
-            stored = resolve(self.config, sampled, number, self._gpus).to_dict()
-            trial.set_user_attr("spec", stored)
-            self._keep(number)
-        return Handout(number, TrialSpec.from_dict(stored))
+            return self._specify(trial)
+        try:
+            return Handout(number, TrialSpec.from_dict(stored))
+        except (TypeError, ValueError) as error:
+            raise damaged_record(self._place, number, error) from None
 
     def _trial(self, number: int) -> Trial:
         if number not in self._trials:

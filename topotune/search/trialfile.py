@@ -20,6 +20,7 @@ from topotune.errors import SpoolError
 from topotune.files import make_folder
 from topotune.records import pack_number, unpack_number
 from topotune.search.folder import SearchFolder, write_bytes
+from topotune.search.notes import check_notes
 from topotune.tracking.lines import decode, encode
 
 TRIAL_FILE = "trial.jsonl"
@@ -27,7 +28,8 @@ PREVIOUS_TRIAL_FILE = "trial.previous.jsonl"
 MAX_TRIALS = 1_000_000
 """No search comes near: a larger number is no record of ours, and not made room for."""
 _UNREADABLE = (
-    *(OSError, SpoolError, KeyError, TypeError, ValueError, AttributeError, OverflowError),
+    *(OSError, SpoolError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError),
+    RecursionError,
 )
 """What a damaged record can raise while it is taken apart."""
 _log = logging.getLogger(__name__)
@@ -61,7 +63,11 @@ class TrialCopy:
 
     @classmethod
     def from_payload(cls, data: Mapping[str, Any]) -> TrialCopy:
-        """The inverse of :meth:`to_payload`."""
+        """The inverse of :meth:`to_payload`.
+
+        Raises:
+            Exception: one of several kinds, of what others have written.
+        """
         values = data["values"]
         distributions = {name: json_to_distribution(d) for name, (d, _) in data["params"].items()}
         trial = FrozenTrial(
@@ -78,6 +84,7 @@ class TrialCopy:
             intermediate_values={int(step): unpack_number(v) for step, v in data["curve"]},
             trial_id=-1,  # the database gives one
         )
+        trial._validate()  # as the study will, which then takes it
         return cls(trial, dict(data["study"]))
 
 
@@ -86,7 +93,10 @@ def _text(time: datetime | None) -> str | None:
 
 
 def _time(text: str | None) -> datetime | None:
-    return None if text is None else datetime.fromisoformat(text)
+    time = None if text is None else datetime.fromisoformat(text)
+    if time is not None and time.tzinfo is not None:
+        raise ValueError(f"{text}: expected a time without a zone, as the study has it")
+    return time
 
 
 def write_copy(folder: SearchFolder, copy: TrialCopy) -> None:
@@ -103,17 +113,18 @@ def write_copy(folder: SearchFolder, copy: TrialCopy) -> None:
     write_bytes(home / TRIAL_FILE, line, keep=home / PREVIOUS_TRIAL_FILE)
 
 
-def read_copies(root: Path) -> dict[int, TrialCopy]:
+def read_copies(root: Path, objectives: int | None = None) -> dict[int, TrialCopy]:
     """What the trials' folders hold of the study, by number; a damaged file is as none, and so
     is one of another trial or with a number that no search reaches.
 
     Args:
         root: the search's folder.
+        objectives: how many values an ended trial has, if that is known.
     """
     found = {}
     for home in sorted((root / "trials").glob("[0-9]*")):
         for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
-            copy = _read(home / name)
+            copy = _read(home / name, objectives)
             if copy is None:
                 continue
             number = copy.trial.number
@@ -124,9 +135,11 @@ def read_copies(root: Path) -> dict[int, TrialCopy]:
     return found
 
 
-def _read(path: Path) -> TrialCopy | None:
+def _read(path: Path, objectives: int | None) -> TrialCopy | None:
     try:
-        return TrialCopy.from_payload(decode(path.read_bytes().removesuffix(b"\n")))
+        copy = TrialCopy.from_payload(decode(path.read_bytes().removesuffix(b"\n")))
+        check_notes(copy.trial, objectives)
+        return copy
     except FileNotFoundError:
         return None
     except _UNREADABLE as error:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from topotune.errors import SpoolError
-from topotune.files import sync_folder
+from topotune.errors import ResourceError, SpoolError
+from topotune.files import make_folder, sync_folder
 
 MAX_LINE = 1 << 23
 """Bytes of the longest line that is written or believed."""
@@ -152,6 +152,7 @@ class LineWriter:
         self.path = path
         self._seen = seen
         self._end = 0
+        self._placed = False
         self._catch_up()
 
     def _catch_up(self) -> None:
@@ -181,17 +182,21 @@ class LineWriter:
         """
         line = encode(payload)
         try:
-            new = not self.path.exists()
-            if new:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self._placed = False
+                make_folder(self.path.parent)
             with self.path.open("ab", buffering=0) as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                if not self._placed:  # before the first line, which would be there if this failed
+                    sync_folder(self.path.parent)
+                    self._placed = True
                 self._repair(file)
                 if known is not None and known():
                     return False
                 self._write(file, line)
-            if new:
-                sync_folder(self.path.parent)
+        except ResourceError as error:
+            cause = error.__cause__ or error  # by which a trial's own open files are told
+            raise SpoolError(f"{self.path}: the record cannot be written: {error}") from cause
         except OSError as error:
             raise SpoolError(
                 f"{self.path}: the record cannot be written: {error.strerror or error}. "
@@ -216,8 +221,8 @@ class LineWriter:
             written = file.write(line)
             if written != len(line):
                 raise OSError(f"{written} of {len(line)} bytes were written")
+            os.fsync(file.fileno())
         except OSError:
             file.truncate(self._end)
             raise
         self._end += len(line)
-        os.fsync(file.fileno())

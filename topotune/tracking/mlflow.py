@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 
 from topotune.errors import ResourceError, TopotuneError
 from topotune.redaction import redact
-from topotune.tracking.answers import classified, one_line, permanent
+from topotune.tracking.answers import classified, one_line, turned_down
 from topotune.tracking.entries import Item
 from topotune.tracking.store import (
     DATABASE_FILE,
@@ -38,6 +38,7 @@ from topotune.tracking.store import (
     creation_lock,
     embedded_artifacts,
     embedded_store_uri,
+    refuse_links,
 )
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class MlflowStore:
                 _quiet_mlflow()
                 folder = None if self._results_dir is None else self._results_dir / "mlflow"
                 try:
+                    if self._results_dir is not None:
+                        refuse_links(self._results_dir)
                     with creation_lock(folder) if folder else nullcontext(), translated():
                         if folder is not None:
                             _make_whole(folder / DATABASE_FILE)
@@ -318,7 +321,6 @@ def translated() -> Iterator[None]:
     except TopotuneError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever its libraries raise, it comes out as ours
-        response = getattr(error, "response", None)
-        if response is not None and permanent(response.status_code):
+        if turned_down(getattr(error, "response", None)):
             raise StoreRefusedError(one_line(error)) from None
         raise StoreOfflineError(f"{type(error).__name__}: {one_line(error)}") from None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,7 +99,6 @@ class _Spool:
         self._root = root.resolve()
         self._runs: dict[int | None, _Known] = {}
         self._latest = 0
-        self._lock = threading.Lock()  # the driver writes from its loop and its recorder
         self._writer = LineWriter(path, self._seen)
 
     def _seen(self, payload: Mapping[str, Any]) -> None:

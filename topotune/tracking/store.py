@@ -15,6 +15,7 @@ from topotune.redaction import redact
 from topotune.tracking.entries import Item
 
 DATABASE_FILE = "mlflow.db"
+LOCK_FILE = ".create.lock"
 DEFAULT_EXPERIMENT = "topotune"
 SEARCH_TAG = "topotune.search_id"
 TRIAL_TAG = "topotune.trial"
@@ -127,6 +128,23 @@ def embedded_artifacts(results_dir: Path) -> Path:
     return results_dir.absolute() / "mlflow" / "artifacts"
 
 
+def refuse_links(results_dir: Path) -> None:
+    """The embedded store of a results folder from elsewhere must not be one outside of it.
+
+    Raises:
+        ResourceError: its folder, its database or its artifacts' folder is a link.
+    """
+    artifacts = embedded_artifacts(results_dir)
+    folder = artifacts.parent
+    files = [folder / f"{DATABASE_FILE}{end}" for end in ("", "-journal", "-wal", "-shm")]
+    for path in (folder, artifacts, folder / LOCK_FILE, *files):
+        if path.is_symlink():
+            raise ResourceError(
+                f"{path}: is a link, and a results folder holds its own store only. Put there what "
+                "it points to, or name that store in tracking.uri"
+            )
+
+
 def check_tracking_uri(uri: str) -> str:
     """The address of a tracking store as it was given, if its form is one that works.
 
@@ -155,7 +173,7 @@ def creation_lock(folder: Path) -> Iterator[None]:
     Raises:
         ResourceError: the folder cannot be made or written.
     """
-    path = folder / ".create.lock"
+    path = folder / LOCK_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("ab")
