@@ -109,6 +109,7 @@ def resume(
     with Interrupts() as interrupts, Lease(folder.lock, listener.note) as lease:
         config = folder.config()
         check_addresses(config, results_dir)
+        check_writable(results_dir)
         if extra_trials:
             config = extended(config, extra_trials)
         preflight(config, listener.note)
