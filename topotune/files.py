@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -52,7 +51,7 @@ def make_folder(folder: Path) -> None:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         for path in reversed(new):
-            with contextlib.suppress(PermissionError):  # written to, and perhaps not readable
+            with suppress(PermissionError):  # written to, and perhaps not readable
                 sync_folder(path.parent)
         writable = os.access(folder, os.W_OK | os.X_OK)
     except OSError as error:
