@@ -18,7 +18,7 @@ from topotune.bench.faults.site import NAME, Driver, Site
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.mlflow import MlflowStore
 
-EPOCHS, PAUSE = 4, 0.2
+EPOCHS, PAUSE = 6, 0.2
 """Of a trial, and seconds that each of an epoch's five batches sleeps: cores that are shared with
 a server must not decide how long an epoch takes."""
 SLOWED = 1.05
@@ -81,11 +81,11 @@ def _paces(site: Site) -> list[float]:
     return [report.seconds for trial in range(4) for report in site.epochs(trial)]
 
 
-class _SlowedError(BrokenPromiseError):
+class SlowedError(BrokenPromiseError):
     """All held, but epochs took too long."""
 
 
-def _measured(row: Callable[[Site], str]) -> Callable[[Site], str]:
+def measured(row: Callable[[Site], str]) -> Callable[[Site], str]:
     """A row that is run again, its undisturbed search too, where its epochs took too long."""
 
     def run(site: Site) -> str:
@@ -95,7 +95,7 @@ def _measured(row: Callable[[Site], str]) -> Callable[[Site], str]:
             try:
                 with Site(folder, shared) as fresh:
                     return row(fresh) + slower
-            except _SlowedError as slowed:
+            except SlowedError as slowed:
                 shared, slower = folder / "shared", f"{slower}; measured again after: {slowed}"
         raise BrokenPromiseError(f"slower by more than {SLOWED - 1:.0%}{slower}")
 
@@ -109,7 +109,7 @@ def _slowdown(site: Site) -> str:
     text = f"epochs take {ratio:.3f} times as long (relative IQR {_spread(mine):.3f} and "
     text += f"{_spread(calm):.3f})"
     if ratio > SLOWED:
-        raise _SlowedError(text)
+        raise SlowedError(text)
     return text
 
 
@@ -229,13 +229,13 @@ TRACKING = (
         "tracking-restart-10s",
         "MLflow server killed, back after 10 s",
         _EXPECTED,
-        _measured(_outage(10, 4)),
+        measured(_outage(10, EPOCHS)),
     ),
     Scenario(
         "tracking-restart-60s",
         "MLflow server killed, back after 60 s",
         _EXPECTED,
-        _measured(_outage(60, 18)),
+        measured(_outage(60, 18)),
         seconds=180,
         slow=True,
     ),
@@ -243,28 +243,28 @@ TRACKING = (
         "tracking-gone",
         "MLflow server killed until after the end of the search, then topotune sync",
         _EXPECTED,
-        _measured(_gone),
+        measured(_gone),
     ),
     Scenario(
         "tracking-down-at-start",
         "MLflow server down at the start",
         _EXPECTED,
-        _measured(_down_at_start),
+        measured(_down_at_start),
         slow=True,
     ),
-    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, _measured(_slow), seconds=100),
+    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, measured(_slow), seconds=100),
     Scenario(
         "tracking-errors",
         "MLflow answers 429, 500 and 503 for a while",
         _EXPECTED,
-        _measured(_misbehaving(("429", "500", "503"), 3.0)),
+        measured(_misbehaving(("429", "500", "503"), 3.0)),
         seconds=45,
     ),
     Scenario(
         "tracking-nonsense",
         "a login page instead of MLflow, broken connections, then silence",
         _EXPECTED,
-        _measured(_misbehaving(("login", "reset", "mute"), 3.0)),
+        measured(_misbehaving(("login", "reset", "mute"), 3.0)),
         seconds=60,
     ),
 )
