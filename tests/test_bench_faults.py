@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from topotune.bench.faults.scenario import BrokenPromiseError
 from topotune.bench.faults.site import Site, marked
+from topotune.bench.faults.tracking import MEASURED, SlowedError, measured
 
 
 def titles(processes: list[psutil.Process]) -> list[str]:
@@ -29,6 +31,30 @@ def test_a_site_that_is_left_ends_its_commands_and_waits_for_them(tmp_path: Path
         marked_one, _ = site.spawn(["sleep", "300"], site.environment())
         unmarked, _ = site.spawn(["sleep", "300"], {})
     assert [marked_one.returncode, unmarked.returncode] == [-signal.SIGKILL, -signal.SIGKILL]
+
+
+@pytest.mark.parametrize("slowed", range(MEASURED + 1))
+def test_slowed_epochs_are_measured_again_on_both_sides_and_not_for_ever(
+    slowed: int, tmp_path: Path
+) -> None:
+    places: list[tuple[Path, Path]] = []
+
+    def row(site: Site) -> str:
+        places.append((site.folder, site.shared))
+        if len(places) <= slowed:
+            raise SlowedError("1.2 times as long")
+        return "held"
+
+    with Site(tmp_path / "site", tmp_path / "shared") as site:
+        if slowed < MEASURED:
+            assert measured(row)(site).count("1.2") == slowed
+        else:
+            with pytest.raises(BrokenPromiseError, match="slower"):
+                measured(row)(site)
+    assert len(places) == min(slowed + 1, MEASURED)
+    assert places[0][1] == tmp_path / "shared"
+    for kind in zip(*places, strict=True):  # nothing of one attempt is used in the next
+        assert len(set(kind)) == len(kind)
 
 
 @pytest.mark.heavy

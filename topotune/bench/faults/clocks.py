@@ -9,6 +9,7 @@ from pathlib import Path
 from topotune.bench.faults.invariants import audit
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import Site
+from topotune.bench.faults.workers import STALL
 
 HOUR = 3600
 # Imported by every Python process of the site: its wall clock is off by what a file says.
@@ -36,7 +37,7 @@ def _set_back(site: Site) -> str:
     (site.folder / "shim" / "sitecustomize.py").write_text(_SHIM, encoding="utf-8")
     path = [str(site.folder / "shim"), site.environment().get("PYTHONPATH", "")]
     env = {"TOPOTUNE_CLOCK_FILE": str(clock), "PYTHONPATH": ":".join(filter(None, path))}
-    driver = site.start("search", site.search_file(limits={"stall": 12.0}), env=env)
+    driver = site.start("search", site.search_file(limits={"stall": STALL}), env=env)
     site.reach(driver, 1, 1)
     jumped = site.epochs(1)[-1].timestamp_ms
     _write(clock, -HOUR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import uuid
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def _reference(site: Site) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(known.with_suffix(".json").read_text())
         return found
     text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
-    calm = Site(site.shared / f"calm-{len(list(site.shared.glob('*.yaml')))}", site.shared)
+    calm = Site(site.shared / f"calm-{uuid.uuid4().hex[:8]}", site.shared)
     with calm:
         file = calm.folder / f"{NAME}.yaml"
         file.write_text(text, encoding="utf-8")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import secrets
 import sys
+from contextlib import suppress
 
 import psutil
 
 from topotune.bench.faults.invariants import audit
+from topotune.bench.faults.ports import free_port
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import Site
-
-_PORT = 6479
 
 
 class Node:
@@ -36,26 +36,30 @@ class Node:
 
     def kill(self) -> None:
         """Kill -9 every process of the node, as a machine does that loses power."""
-        me = psutil.Process(self.process.pid)
-        for process in (*me.children(recursive=True), me):
-            process.kill()
+        for process in (*self._below(), self.process):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.wait()
 
-    def trains(self) -> bool:
-        """Whether a worker of this node is at a trial."""
-        tree = psutil.Process(self.process.pid).children(recursive=True)
-        return any("ResourceTrainable" in " ".join(process.cmdline()) for process in tree)
+    def holds(self, pid: int) -> bool:
+        """Whether a process is one of this node's."""
+        return pid in {process.pid for process in self._below()}
+
+    def _below(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            return list(psutil.Process(self.process.pid).children(recursive=True))
+        return []
 
 
 def _node_killed(site: Site) -> str:
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = site.environment(token)
+    environment, port = site.environment(token), free_port()
     head = Node(
         site,
         environment,
-        *("--head", f"--port={_PORT}", "--num-cpus=0", "--include-dashboard=false"),
+        *("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"),
     )
-    found = re.search(rf"[\w.:]+:{_PORT}", head.output())
+    found = re.search(rf"[\w.:]+:{port}", head.output())
     expect(found is not None, f"no address: {head.output()[-500:]}")
     address = "" if found is None else found[0]
     nodes = [Node(site, environment, f"--address={address}", "--num-cpus=1") for _ in range(2)]
@@ -65,8 +69,12 @@ def _node_killed(site: Site) -> str:
     driver = site.start("search", file, "--ray-address", address, env=token)
     site.reach(driver, 0, 1)
     site.reach(driver, 1, 1)
-    (lost,) = [node for node in nodes if node.trains()][:1]
-    lost.kill()
+    begun = site.trained()
+    site.wait(lambda: site.trained() > begun, 60, "no further epoch has begun")
+    worker = site.at_work()  # has a whole epoch before it, whatever the other one is at
+    lost = [node for node in nodes if node.holds(worker)]
+    expect(len(lost) == 1, f"worker {worker} is on {len(lost)} nodes")
+    lost[0].kill()
     output = driver.finish()
     moved = [line for line in output.splitlines() if "goes on from its last epoch" in line]
     expect(bool(moved), "no trial was moved")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import product
 from typing import Any
 
@@ -86,9 +87,9 @@ def _not_a_number(site: Site) -> str:
 
 def _learnt(site: Site) -> str:
     """What the sampler is told of a diverged trial: a broken constraint, and no good value."""
-    storage = open_storage(site.search, site.search.config())
-    (study,) = storage.get_all_studies()
-    trials = storage.get_all_trials(study._study_id)
+    with closing(open_storage(site.search, site.search.config())) as storage:
+        (study,) = storage.get_all_studies()
+        trials = storage.get_all_trials(study._study_id)
     diverged = [t for t in trials if t.user_attrs["end"]["outcome"] == "DIVERGED"]
     fine = [t for t in trials if t.user_attrs["end"]["outcome"] == "COMPLETE"]
     worst = min(trial.values[0] for trial in fine)

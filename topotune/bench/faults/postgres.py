@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+from topotune.bench.faults.ports import free_port
 from topotune.bench.faults.scenario import expect
 
 START_SECONDS = 60.0
@@ -40,9 +41,7 @@ class Postgres:
     """
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.password = f"planted-{secrets.token_hex(8)}"
         self._server: subprocess.Popen[bytes] | None = None
         self._stack = ExitStack()
@@ -57,6 +56,15 @@ class Postgres:
 
     def __enter__(self) -> Self:
         expect(installed(), "PostgreSQL's server (initdb, postgres) is not installed")
+        try:
+            self._make()
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _make(self) -> None:
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="topo-")))
         secret = self._folder / "password"
         secret.write_text(self.password, encoding="ascii")
@@ -73,8 +81,6 @@ class Postgres:
             **self._as,
         )
         expect(done.returncode == 0, f"initdb failed: {done.stderr[-500:]}")
-        self.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGQUIT)

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from topotune.optim import TopologicalAdam
 IMPORT_PATH = "topotune.bench.faults.rogue:RogueRings"
 POISONED_ADAM = "topotune.bench.faults.rogue:PoisonedAdam"
 FAULTS = ("raise", "exit", "interrupt", "abort", "hang", "leak", "fork", "print")
+_SPARED = 1e9
+"""Bytes of the machine's memory that the fault "leak" leaves, if nobody stops it."""
 PRINTED = 50_000_000
 """Characters that the fault "print" prints."""
 
@@ -126,7 +129,8 @@ def misbehave(fault: str) -> None:
     if fault == "leak":
         kept = []
         while True:
-            kept.append(torch.ones(10_000_000))
+            if psutil.virtual_memory().available > _SPARED:
+                kept.append(torch.ones(5_000_000))
             time.sleep(0.02)
     if fault == "fork":
         subprocess.Popen(["sleep", "3000"])

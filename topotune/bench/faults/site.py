@@ -182,7 +182,14 @@ class Site:
 
     def trained(self) -> int:
         """Epochs that were begun to be trained, those trained again included."""
-        return len(self._trained.read_bytes().splitlines()) if self._trained.exists() else 0
+        return len(self._begun())
+
+    def at_work(self) -> int:
+        """Process id of the worker that began an epoch last."""
+        return int(self._begun()[-1].split()[0])
+
+    def _begun(self) -> list[bytes]:
+        return self._trained.read_bytes().splitlines() if self._trained.exists() else []
 
     def run(self, *arguments: str | Path, code: int = 0, seconds: float = 240.0) -> str:
         """Run ``topotune`` to its end, which must have this exit code; the output."""

@@ -11,18 +11,22 @@ from functools import partial
 from pathlib import Path
 
 from topotune.bench.faults.invariants import audit, known_reference, reference
+from topotune.bench.faults.ports import free_port
 from topotune.bench.faults.proxy import Proxy
-from topotune.bench.faults.scenario import Scenario, expect
+from topotune.bench.faults.scenario import BrokenPromiseError, Scenario, expect
 from topotune.bench.faults.site import NAME, Driver, Site
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.mlflow import MlflowStore
 
-EPOCHS, PAUSE = 4, 0.2
+EPOCHS, PAUSE = 6, 0.2
 """Of a trial, and seconds that each of an epoch's five batches sleeps: cores that are shared with
 a server must not decide how long an epoch takes."""
 SLOWED = 1.05
 """Median seconds of an epoch over those of the undisturbed search, at most."""
-CLOSED = 75.0
+MEASURED = 3
+"""How often both searches are run, at most, until that holds: a neighbour's load during one of
+them can only lengthen its epochs, while a tracking that holds training up does it every time."""
+CLOSED = 120.0
 """Seconds from the last epoch to the end of the command, at most, whatever the server does."""
 
 
@@ -32,7 +36,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self._store = MlflowStore.embedded(folder)
         self._dashboard: Dashboard | None = None
-        self.port = 0
+        self.port = free_port()
 
     @property
     def url(self) -> str:
@@ -41,10 +45,13 @@ class Server:
 
     def up(self) -> None:
         """Start it and wait until it answers."""
-        self._dashboard = serve_dashboard(self._store, self.port)
-        port = int(self._dashboard.url.rpartition(":")[2])
-        expect(self.port in (0, port), f"port {self.port} of the server is taken")
-        self.port = port
+        end = time.monotonic() + 60
+        while True:
+            self._dashboard = serve_dashboard(self._store, self.port)
+            if self._dashboard.url == self.url:
+                return
+            self.kill()  # somebody holds the port: a worker of the killed server, for a moment
+            expect(time.monotonic() < end, f"port {self.port} of the server is taken")
 
     def kill(self) -> None:
         """SIGKILL to the server and its workers."""
@@ -74,20 +81,36 @@ def _paces(site: Site) -> list[float]:
     return [report.seconds for trial in range(4) for report in site.epochs(trial)]
 
 
+class SlowedError(BrokenPromiseError):
+    """All held, but epochs took too long."""
+
+
+def measured(row: Callable[[Site], str]) -> Callable[[Site], str]:
+    """A row that is run again, its undisturbed search too, where its epochs took too long."""
+
+    def run(site: Site) -> str:
+        shared, slower = site.shared, ""
+        for attempt in range(1, MEASURED + 1):
+            folder = site.folder / f"attempt-{attempt}"
+            try:
+                with Site(folder, shared) as fresh:
+                    return row(fresh) + slower
+            except SlowedError as slowed:
+                shared, slower = folder / "shared", f"{slower}; measured again after: {slowed}"
+        raise BrokenPromiseError(f"slower by more than {SLOWED - 1:.0%}{slower}")
+
+    return run
+
+
 def _slowdown(site: Site) -> str:
-    """How much longer an epoch took than undisturbed; a second undisturbed run if too long."""
-    mine = _paces(site)
-    calm = _calm(site)
-    if statistics.median(mine) > SLOWED * statistics.median(calm):
-        with Site(site.folder / "calm", site.folder / "unshared") as fresh:
-            text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
-            (fresh.folder / f"{NAME}.yaml").write_text(text, encoding="utf-8")
-            fresh.run("search", fresh.folder / f"{NAME}.yaml")
-            calm = _paces(fresh)
+    """How much longer an epoch took than undisturbed."""
+    mine, calm = _paces(site), _calm(site)
     ratio = statistics.median(mine) / statistics.median(calm)
-    spread = f"{_spread(mine):.3f} and {_spread(calm):.3f}"
-    expect(ratio <= SLOWED, f"epochs take {ratio:.3f} times as long (spread {spread})")
-    return f"epochs take {ratio:.3f} times as long (relative IQR {spread})"
+    text = f"epochs take {ratio:.3f} times as long (relative IQR {_spread(mine):.3f} and "
+    text += f"{_spread(calm):.3f})"
+    if ratio > SLOWED:
+        raise SlowedError(text)
+    return text
 
 
 def _calm(site: Site) -> list[float]:
@@ -125,7 +148,7 @@ def _verdict(site: Site, output: str, ended: float) -> str:
         recorded, stored = _stored(site.run("sync", NAME, "--timeout", "120"))
         text += f", {stored} of {recorded} after sync"
     expect(stored == recorded, text)
-    return f"{text}; {_slowdown(site)}; {_closing(site, ended)}; {audit(site)}"
+    return f"{text}; {_closing(site, ended)}; {audit(site)}; {_slowdown(site)}"
 
 
 def _outage(seconds: float, epochs: int) -> Callable[[Site], str]:
@@ -206,13 +229,13 @@ TRACKING = (
         "tracking-restart-10s",
         "MLflow server killed, back after 10 s",
         _EXPECTED,
-        _outage(10, 4),
+        measured(_outage(10, EPOCHS)),
     ),
     Scenario(
         "tracking-restart-60s",
         "MLflow server killed, back after 60 s",
         _EXPECTED,
-        _outage(60, 18),
+        measured(_outage(60, 18)),
         seconds=180,
         slow=True,
     ),
@@ -220,28 +243,28 @@ TRACKING = (
         "tracking-gone",
         "MLflow server killed until after the end of the search, then topotune sync",
         _EXPECTED,
-        _gone,
+        measured(_gone),
     ),
     Scenario(
         "tracking-down-at-start",
         "MLflow server down at the start",
         _EXPECTED,
-        _down_at_start,
+        measured(_down_at_start),
         slow=True,
     ),
-    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, _slow, seconds=100),
+    Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, measured(_slow), seconds=100),
     Scenario(
         "tracking-errors",
         "MLflow answers 429, 500 and 503 for a while",
         _EXPECTED,
-        _misbehaving(("429", "500", "503"), 3.0),
+        measured(_misbehaving(("429", "500", "503"), 3.0)),
         seconds=45,
     ),
     Scenario(
         "tracking-nonsense",
         "a login page instead of MLflow, broken connections, then silence",
         _EXPECTED,
-        _misbehaving(("login", "reset", "mute"), 3.0),
+        measured(_misbehaving(("login", "reset", "mute"), 3.0)),
         seconds=60,
     ),
 )
