@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 START_SECONDS = 8.0
 """How long Ray may go on starting after the first signal."""
-STOP_SECONDS = 17.0
+STOP_SECONDS = 15.0
 """How long a stop may take, whatever it waits for; with what the sweeper needs, all is gone within
 20 seconds."""
 ABORT_SECONDS = 2.0
