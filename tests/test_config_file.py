@@ -206,6 +206,8 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     [
         (b"a: [1, 2\nb: 3\n", "not YAML"),
         (b"a: 1\na: 2\n", "stands twice"),
+        (b'a: 1\nb: "\\uD800"\n', "2: a text with half a character"),
+        (b'"\\uDFFF": 1\n', "1: a text with half a character"),
         (b"a: !!python/object/apply:os.system ['true']\n", "not allowed"),
         (b"\xff\xfe\x00", "UTF-8"),
         (b"1: 2\n", "must be text"),
@@ -292,3 +294,10 @@ def test_training_config_round_trip_and_mistakes(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(BASE))
     with pytest.raises(ConfigError, match="topotune search"):
         load_spec(path)
+
+
+def test_half_a_character_in_a_saved_search_is_refused() -> None:
+    data, _ = read_yaml(SPACES[0].with_name("topological_adam_digits.yaml"))
+    data["space"]["coupling"]["choices"][1] = "\ud800"
+    with pytest.raises(ConfigError, match=r"search\.json: a text with half a character"):
+        parse_search(data, "search.json", {})

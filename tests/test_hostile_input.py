@@ -36,7 +36,7 @@ from topotune.errors import (
 from topotune.records import TrialSpec
 from topotune.results.trace import read_trace
 from topotune.search.folder import SearchFolder
-from topotune.search.recorder import Recorder
+from topotune.search.recorder import Recorder, leaderboard
 from topotune.tracking.dashboard import trials_page
 from topotune.tracking.entries import Tags, from_payload
 from topotune.tracking.mlflow import MlflowStore
@@ -245,7 +245,7 @@ def test_a_description_is_no_markup(tmp_path: Path) -> None:
     folder = SearchFolder.create(tmp_path, config, "")
     recorder = Recorder(folder, config)
     recorder.start({})
-    recorder.close("COMPLETE", "")
+    recorder.close(leaderboard(folder, config), "COMPLETE", "")
     bodies = [entry.body for _, entry in read_all(folder.root, "driver.spool.jsonl")]
     notes = [b.tags["mlflow.note.content"] for b in bodies if isinstance(b, Tags)]
     head = notes[-1].partition("\n")[0]

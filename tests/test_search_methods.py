@@ -18,7 +18,7 @@ from tests.train_cases import BLOBS, STEPS
 from topotune.cli.boards import print_best
 from topotune.config import SearchConfig
 from topotune.config_budget import Limits
-from topotune.errors import CheckpointError, ConfigError, UnstableError
+from topotune.errors import CheckpointError, ConfigError, LeaseLostError, UnstableError
 from topotune.files import disk_fault, write_atomically
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.book import Progress, Turn
@@ -197,7 +197,13 @@ def test_the_files_of_a_trial_are_joined_drawn_and_recorded(tmp_path: Path) -> N
     recorder = Recorder(desk.folder, config)
     recorder.start({})
     recorder.ended(row)
-    recorder.close("COMPLETE", "")
+    recorder.close(leaderboard(desk.folder, config), "INTERRUPTED", "")
+    assert not (desk.folder.root / "history.png").exists()  # a stop waits for no plot
+    recorder = Recorder(desk.folder, config)
+    recorder.start({})
+    recorder.recover([row])
+    recorder.close(leaderboard(desk.folder, config), "COMPLETE", "")
+    assert (desk.folder.root / "history.png").exists()
     trial = desk.folder.trial(row.number)
     assert read_columns(trial / TRACE_FILE)["batch_rows"].shape == (2 * STEPS,)
     assert read_columns(trial / RELAXATION_FILE)["energy"].shape == (2, 5)
@@ -210,7 +216,7 @@ def test_the_files_of_a_trial_are_joined_drawn_and_recorded(tmp_path: Path) -> N
     again = Recorder(desk.folder, config)  # a killed driver's successor finds nothing to do
     again.start({})
     again.recover([row])
-    again.close("COMPLETE", "")
+    again.close(leaderboard(desk.folder, config), "COMPLETE", "")
     assert np.isfinite(read_columns(trial / RELAXATION_FILE)["epoch"]).all()
     assert json.loads((desk.folder.root / "leaderboard.json").read_text())["counts"]["PRUNED"] == 1
 
@@ -262,6 +268,48 @@ def test_files_left_open_fail_the_trial_and_a_full_disk_stops_the_search(
     actor.cleanup()
 
 
+class MuteError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("file \udcff"), "ValueError: file \\udcff"),
+        (MuteError(), "MuteError: (its text raises ValueError)"),
+        (OSError("https://me:s3cretpw@host " + "x" * 600), "OSError: https://***@host xxx"),
+    ],
+    ids=["surrogate", "mute", "secret"],
+)
+def test_any_exception_of_a_trial_is_put_into_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    def fails() -> Progress:
+        raise error
+
+    desk = Desk(tmp_path, make_config())
+    actor = actor_of(desk.folder, handed(desk.book.next()))
+    monkeypatch.setattr(actor, "_next", fails)
+    progress = Progress.from_json(actor.step()["payload"])
+    assert progress.outcome is Outcome.FAILED
+    assert progress.reason.startswith(text)
+    assert (desk.folder.trial(0) / "error.txt").read_text().startswith("Traceback")
+    actor.cleanup()
+
+
+def test_a_write_that_is_fenced_off_leaves_all_as_it_was(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise LeaseLostError("another driver")
+
+    path = tmp_path / "ledger.json"
+    path.write_text("theirs")
+    with pytest.raises(LeaseLostError):
+        write_atomically(path, b"ours", tmp_path / "previous", lost)
+    assert [p.name for p in tmp_path.iterdir()] == ["ledger.json"]
+    assert path.read_text() == "theirs"
+
+
 def test_a_write_to_a_full_disk_names_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,3 +321,4 @@ def test_a_write_to_a_full_disk_names_its_file(
         write_atomically(tmp_path / "trace.npz", b"x")
     assert disk_fault(caught.value, tmp_path)
     assert not disk_fault(caught.value, tmp_path / "search")
+    assert list(tmp_path.iterdir()) == []  # a whole checkpoint would keep the disk full

@@ -26,7 +26,7 @@ from topotune.bench.faults.proxy import Proxy
 from topotune.cli.main import app
 from topotune.configfile import parse_search
 from topotune.errors import ConfigError
-from topotune.redaction import address_with_secret, names_secret, redact
+from topotune.redaction import address_with_secret, brief, names_secret, redact
 from topotune.search.folder import SearchFolder
 from topotune.tracking.store import check_tracking_uri
 
@@ -229,6 +229,24 @@ def test_secrets_of_the_environment_are_known(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PWD", "/home/someone")
     text = "p@ss-word p%40ss-word kkkkkkkk abcdefgh short /home/someone"
     assert redact(text) == "*** *** *** *** short /home/someone"
+
+
+def test_a_key_of_the_environment_is_known_by_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KAGGLE_KEY", "0123456789abcdef")
+    monkeypatch.setenv("GH_PAT_2", "github_pat_11ABCDEFG")
+    monkeypatch.setenv("SORT_KEY", "val_accuracy_descending")
+    text = "0123456789abcdef github_pat_11ABCDEFG val_accuracy_descending"
+    assert redact(text) == "*** *** val_accuracy_descending"
+
+
+def test_a_message_is_cut_after_its_secrets_are_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEPLOY_PRIVATE_KEY", "-----BEGIN-----\nabcd\nefgh\n-----END-----")
+    login = "no answer from https://user:hunter2secret@host/path"
+    for limit in range(len(login)):
+        assert "hunter" not in brief(login, limit)
+    pem = "the key -----BEGIN-----\nabcd\nefgh\n-----END-----\n is bad"
+    assert brief(pem, 100) == "the key *** is bad"
+    assert brief("file \udcff", 100) == "file \\udcff"
 
 
 def test_what_the_environment_holds_besides_secrets_stays(

@@ -14,7 +14,7 @@ from topotune.config_rules import RuleError
 from topotune.errors import ConfigError, did_you_mean
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec
 from topotune.redaction import names_secret, redact
-from topotune.yamlfile import Lines, Place, parse_yaml, read_yaml
+from topotune.yamlfile import HALF, Lines, Place, parse_yaml, read_yaml
 
 __all__ = ["load_search", "load_spec", "parse_search", "parse_spec", "parse_yaml", "read_yaml"]
 
@@ -49,6 +49,8 @@ def parse_search(data: object, source: str, lines: Lines, *, saved: bool = False
         return SearchConfig.model_validate(data, context=SAVED if saved else None)
     except ValidationError as error:
         raise _translate(error, source, lines, data, _search_schema()) from None
+    except UnicodeEncodeError:  # of a rule's message; YAML has named the line before
+        raise ConfigError(source, HALF) from None
 
 
 # A misspelt key of a training config must fail, not vanish, and a number must be one that a
@@ -80,6 +82,8 @@ def parse_spec(data: object, source: str, lines: Lines) -> TrialSpec:
         return _SPEC.validate_python(data)
     except ValidationError as error:
         raise _translate(error, source, lines, data, _spec_schema()) from None
+    except UnicodeEncodeError:
+        raise ConfigError(source, HALF) from None
 
 
 @functools.cache

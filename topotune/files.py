@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from topotune.errors import ResourceError
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENFILE)
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENFILE),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),  # a lost network mount
+    *(errno.EACCES, errno.EPERM),
+)
 
 
 def disk_fault(error: BaseException, folder: Path) -> bool:
@@ -59,7 +65,12 @@ def make_folder(folder: Path) -> None:
         )
 
 
-def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
+def write_atomically(
+    path: Path,
+    content: bytes,
+    keep: Path | None = None,
+    fence: Callable[[], None] = lambda: None,
+) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old or the new one.
 
     The content goes to a neighbour, is forced to disk, and then takes the name.
@@ -69,10 +80,11 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         content: all of it.
         keep: where the file's present version moves to, if it has one. A crash between the two
             renames leaves only ``keep``.
+        fence: called last of all before the renames; what it raises leaves all as it was.
 
     Raises:
-        OSError: the disk is full or the folder not writable; the old file is then untouched. It
-            names the file.
+        OSError: the disk is full or the folder not writable; the old file is then untouched, and
+            nothing of the new one takes up room. It names the file.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -80,8 +92,12 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(partial)  # a full disk's names none
+        fence()
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(partial)  # a full disk's names none
         raise
     if keep is not None and path.exists():
         path.replace(keep)

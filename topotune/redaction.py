@@ -43,6 +43,8 @@ _ORDINARY = re.compile(
     r"^(?:old)?pwd$|(?:^|_)(?:(?:low|high|band|forward|backward|single)_pass|"
     r"(?:bos|class|cls|end|eos|last|mask|next|pad|per|sep|special|start|unk)_token)$"
 )
+_KEY = re.compile(r"_(?:key|pat|jwt)(?:_?\d{1,3})?$", re.IGNORECASE)
+_LOOKS_RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])\S{16,}+")
 _SIGNATURES = ("sig", "signature", "x-amz-signature")
 
 
@@ -66,6 +68,15 @@ def redact(text: str) -> str:
         end = stop
     text = "".join((*parts, text[end:]))
     return _HEADER.sub(r"\1 ***", _AUTHORIZATION.sub(r"\1***", text))
+
+
+def brief(text: str, limit: int) -> str:
+    """A message of others on one line of at most ``limit`` characters, without its secrets.
+
+    In this order: a secret that was cut or whose lines were joined would not be recognised.
+    """
+    line = " ".join(redact(text).split())[:limit]
+    return line.encode("utf-8", "backslashreplace").decode()  # a file's name may hold any bytes
 
 
 def names_secret(name: str) -> bool:
@@ -121,7 +132,9 @@ def _fields(text: str) -> Iterator[tuple[int, int, int]]:
 def _known() -> Iterator[str]:
     """The secrets in the environment: long enough, and neither a number nor a file."""
     for name, value in os.environ.items():
-        found = [value] if names_secret(name) else []
+        # KAGGLE_KEY, GH_PAT: such names are secrets only where the value looks like one.
+        key = _KEY.search(name) is not None and _LOOKS_RANDOM.fullmatch(value) is not None
+        found = [value] if key or names_secret(name) else []
         if "@" in value:
             for match in _WORD.finditer(value):
                 start, end = _login(match[0])

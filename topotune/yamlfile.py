@@ -26,6 +26,8 @@ MAX_NODES = 20_000
 
 _INT = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_HALF = re.compile("[\ud800-\udfff]")
+HALF = "a text with half a character (a lone surrogate), which no file can hold"
 _WORDS: dict[str, bool | float | None] = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
@@ -98,6 +100,8 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode) -> str | int | float | bool | None:
         text: str = node.value
+        if _HALF.search(text):
+            raise self.error(node, HALF, "Write the whole character")
         if node.style is not None:  # quoted or block text
             return text
         if text in _WORDS:

@@ -17,6 +17,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from topotune.errors import RunError, TopotuneError
+from topotune.redaction import brief
 from topotune.search.book import Book, Progress, Turn
 from topotune.search.deaths import classify, take_note
 from topotune.search.pulse import Pulse
@@ -40,7 +41,7 @@ def guarded(book: Book, call: Callable[[], T], otherwise: T) -> T:
     except TopotuneError as error:
         book.fatal = book.fatal or error
     except Exception as error:  # noqa: BLE001 - raised by the driver as the search's own error
-        cause = RunError(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        cause = RunError(f"{type(error).__name__}: {brief(str(error), 500)}")
         cause.__cause__ = error
         book.fatal = book.fatal or cause
     return otherwise

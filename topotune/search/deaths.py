@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from topotune.config_budget import Budget
+from topotune.redaction import brief
 from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, MEMORY_PREFIX, STALL_PREFIX
 
 
@@ -116,7 +117,8 @@ def classify(error: str, note: str) -> Death:
         if pattern.search(error):
             return death
     if "ray::" in error and "Traceback" not in error.partition("ray::")[0]:
-        return Death(Cause.ERROR, f"its worker failed: {_line(error.strip().splitlines()[-1])}")
+        last = error.strip().splitlines()[-1]
+        return Death(Cause.ERROR, f"its worker failed: {brief(last, 300)}")
     return Death(Cause.CRASH, "killed from outside, or by the system for its memory")
 
 
@@ -130,7 +132,3 @@ def _where(note: str) -> str:
         return ""
     frame = (own or frames)[0]
     return f" in {Path(frame['file']).name}:{frame['line']} {frame['name']}"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]

@@ -153,7 +153,7 @@ def _run(
     from topotune.search.execute import execute
     from topotune.search.ledger import Ledger
     from topotune.search.pulse import Pulse
-    from topotune.search.recorder import Recorder
+    from topotune.search.recorder import Recorder, objectives
     from topotune.search.retention import Retention
     from topotune.search.shipping import Shipping
     from topotune.search.study import StudyStore
@@ -201,7 +201,9 @@ def _run(
         listener.tick(book.view("done", tracking=shipping.line()))
         try:
             ledger.save()
-            board = recorder.close(outcome, reason)
+            rows = store.rows(ledger.trials)  # with the driver's patience, not a reader's
+            board = Leaderboard.of(rows, config.name, objectives(config))
+            recorder.close(board, outcome, reason)
         except TopotuneError as error:
             # What ended the search usually hurts here, too; the first cause is the one to tell.
             failure = failure or error

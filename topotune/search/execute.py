@@ -8,6 +8,7 @@ from typing import Any
 
 from topotune.config import SearchConfig
 from topotune.errors import RunError, TopotuneError
+from topotune.redaction import brief
 from topotune.search.book import Book
 from topotune.search.folder import SearchFolder
 from topotune.search.pulse import Pulse
@@ -97,8 +98,7 @@ def execute(
         except TopotuneError:
             raise
         except Exception as error:
-            text = " ".join(str(error).split())[:500]
             raise RunError(
-                f"Ray ended the search: {text}. What is finished is kept; 'topotune resume "
-                f"{config.name}' continues"
+                f"Ray ended the search: {brief(str(error), 500)}. What is finished is kept; "
+                f"'topotune resume {config.name}' continues"
             ) from error

@@ -19,6 +19,7 @@ import json
 import os
 import stat
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -39,14 +40,19 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """As :func:`write_text`; the file's present version moves to ``keep``.
+def write_bytes(
+    path: Path,
+    content: bytes,
+    keep: Path | None = None,
+    fence: Callable[[], None] = lambda: None,
+) -> None:
+    """As :func:`write_text`; the file's present version moves to ``keep``, unless ``fence`` raises.
 
     Raises:
         ResourceError: the disk is full or the folder cannot be written.
     """
     try:
-        write_atomically(path, content, keep)
+        write_atomically(path, content, keep, fence)
     except OSError as error:
         raise ResourceError(
             f"{path}: cannot be written: {error.strerror}. Make space or make the "

@@ -37,6 +37,8 @@ FROZEN_NOTE = "Frozen\n"
 EXIT_CODE = 71
 """Exit code of a worker that ended itself."""
 LOOK_EVERY = 1.0
+LOOK_SHARE = 0.01
+"""The largest part of a core that looks at the memory may take: each lists all processes."""
 AUTO_SHARE = 0.9
 """Share of the machine's memory that ``limits.memory: auto`` allows."""
 _PR_SET_CHILD_SUBREAPER = 36
@@ -120,6 +122,7 @@ class Guard:
         stall = float("inf") if self._stall is None else self._stall
         every = min(LOOK_EVERY, stall / 10)
         idle, beats, last = 0.0, self._beats, time.monotonic()
+        look = 0.0
         while not self._over.wait(every):
             now = time.monotonic()
             passed, last = min(now - last, 2 * every), now
@@ -127,8 +130,10 @@ class Guard:
             idle, beats = idle + passed if still else 0.0, self._beats
             if idle > stall:
                 self._end(f"{STALL_PREFIX}{stall:g} s)!\n")
-            if self._busy.is_set() and (excess := self._excess()):
-                self._end(f"{MEMORY_PREFIX}{excess}\n")
+            if self._busy.is_set() and now >= look:
+                if excess := self._excess():
+                    self._end(f"{MEMORY_PREFIX}{excess}\n")
+                look = now + (time.monotonic() - now) / LOOK_SHARE
 
     def _excess(self) -> str:
         """The resident memory in words where it is too much; else empty."""

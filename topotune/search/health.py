@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from topotune.errors import TopotuneError
+from topotune.redaction import brief
 from topotune.search.view import SilentListener
 
 MIN_FREE_BYTES = 1 << 30
@@ -115,7 +116,7 @@ def _ray() -> Finding:
         with RaySession("local", SilentListener()) as session:
             cpus, gpus = session.size()
             answer = session.probe()
-    except (RuntimeError, OSError, ConnectionError) as error:
-        text = " ".join(str(error).split())[:200]
+    except (TopotuneError, RuntimeError, OSError) as error:
+        text = brief(str(error), 200)
         return Finding("ray", False, text, "Look into the newest folder under /tmp/ray")
     return Finding("ray", True, f"local cluster with {cpus:g} CPUs, {gpus:g} GPUs; a task {answer}")

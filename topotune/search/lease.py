@@ -31,6 +31,7 @@ EXPIRY_SECONDS = 30.0
 _FRESH_SECONDS = 1.0  # a look at the file that is younger than this is trusted
 _BYTES = 512  # the content's fixed length: a beat needs no new room on a full disk
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
+_PROCESSES = Path("/proc/self/ns/pid")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 _log = logging.getLogger(__name__)
 
@@ -58,9 +59,9 @@ class Holder:
 
 
 def this_machine() -> str:
-    """A name of this machine since it was started."""
+    """A name of this machine since it was started; its containers have names of their own."""
     try:
-        return _BOOT.read_text(encoding="ascii").strip()
+        return f"{_BOOT.read_text(encoding='ascii').strip()} {_PROCESSES.readlink()}"
     except OSError:
         return socket.gethostname()
 

@@ -79,13 +79,12 @@ class Ledger:
         Raises:
             ResourceError: the disk is full or the folder cannot be written.
         """
-        self._fence()
         self._saved = time.monotonic()
         data = {
             "wall_seconds": round(self.wall_seconds, 3),
             "trials": {str(number): round(value, 3) for number, value in self.trials.items()},
         }
-        write_bytes(self._path, encode(data), keep=_previous(self._path))
+        write_bytes(self._path, encode(data), _previous(self._path), self._fence)
 
 
 def read_ledger(path: Path) -> dict[str, Any]:

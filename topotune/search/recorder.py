@@ -137,24 +137,32 @@ class Recorder:
         self._work.put(None)
         self._thread.join()
 
-    def close(self, outcome: str, reason: str) -> Leaderboard:
+    def close(self, board: Leaderboard, outcome: str, reason: str) -> None:
         """Finish the files, renew the leaderboard and record how the search ended.
 
+        Where it has not come to its end, files that are not made by now are left to the resume,
+        which finds them missing: a stop waits for no plot.
+
+        Args:
+            board: the final leaderboard.
+            outcome: COMPLETE, INTERRUPTED or FAILED.
+            reason: why it has ended early; empty otherwise.
+
         Raises:
-            TopotuneError: the study cannot be read, or the spool not be written.
+            TopotuneError: the spool cannot be written.
         """
+        done = outcome == Outcome.COMPLETE
+        self._dropped = not done
         self._work.put(None)
         self._thread.join()
-        board = leaderboard(self._folder, self._config)
         try:
-            self._renew(board, final=True)
+            self._renew(board, final=done)
         except Exception as error:  # noqa: BLE001 - the numbers are in the study and the spools
             _log.warning("a page of the search is missing: %s", error)
         self._record_best()
         spent = {"device_seconds": board.device_seconds}
         self._tracker.metrics(spent, self._ended, now_ms())
         self._tracker.end(outcome, reason)
-        return board
 
     def _run(self) -> None:
         again = 0.0

@@ -8,6 +8,7 @@ import os
 from typing import Any, Self
 
 from topotune.errors import ResourceError
+from topotune.redaction import brief
 from topotune.search.signals import Interrupts, shielded
 from topotune.search.sweep import Sweeper
 from topotune.search.view import Listener
@@ -86,8 +87,8 @@ class RaySession:
                 configure_logging=True,
                 **options,
             )
-        except (RuntimeError, ConnectionError, OSError, ValueError) as error:
-            text = " ".join(str(error).split())[:300]
+        except Exception as error:  # Ray raises bare ones, too, such as for a node that is late
+            text = brief(str(error), 300)
             raise ResourceError(
                 f"Ray does not start ({type(error).__name__}: {text}). 'topotune doctor' looks "
                 "into it; the logs are in the newest folder under /tmp/ray"

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from topotune.search.book import Book
+if TYPE_CHECKING:
+    from topotune.search.book import Book
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_GROUP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+START_SECONDS = 8.0
+"""How long Ray may go on starting after the first signal."""
+STOP_SECONDS = 17.0
+"""How long a stop may take, whatever it waits for; with what the sweeper needs, all is gone within
+20 seconds."""
+ABORT_SECONDS = 2.0
+"""How long the end may take after the second signal."""
+_LOOK_SECONDS = 0.1
+_INTERRUPTED = 130
 
 
 class Interrupts:
     """Handles SIGINT, SIGTERM and SIGHUP while a search runs, and restores what was there.
 
     Before a search has begun a signal ends the command at once, by KeyboardInterrupt. A SIGHUP
-    that is ignored, as under nohup, stays ignored.
+    that is ignored, as under nohup, stays ignored. A stop that takes too long, because a library
+    lets no handler run or the machine is overloaded, ends as an abort does: the process is left
+    with exit code 130 there and then. That loses no more than a kill does, which is nothing.
     """
 
     def __init__(self) -> None:
@@ -28,11 +41,16 @@ class Interrupts:
         self._book: Book | None = None
         self._held = 0
         self._caught = ""
+        self._since = self._again = math.inf  # of the first signal and the second
+        self._over = threading.Event()
         self._terminals: tuple[int, ...] = ()
 
     def __enter__(self) -> Self:
         self._terminals = tuple(fd for fd in (0, 1, 2) if os.isatty(fd))
         self.install()
+        if self._before:
+            with shielded():  # a handler must find the main thread, not this one
+                threading.Thread(target=self._watch, name="interrupts", daemon=True).start()
         return self
 
     def install(self) -> None:
@@ -47,7 +65,8 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Put the first signal off until the block's end, where it must not be cut in two."""
+        """Put the first signal off until the block's end, where it must not be cut in two; the
+        second one ends the process soon. To be used inside of :func:`shielded`."""
         self._held += 1
         try:
             yield
@@ -64,20 +83,40 @@ class Interrupts:
         self._book = book
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         for number, before in self._before.items():
             signal.signal(number, before if before is not None else signal.SIG_DFL)
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        self._note(number)
+        if self._again < math.inf or (self._book is None and not self._held):
+            raise KeyboardInterrupt(self._caught)
+        # Nothing is printed here: the handler may have interrupted a print.
+        if self._book is not None:
+            self._book.stop(f"stopped by {self._caught}")
+
+    def _note(self, number: int) -> None:
+        """Take a signal down."""
         if number == signal.SIGHUP:
             self._leave_closed_terminals()
-        if self._caught or (self._book is None and not self._held):
-            raise KeyboardInterrupt(name)
-        # Nothing is printed here: the handler may have interrupted a print.
-        self._caught = name
-        if self._book is not None:
-            self._book.stop(f"stopped by {name}")
+        if self._caught:
+            self._again = min(self._again, time.monotonic())
+        else:
+            self._caught, self._since = signal.Signals(number).name, time.monotonic()
+
+    def _watch(self) -> None:
+        """In a thread: see the signals that are held, and that a stop comes to its end."""
+        while not self._over.wait(0.0 if self._held else _LOOK_SECONDS):
+            if self._held:  # then they are blocked, and come to nobody else
+                caught = signal.sigtimedwait(tuple(self._before), _LOOK_SECONDS)
+                if caught is not None:
+                    self._note(caught.si_signo)
+            first = START_SECONDS if self._held else STOP_SECONDS
+            if time.monotonic() > min(self._since + first, self._again + ABORT_SECONDS):
+                with contextlib.suppress(OSError):
+                    os.write(2, b"aborted\n")
+                os._exit(_INTERRUPTED)
 
     def _leave_closed_terminals(self) -> None:
         """Let what is still printed go nowhere: a write to a closed terminal is an error."""
@@ -88,12 +127,12 @@ class Interrupts:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """What is started inside inherits SIGHUP and SIGTERM blocked, as Ray does it for SIGINT.
+    """What is started inside, processes and threads, inherits the signals blocked.
 
     A shell that closes, ``timeout`` or a service manager signal the whole process group: Ray's
     own processes must outlive that, so that the driver can drain; it ends them itself.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
@@ -103,7 +142,7 @@ def shielded() -> Iterator[None]:
 def unshield() -> None:
     """Take these signals again in this thread and in what it starts: a user's code, in a worker,
     ends its own processes by them."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGHUP))
 
 
 def discard(*descriptors: int) -> None:

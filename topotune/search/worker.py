@@ -33,7 +33,7 @@ from topotune.errors import (
 )
 from topotune.files import disk_fault, files_exhausted
 from topotune.records import EpochReport, Outcome, TrialSpec
-from topotune.redaction import redact
+from topotune.redaction import brief, redact
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.guard import Guard
@@ -131,11 +131,13 @@ class TrialActor(tune.Trainable):
 
     def _failed(self, error: BaseException) -> Progress:
         """FAILED with the exception's text; the traceback goes into the trial's folder."""
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
+        text = f"{type(error).__name__}: {_words(error)}".removesuffix(": ")
         where = self._folder / ERROR_FILE
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            where.write_text(redact(traceback.format_exc()), encoding="utf-8")
+            where.write_text(
+                redact(traceback.format_exc()), encoding="utf-8", errors="backslashreplace"
+            )
         except OSError as full:
             text += f" (its traceback could not be written: {full.strerror})"
         else:
@@ -183,6 +185,14 @@ class TrialActor(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing to load."""
+
+
+def _words(error: BaseException) -> str:
+    """What an exception says, whatever a user's own class does when it is asked."""
+    try:
+        return brief(str(error), 500)
+    except Exception as failed:  # noqa: BLE001 - the trial ends by the first one
+        return f"(its text raises {type(failed).__name__})"
 
 
 def _raised_by_ray(error: BaseException) -> bool:
