@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from tests.search_cases import make_config
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, SearchFolderError
 from topotune.search.folder import SearchFolder
-from topotune.search.reading import sync
+from topotune.search.reading import serve, sync
 from topotune.search.shipping import ENVIRONMENT, open_store, public, remembered, tracking_uri
 
 FULL = "http://me:s3cret-w0rd@mlflow.example:5000/team"
@@ -105,3 +106,24 @@ def test_what_is_shown_of_an_address(uri: str, shown: str, monkeypatch: pytest.M
     config = remembered(make_config())
     assert public(uri) == config.tracking.uri == shown
     assert tracking_uri(config) == uri
+
+
+@pytest.mark.parametrize("timeout", [math.nan, -1.0, math.inf, -math.inf, 1e300])
+def test_a_time_to_sync_for_is_one(timeout: float, tmp_path: Path) -> None:
+    folder = SearchFolder.create(tmp_path, make_config(), "")
+    with pytest.raises(ConfigError, match="--timeout: must be a number of seconds"):
+        sync(tmp_path, folder.name, timeout)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_of_the_dashboard_is_one(port: int, tmp_path: Path) -> None:
+    SearchFolder.create(tmp_path, make_config(), "")
+    with pytest.raises(ConfigError, match=rf"--port: must be from 0 .* \(got {port}\)"):
+        serve(tmp_path, None, port, print)
+
+
+def test_a_dashboard_of_nothing_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path / "nonexist", tmp_path):
+        with pytest.raises(SearchFolderError, match=f"^{folder}: holds no .* --results-dir"):
+            serve(folder, None, 5000, print)
+    assert not list(tmp_path.iterdir())
