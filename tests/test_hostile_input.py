@@ -152,19 +152,45 @@ def test_an_artifact_of_a_foreign_spool_stays_inside(path: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
 @pytest.mark.heavy
-def test_an_embedded_store_of_others_writes_no_file_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("address", "inside"),
+    [
+        ("", True),  # as it was copied
+        ("file://{there}/7", True),
+        ("file://{there}/mlflow/artifacts/../../7", True),
+        ("file://{there}/mlflow/artifacts/%2e%2e/%2e%2e/7", True),
+        ("file://{ours}/mlflow/artifacts/../../../there", True),
+        ("{there}", True),
+        ("file://{ours}/mlflow/artifacts/link", False),
+        ("ftp://me@127.0.0.1:1/x", False),
+    ],
+)
+def test_an_embedded_store_of_others_writes_no_file_elsewhere(
+    address: str, inside: bool, tmp_path: Path
+) -> None:
     MlflowStore.embedded(tmp_path / "theirs").ping()
     folder = Desk(tmp_path / "ours", make_config()).folder
     shutil.copytree(tmp_path / "theirs/mlflow", tmp_path / "ours/mlflow")
+    there = tmp_path / "there"
+    there.mkdir()
+    artifacts = tmp_path / "ours/mlflow/artifacts"
+    artifacts.mkdir()
+    (artifacts / "link").symlink_to(there)
+    if address:
+        named = address.format(there=there, ours=tmp_path / "ours")
+        with closing(sqlite3.connect(tmp_path / "ours/mlflow/mlflow.db")) as database, database:
+            database.execute("UPDATE experiments SET artifact_location = ?", (named,))
     SearchTracker(folder.root).artifact(folder.root / "search.yaml")
-    store = MlflowStore.embedded(tmp_path / "ours")
-    shipper = Shipper(folder.root, store, folder.search_id, "demo")
-    assert shipper.ship_once()
-    assert shipper.status().refused == 1
-    assert f"keeps files in {(tmp_path / 'theirs').as_uri()}" in (
-        (folder.root / "refused.jsonl").read_text(encoding="utf-8")
+    shipper = Shipper(
+        folder.root, MlflowStore.embedded(tmp_path / "ours"), folder.search_id, "demo"
     )
-    assert not list((tmp_path / "theirs").rglob("search.yaml"))
+    assert shipper.ship_once()
+    assert shipper.status().refused == (0 if inside else 1)
+    if not inside:
+        refused = (folder.root / "refused.jsonl").read_text(encoding="utf-8")
+        assert "not in this folder" in refused
+    stored = [path for path in tmp_path.rglob("search.yaml") if path.parent != folder.root]
+    assert [path.is_relative_to(artifacts) for path in stored] == [True] * inside
 
 
 @pytest.mark.parametrize("place", ["mlflow", "mlflow/artifacts", "mlflow/mlflow.db"])

@@ -24,6 +24,7 @@ import yaml
 
 from topotune.bench.faults.proxy import Proxy
 from topotune.cli.main import app
+from topotune.config import TrackingConfig
 from topotune.configfile import parse_search
 from topotune.errors import ConfigError
 from topotune.redaction import address_with_secret, brief, names_secret, redact
@@ -127,6 +128,11 @@ def test_no_planted_secret_comes_out(tmp_path: Path) -> None:
         env["MLFLOW_TRACKING_URI"] = f"me:{BAD}@host:5000"
         printed += run(tmp_path, env, "sync", "leaky", code=2)
         del env["MLFLOW_TRACKING_URI"]
+        printed += run(tmp_path, env, "sync", "leaky", code=2)
+        folder = SearchFolder.open(tmp_path / "topotune-results", "leaky")
+        config = folder.config()
+        assert config.tracking.uri == uri.replace(f"me:{HTTP}", "***")
+        folder.save(config.model_copy(update={"tracking": TrackingConfig()}))
         printed += run(tmp_path, env, "sync", "leaky", code=0)
         printed += run(tmp_path, env, "status", "leaky", "--json", code=0)
         env["TOPOTUNE_STUDY_URI"] = f"mysql://me:{STUDY}@127.0.0.1:9/studies"

@@ -16,7 +16,8 @@ import pytest
 
 from topotune.errors import TrackingError
 from topotune.records import EpochReport, Outcome
-from topotune.tracking.mlflow import MlflowStore, _is_inside
+from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.places import is_inside
 from topotune.tracking.registry import register_model
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.spool import SearchTracker, SpoolTracker
@@ -389,10 +390,10 @@ def test_an_artifact_address_outside_is_told_from_one_inside(tail: str, tmp_path
     folder = tmp_path / "artifacts"
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path)
-    assert _is_inside(f"{folder.as_uri()}/7/artifacts", folder)
-    assert not _is_inside(f"{folder.as_uri()}{tail}", folder)
-    assert not _is_inside(f"{folder}/7", folder)  # no address
-    assert not _is_inside(f"ftp://{folder}/7", folder)
+    assert is_inside(f"{folder.as_uri()}/7/artifacts", folder)
+    assert not is_inside(f"{folder.as_uri()}{tail}", folder)
+    assert not is_inside(f"{folder}/7", folder)  # no address
+    assert not is_inside(f"ftp://{folder}/7", folder)
 
 
 def test_a_missing_point_is_found_by_reconciliation(search: Search, results_dir: Path) -> None:
@@ -439,7 +440,7 @@ def test_a_process_killed_while_it_makes_the_database_leaves_nothing_that_blocks
 ) -> None:
     code = (
         "import sys, pathlib\n"
-        "from topotune.tracking.mlflow import MlflowStore, _is_inside\n"
+        "from topotune.tracking.mlflow import MlflowStore\n"
         "MlflowStore.embedded(pathlib.Path(sys.argv[1])).ping()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])

@@ -426,6 +426,28 @@ def test_addresses_that_mlflow_does_not_serve_are_refused(uri: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:99999",
+        "http://host:0/x",
+        "https://u:hunter2@host:65536/",
+        "http://[::1]:70000",
+        "http://host:port",
+        "postgresql+psycopg://u:hunter2@db:99999/m",
+    ],
+)
+def test_ports_that_no_host_has_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="its port must be a number from 1 to 65535") as caught:
+        check_tracking_uri(uri)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["http://[::1]/", "http://[::1]:5000", "https://u:p@h:65535/x"])
+def test_hosts_and_ports_that_can_be_are_taken(uri: str) -> None:
+    assert check_tracking_uri(uri) == uri
+
+
 def test_store_addresses() -> None:
     assert check_tracking_uri("postgresql+psycopg://u:p@db/m") == "postgresql+psycopg://u:p@db/m"
     assert embedded_store_uri(Path("/data/a b#ü")) == "sqlite:////data/a b#ü/mlflow/mlflow.db"

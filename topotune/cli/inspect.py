@@ -75,7 +75,7 @@ def best(
 def dashboard(
     name: Annotated[str | None, typer.Argument(help="A search whose pages are printed.")] = None,
     results_dir: ResultsDir = DEFAULT_RESULTS,
-    port: Annotated[int, typer.Option(help="Preferred port on 127.0.0.1.")] = 5000,
+    port: Annotated[int, typer.Option(help="Preferred port on 127.0.0.1; 0: any.")] = 5000,
 ) -> None:
     """Serve the MLflow pages of the embedded store on 127.0.0.1 until Ctrl-C."""
     from topotune.search import reading

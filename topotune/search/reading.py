@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from topotune.config import SearchConfig
-from topotune.errors import ResourceError, SearchFolderError
+from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import clean
 from topotune.search.folder import SearchFolder, searches
@@ -20,6 +21,7 @@ from topotune.search.shipping import open_store
 from topotune.tracking.dashboard import search_page, serve_dashboard, trials_page
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
+from topotune.tracking.store import DATABASE_FILE, embedded_artifacts
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,24 @@ def _status(folder: SearchFolder) -> SearchStatus:
 def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], None]) -> None:
     """Serve MLflow's pages until interrupted, and say where to look.
 
+    Args:
+        results_dir: where searches lie.
+        name: the search whose store is served and whose pages are named; None for all.
+        port: preferred port; another one is taken if it is in use. 0 for any free one.
+        say: told where to look.
+
     Raises:
-        UserError: no such search, or no port.
+        UserError: no such search, no folder that holds any, or no port.
         RunError: the server does not start.
     """
+    if not 0 <= port < 2**16:
+        raise ConfigError("--port", f"must be from 0 (any free one) to 65535 (got {port})")
     shown = [SearchFolder.open(results_dir, name)] if name else searches(results_dir)
+    if not shown and not embedded_artifacts(results_dir).with_name(DATABASE_FILE).is_file():
+        raise SearchFolderError(
+            f"{results_dir}: holds no searches and no MLflow store. Give the --results-dir where "
+            "they lie"
+        )
     store = open_store(shown[0], shown[0].config()) if name else MlflowStore.embedded(results_dir)
     say("starting the MLflow server; this takes some seconds")
     with serve_dashboard(store, port) as dashboard:
@@ -152,8 +167,11 @@ def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
 
     Raises:
         SearchFolderError: there is none of that name.
-        ConfigError: the tracking address is of a form that MLflow does not serve.
+        ConfigError: the tracking address is of a form that MLflow does not serve, or lacks its
+            password, or the time is none.
     """
+    if not 0 <= timeout < threading.TIMEOUT_MAX:
+        raise ConfigError("--timeout", f"must be a number of seconds from 0 on (got {timeout:g})")
     folder = SearchFolder.open(results_dir, name)
     store = open_store(folder, folder.config())
     shipper = Shipper(folder.root, store, folder.search_id, name)

@@ -5,30 +5,76 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Self
+from urllib.parse import unquote, urlsplit
 
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, LeaseLostError
-from topotune.redaction import redact
+from topotune.redaction import SHORTEST, redact
 from topotune.search.folder import SearchFolder
 from topotune.search.view import Listener
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Reconciliation, Shipper
 from topotune.tracking.store import check_tracking_uri
 
+ENVIRONMENT = "MLFLOW_TRACKING_URI"
+_HIDDEN = "***"
+_PORTS = {"http": 80, "https": 443}
 CLOSE_SECONDS = 60.0
 CLOSE_SECONDS_HURRY = 3.0
 """With a store that cannot be reached, or a search that was told to stop: the spools keep all."""
 
 
 def tracking_uri(config: SearchConfig) -> str | None:
-    """The tracking server of a search: its own setting, else MLFLOW_TRACKING_URI, else None for
-    the embedded store.
+    """The tracking server of a search, password and all; None for the embedded store.
+
+    What the search names counts; MLFLOW_TRACKING_URI adds user and password where it names the
+    same place, and names the server of a search that names none.
 
     Raises:
-        ConfigError: an address of a form that MLflow does not serve.
+        ConfigError: an address of a form that MLflow does not serve, or one whose user and
+            password are needed and that the environment does not name.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
-    return None if uri is None else check_tracking_uri(uri)
+    named, given = config.tracking.uri, os.environ.get(ENVIRONMENT) or None
+    if named is None:
+        return None if given is None else check_tracking_uri(given)
+    if given is not None and _HIDDEN not in given and _place(public(given)) == _place(named):
+        return check_tracking_uri(given)
+    if _HIDDEN in named:
+        found = "is not set" if given is None else f"names {public(given)}"
+        raise ConfigError(
+            ENVIRONMENT,
+            f"{found}, and the records of search {config.name!r} are sent to {named}, whose "
+            "secrets are not written down",
+            f"Set {ENVIRONMENT} to {named}, with what belongs in place of {_HIDDEN}",
+        )
+    return check_tracking_uri(named)
+
+
+def public(uri: str) -> str:
+    """An address that may be shown and kept: ``***`` in place of its secrets.
+
+    The same one whatever its password is: of an address as ``http://mlflow:mlflow@mlflow/`` the
+    host must not be hidden.
+    """
+    scheme, mark, rest = uri.partition("://")
+    if not mark:
+        return redact(uri)
+    login, at, place = rest.rpartition("@")
+    host, question, query = place.partition("?")
+    password = unquote(login.partition(":")[2])
+    if len(password) < SHORTEST or password not in host:
+        host = redact(host)
+    return f"{scheme}://{_HIDDEN if at else ''}{at}{host}{redact(question + query)}"
+
+
+def _place(uri: str) -> tuple[object, ...] | None:
+    """What two public addresses of one server have in common; None of what is no address."""
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return None
+    return (parts.scheme, parts.hostname, port, parts.path.rstrip("/"))
 
 
 def check_addresses(config: SearchConfig, results_dir: Path) -> None:
@@ -48,15 +94,15 @@ def check_addresses(config: SearchConfig, results_dir: Path) -> None:
 
 
 def remembered(config: SearchConfig) -> SearchConfig:
-    """The search with its tracking server written down, wherever that was named.
+    """The search with its tracking server written down, wherever that was named; no secrets.
 
-    A later resume or sync from another shell must not send the records elsewhere. An address
-    with a password in it is not written down.
+    A later resume or sync from another shell must not send the records elsewhere.
     """
     uri = tracking_uri(config)
-    if uri is None or config.tracking.uri is not None or redact(uri) != uri:
+    if uri is None or uri == config.tracking.uri:
         return config
-    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    tracking = config.tracking.model_copy(update={"uri": public(uri)})
+    return config.model_copy(update={"tracking": tracking})
 
 
 def open_store(folder: SearchFolder, config: SearchConfig) -> MlflowStore:

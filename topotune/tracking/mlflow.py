@@ -13,18 +13,16 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from topotune.errors import ResourceError, TopotuneError
 from topotune.redaction import redact
 from topotune.tracking.answers import classified, one_line, turned_down
 from topotune.tracking.entries import Item
+from topotune.tracking.places import is_inside, own_files
 from topotune.tracking.store import (
-    DATABASE_FILE,
     DEFAULT_EXPERIMENT,
     ROLE_TAG,
     SEARCH_TAG,
@@ -35,10 +33,8 @@ from topotune.tracking.store import (
     StoreOfflineError,
     StoreRefusedError,
     check_tracking_uri,
-    creation_lock,
     embedded_artifacts,
     embedded_store_uri,
-    refuse_links,
 )
 
 if TYPE_CHECKING:
@@ -114,15 +110,10 @@ class MlflowStore:
         with self._connecting:
             if self._connected is None:
                 _quiet_mlflow()
-                folder = None if self._results_dir is None else self._results_dir / "mlflow"
                 try:
-                    if self._results_dir is not None:
-                        refuse_links(self._results_dir)
-                    with creation_lock(folder) if folder else nullcontext(), translated():
-                        if folder is not None:
-                            _make_whole(folder / DATABASE_FILE)
+                    with translated(), own_files(self._results_dir, self.experiment, _make_whole):
                         self._connected = self._open()
-                except (ResourceError, StoreRefusedError, RunMissingError) as error:
+                except (StoreRefusedError, RunMissingError) as error:
                     # Nothing was refused for what it says: the store as a whole is not usable.
                     raise StoreOfflineError(str(error)) from None
             return self._connected
@@ -232,16 +223,26 @@ class MlflowStore:
     def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
         """Upload one file, replacing one of the same name.
 
-        An embedded store that came from elsewhere, or was moved, may name any folder of this
-        machine as its own; nothing is written there.
+        An embedded store that came from elsewhere may name any folder of this machine as its own;
+        nothing is written there.
         """
         client, _ = self._connect()
         with translated():
-            if self.artifacts is not None:
-                place = str(client.get_run(run_id).info.artifact_uri)
-                if not _is_inside(place, self.artifacts):
-                    raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
-            client.log_artifact(run_id, str(path), folder or None)
+            if self.artifacts is None:
+                client.log_artifact(run_id, str(path), folder or None)
+                return
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            place = str(client.get_run(run_id).info.artifact_uri)
+            if not is_inside(place, self.artifacts):
+                # Another process re-based them, which sees this folder under another path.
+                with own_files(self._results_dir, self.experiment, _make_whole):
+                    place = str(client.get_run(run_id).info.artifact_uri)
+            if not is_inside(place, self.artifacts):
+                raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
+            # Not through the client, which remembers the place of a run of any store by its id.
+            files = get_artifact_repository(place)
+            files.log_artifact(str(path), folder or None)  # type: ignore[no-untyped-call]
 
     def terminate(self, run_id: str, status: str, end_ms: int) -> None:
         """Set a final status; a run never ends before it began, whatever the clocks say."""
@@ -271,14 +272,6 @@ class MlflowStore:
     def client(self) -> MlflowClient:
         """MLflow's own client, connected."""
         return self._connect()[0]
-
-
-def _is_inside(uri: str, folder: Path) -> bool:
-    """Whether a ``file:`` address lies below a folder, each by its real path: either may have been
-    written down through a link or with ``..`` in it."""
-    parts = urlsplit(uri)
-    real = Path(os.path.realpath(url2pathname(parts.path)))
-    return parts.scheme == "file" and Path(os.path.realpath(folder)) in real.parents
 
 
 def _make_whole(database: Path) -> None:
@@ -318,6 +311,8 @@ def translated() -> Iterator[None]:
         yield
     except MlflowException as error:
         raise classified(error) from None
+    except ResourceError as error:  # of the embedded store's own folder
+        raise StoreOfflineError(str(error)) from None
     except TopotuneError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever its libraries raise, it comes out as ours

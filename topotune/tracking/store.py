@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ SEARCH_TAG = "topotune.search_id"
 TRIAL_TAG = "topotune.trial"
 ROLE_TAG = "topotune.role"
 
+_PORT = re.compile(r":([^\]:]+)$")
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -149,13 +151,14 @@ def check_tracking_uri(uri: str) -> str:
     """The address of a tracking store as it was given, if its form is one that works.
 
     Raises:
-        ConfigError: a file store, a bare path or an unknown scheme. The address is quoted
-            without its secrets.
+        ConfigError: a file store, a bare path, an unknown scheme or a port that is none. The
+            address is quoted without its secrets.
     """
     try:
-        scheme = urlsplit(uri).scheme.partition("+")[0]
+        parts = urlsplit(uri)
+        scheme, netloc, path = parts.scheme.partition("+")[0], parts.netloc, parts.path
     except ValueError:
-        scheme = ""
+        scheme = netloc = path = ""
     if uri != "databricks" and (scheme not in _SCHEMES or "://" not in uri):
         raise ConfigError(
             f"tracking URI {redact(uri)!r}",
@@ -163,7 +166,21 @@ def check_tracking_uri(uri: str) -> str:
             "Write 'http://HOST:5000' for a server or 'sqlite:////PATH/mlflow.db' for a local "
             "store; MLflow no longer takes plain folders",
         )
+    # The password of a database may hold a '/', which is not where its host ends.
+    whole = scheme in ("http", "https") or "@" not in path
+    if whole and not _has_port(netloc):
+        raise ConfigError(
+            f"tracking URI {redact(uri)!r}",
+            "its port must be a number from 1 to 65535",
+            "Write 'http://HOST:5000', and a '/' of a password as %2F",
+        )
     return uri
+
+
+def _has_port(netloc: str) -> bool:
+    """Whether the port of a host is one, or is left out."""
+    port = _PORT.search(netloc.rpartition("@")[2])
+    return port is None or (port[1].isdecimal() and 0 < int(port[1]) < 2**16)
 
 
 @contextmanager

@@ -1,0 +1,129 @@
+"""Which MLflow a search is sent to, session after session, and what of its address is kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.search_cases import make_config
+from topotune.errors import ConfigError, SearchFolderError
+from topotune.search.folder import SearchFolder
+from topotune.search.reading import serve, sync
+from topotune.search.shipping import ENVIRONMENT, open_store, public, remembered, tracking_uri
+
+FULL = "http://me:s3cret-w0rd@mlflow.example:5000/team"
+KEPT = "http://***@mlflow.example:5000/team"
+
+
+def test_an_address_is_written_down_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, FULL)
+    config = remembered(make_config())
+    assert config.tracking.uri == KEPT
+    folder = SearchFolder.create(tmp_path, config, "")
+    assert "s3cret" not in folder.meta.read_text(encoding="utf-8")
+    assert folder.config() == remembered(folder.config()) == config
+    assert open_store(folder, folder.config()).tracking_uri == FULL
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        "",
+        KEPT,
+        "http://me:s3cret-w0rd@other.example:5000/team",
+        "http://me:s3cret-w0rd@mlflow.example:5001/team",
+        "http://me:s3cret-w0rd@mlflow.example/team",
+        "http://me:s3cret-w0rd@mlflow.example:5000/another",
+        "https://me:s3cret-w0rd@mlflow.example:5000/team",
+        "me:s3cret-w0rd@mlflow.example:5000/team",
+        "http://me:s3cret-w0rd@[mlflow.example:5000/team",
+        "http://me:s3cret-w0rd@mlflow.example:99999/team",
+    ],
+)
+def test_a_search_goes_on_with_its_own_server_only(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tracking={"uri": KEPT})
+    folder = SearchFolder.create(tmp_path, config, "")
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    if given is not None:
+        monkeypatch.setenv(ENVIRONMENT, given)
+    with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI: .* Set MLFLOW_TRACKING_URI to "):
+        open_store(folder, config)
+    with pytest.raises(ConfigError) as caught:
+        sync(tmp_path, folder.name, 1.0)
+    assert KEPT in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    assert not (tmp_path / "mlflow").exists()
+
+
+def test_what_names_the_same_server_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(tracking={"uri": "https://***@mlflow.example"})
+    for given in (
+        "https://me:s3cret-w0rd@mlflow.example/",
+        "https://another:new-s3cret@MLFLOW.example:443",
+        "https://mlflow.example",  # with MLFLOW_TRACKING_USERNAME and _PASSWORD
+    ):
+        monkeypatch.setenv(ENVIRONMENT, given)
+        assert tracking_uri(config) == given
+    plain = make_config(tracking={"uri": "https://mlflow.example"})
+    monkeypatch.setenv(ENVIRONMENT, "https://me:s3cret-w0rd@mlflow.example/")
+    assert tracking_uri(plain) == "https://me:s3cret-w0rd@mlflow.example/"
+    monkeypatch.setenv(ENVIRONMENT, "https://me:s3cret-w0rd@elsewhere/")
+    assert tracking_uri(plain) == "https://mlflow.example"
+
+
+def test_a_search_of_before_goes_where_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was written down where the address held a password."""
+    monkeypatch.setenv(ENVIRONMENT, FULL)
+    assert tracking_uri(make_config()) == FULL
+    monkeypatch.delenv(ENVIRONMENT)
+    assert tracking_uri(make_config()) is None
+    assert remembered(make_config()) == make_config()
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        (FULL, KEPT),
+        ("postgresql://me:a/b@c@db:5432/m", "postgresql://***@db:5432/m"),
+        ("http://mlflow-prod:mlflow-prod@mlflow-prod.lan/", "http://***@mlflow-prod.lan/"),
+        ("postgresql://db/mlflow?password=s3cret", "postgresql://db/mlflow?password=***"),
+        ("https://host/t0ken-0f-s0meone/x", "https://host/***/x"),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_what_is_shown_of_an_address(uri: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "t0ken-0f-s0meone")
+    monkeypatch.setenv(ENVIRONMENT, uri)
+    config = remembered(make_config())
+    assert public(uri) == config.tracking.uri == shown
+    assert tracking_uri(config) == uri
+
+
+@pytest.mark.parametrize("timeout", [math.nan, -1.0, math.inf, -math.inf, 1e300])
+def test_a_time_to_sync_for_is_one(timeout: float, tmp_path: Path) -> None:
+    folder = SearchFolder.create(tmp_path, make_config(), "")
+    with pytest.raises(ConfigError, match="--timeout: must be a number of seconds"):
+        sync(tmp_path, folder.name, timeout)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 99999])
+def test_a_port_of_the_dashboard_is_one(port: int, tmp_path: Path) -> None:
+    SearchFolder.create(tmp_path, make_config(), "")
+    with pytest.raises(ConfigError, match=rf"--port: must be from 0 .* \(got {port}\)"):
+        serve(tmp_path, None, port, print)
+
+
+def test_a_dashboard_of_nothing_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path / "nonexist", tmp_path):
+        with pytest.raises(SearchFolderError, match=f"^{folder}: holds no .* --results-dir"):
+            serve(folder, None, 5000, print)
+    assert not list(tmp_path.iterdir())
