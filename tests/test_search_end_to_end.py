@@ -208,7 +208,8 @@ def test_ctrl_c_drains_a_dead_worker_is_retried_and_a_second_driver_is_refused(
 ) -> None:
     file = search_file(
         tmp_path,
-        task={"name": "tests.paced_task:Paced", "options": {"pause": 0.05}},
+        # At a pace that leaves the first one busy while the second one is refused.
+        task={"name": "tests.paced_task:Paced", "options": {"pause": 0.1}},
         budget={"trials": 2, "epochs": 6},
         pruner="none",
     )
