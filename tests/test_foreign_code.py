@@ -13,6 +13,7 @@ import yaml
 from topotune.errors import ConfigError, PluginError, told
 from topotune.plugins import load_object
 from topotune.records import TrialSpec
+from topotune.search.session import _fix_relative_paths
 from topotune.train.assemble import check_spec, preflight
 
 ROOT = str(Path(__file__).parent.parent)
@@ -112,6 +113,19 @@ def test_a_path_that_is_too_long_is_named(tmp_path: Path) -> None:
     assert text.startswith("error: 'aaa")
     assert "File name too long" in text
     assert len(text) < 300
+
+
+def test_relative_places_of_modules_mean_the_same_in_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((".", "lib", "/opt/lib")))
+    _fix_relative_paths()
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [
+        str(tmp_path),
+        str(tmp_path / "lib"),
+        "/opt/lib",
+    ]
 
 
 @pytest.mark.heavy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from pathlib import Path
 from typing import Any, Self
 
 from topotune.errors import ResourceError
@@ -30,6 +31,13 @@ _RAY_ENVIRONMENT = {
     "TUNE_RESULT_BUFFER_LENGTH": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+
+def _fix_relative_paths() -> None:
+    """Let PYTHONPATH mean in workers, which start elsewhere, what it means here."""
+    if paths := os.environ.get("PYTHONPATH"):
+        whole = [str(Path(path).absolute()) for path in paths.split(os.pathsep)]
+        os.environ["PYTHONPATH"] = os.pathsep.join(whole)
 
 
 def _ignore(*_: object, **__: object) -> None:
@@ -82,6 +90,7 @@ class RaySession:
         try:
             # Ray puts the current folder before the libraries in its workers, where a file named
             # like one of them would run; a trial's own modules are found by TrialActor.setup().
+            _fix_relative_paths()
             with contextlib.chdir(os.sep):
                 ray.init(
                     address=self._address,
