@@ -16,11 +16,13 @@ from pydantic import ValidationError
 
 from tests.search_cases import Desk, make_config, report
 from topotune.records import Outcome
+from topotune.search.adapters import recorded_epochs
 from topotune.search.book import Progress
 from topotune.search.deaths import Cause, Death, classify, restarts, take_note, verdict
 from topotune.search.guard import CRASH_FILE
 from topotune.search.study import Handout
 from topotune.search.sweep import MARK, Sweeper, sweep
+from topotune.tracking.spool import TRIAL_SPOOL, SpoolTracker
 
 WORKER = 'Thread 0x01 (most recent call first):\n  File "/x/search/worker.py", line 1 in step\n'
 NOTE = """{head}
@@ -140,6 +142,34 @@ def test_deaths_are_counted_over_sessions_each_cause_for_itself(tmp_path: Path) 
     row = second.book.end(0)
     assert row is not None
     assert (row.state, row.reason) == ("FAILED", "its worker died 2 times (last: SIGSEGV)")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "state", "reason"),
+    [(2, "FAILED", "its worker died: killed"), (3, "COMPLETE", "")],
+    ids=["before its last epoch", "after it"],
+)
+def test_epochs_that_a_dead_worker_recorded_and_could_not_tell_count(
+    tmp_path: Path, epochs: int, state: str, reason: str
+) -> None:
+    config = make_config(budget={"trials": 1, "epochs": 3, "max_failures": 0}, pruner="none")
+    desk = Desk(tmp_path, config)
+    handout = desk.book.next()
+    assert isinstance(handout, Handout)
+    reports = [report(handout.spec, epoch) for epoch in range(1, epochs + 1)]
+    tracker = SpoolTracker(desk.folder.trial(0) / TRIAL_SPOOL, 0)
+    tracker.start({}, {})
+    for one in reports:
+        tracker.epoch(one)
+    assert desk.book.progress(0, Progress((reports[0],)))
+    found = recorded_epochs(desk.folder.trial(0))
+    assert found == reports
+    desk.book.died(0, Death(Cause.CRASH, "killed"), lambda: found)
+    row = desk.book.end(0)
+    assert row is not None
+    assert (row.state, row.reason, row.epochs) == (state, reason, epochs)
+    assert row.metrics["val_accuracy"] == reports[-1].metrics["val_accuracy"]
+    assert recorded_epochs(desk.folder.trial(7)) == []
 
 
 def test_a_hang_is_never_retried_and_a_death_while_stopping_is_not_counted(tmp_path: Path) -> None:

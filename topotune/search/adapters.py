@@ -17,12 +17,16 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from topotune.errors import RunError, TopotuneError
+from topotune.records import EpochReport
 from topotune.redaction import brief
 from topotune.search.book import Book, Progress, Turn
 from topotune.search.deaths import classify, take_note
 from topotune.search.pulse import Pulse
 from topotune.search.stalls import Stalls, end_worker
 from topotune.search.study import Handout
+from topotune.tracking.entries import Epoch
+from topotune.tracking.spool import TRIAL_SPOOL
+from topotune.tracking.tails import read_all
 
 T = TypeVar("T")
 
@@ -61,6 +65,17 @@ def last_error(trial: Trial) -> str:
     except OSError:
         return ""
     return text.rpartition("Failure # ")[2].partition("\n")[2]
+
+
+def recorded_epochs(folder: Path) -> list[EpochReport]:
+    """The epochs in the spool of a trial's folder; none where it cannot be read."""
+    name = folder / TRIAL_SPOOL
+    root = folder.parent.parent
+    try:
+        bodies = [entry.body for _, entry in read_all(root, str(name.relative_to(root)))]
+    except (TopotuneError, OSError):
+        return []
+    return [body.report for body in bodies if isinstance(body, Epoch)]
 
 
 class NotStored:
@@ -153,8 +168,9 @@ class StudyScheduler(NotStored, FIFOScheduler):
             guarded(self._book, lambda: self._died(number, trial), None)
 
     def _died(self, number: int, trial: Trial) -> None:
-        death = classify(last_error(trial), take_note(self._folder(number)))
-        self._note(self._book.died(number, death))
+        folder = self._folder(number)
+        death = classify(last_error(trial), take_note(folder))
+        self._note(self._book.died(number, death, lambda: recorded_epochs(folder)))
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A trial is new, or about to be started again after its worker died."""

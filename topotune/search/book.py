@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -216,12 +216,20 @@ class Book:
             reason = f"{self.config.pruner.name} after epoch {report.epoch} of {live.spec.epochs}"
             live.verdict = (Outcome.PRUNED, reason)
 
-    def died(self, number: int, death: Death) -> str:
+    def died(
+        self, number: int, death: Death, recorded: Callable[[], Sequence[EpochReport]] = tuple
+    ) -> str:
         """A trial's worker died; a line on whether it is tried again.
 
         Deaths are counted in the study, each cause for itself, so that a resumed search goes on
         counting; while the search stops nothing is counted, as it ends workers itself. Whoever
         restarts workers asks :meth:`over` first.
+
+        Args:
+            number: the trial.
+            death: of its worker.
+            recorded: all epochs of its spool, the last of which the worker may not have told;
+                asked for where it is not tried again.
         """
         live = self.live[number]
         if (self.stopping or self.fatal) and death.cause in RETRIED:
@@ -230,6 +238,12 @@ class Book:
         times = self.store.count_death(number, death.cause)[death.cause]
         left = restarts(self.config.budget, death.cause) - times
         if left < 0:
+            for report in recorded():
+                if report.epoch > live.epoch and live.verdict is None:
+                    self._take(number, live, report, {}, judged=False)
+            if live.verdict is None and live.epoch >= live.spec.epochs:
+                live.verdict = (Outcome.COMPLETE, "")
+                return f"trial {number}: {verdict(death, times)}, after its last epoch"
             live.verdict = live.verdict or (Outcome.FAILED, verdict(death, times))
             return f"trial {number} is given up: {verdict(death, times)}"
         return (
