@@ -15,6 +15,7 @@ PACKAGE = Path(topotune.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ROOM_ORDER = (
     ("__init__", "errors", "records", "plugins", "seeding", "files", "redaction"),
+    ("settings", "shipped"),
     ("config_space", "config_budget", "config_rules", "config", "yamlfile", "configfile"),
     ("optim", "data", "tcep"),
     ("models",),
@@ -23,12 +24,13 @@ ROOM_ORDER = (
     ("train",),
     ("trial", "weights"),
     ("search",),
+    ("service",),
     ("bench", "testing"),
     ("cli", "__main__"),
 )
 LEVEL = {name: level for level, names in enumerate(ROOM_ORDER) for name in names}
 THIRD_PARTY_HOMES = {
-    "ray": {"search"},
+    "ray": {"search", "service"},
     "optuna": {"search"},
     "sqlalchemy": {"search"},
     "mlflow": {"tracking"},

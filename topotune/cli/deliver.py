@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import secrets
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, log_to_stderr, print_json, say
-from topotune.errors import RunError, TopotuneError, told
+from topotune.cli import answer
+from topotune.cli.cluster import forward
+from topotune.cli.options import (
+    DEFAULT_RESULTS,
+    Address,
+    AllowOpen,
+    AsJson,
+    ResultsDir,
+    elsewhere,
+    log_to_stderr,
+    on_cluster,
+    print_json,
+    say,
+)
+from topotune.errors import ConfigError, RunError, TopotuneError, told
 from topotune.records import pack_metrics
 
 if TYPE_CHECKING:
@@ -16,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def export(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="The search's name.")],
     top: Annotated[int, typer.Option(min=1, help="How many of the best.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder; default topotune-exports/NAME.")] = None,
@@ -28,23 +44,33 @@ def export(
     alias: Annotated[str, typer.Option(help="Alias of the registered version.")] = "best",
     force: Annotated[bool, typer.Option("--force", help="Replace earlier exports.")] = False,
     results_dir: ResultsDir = DEFAULT_RESULTS,
+    address: Address = None,
+    allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
     """Write config, metrics, weights and model card of the best trials."""
+    target = out if out is not None else Path("topotune-exports") / name
+    if cluster := elsewhere(context, address):
+        _export_there(context, cluster, name, target, as_json)
+        return
     log_to_stderr()
     from topotune.search.exports import export_top
     from topotune.search.folder import SearchFolder
 
+    search = SearchFolder.open(results_dir, name)
+    if on_cluster(context) and search.code.is_dir():
+        sys.path.append(str(search.code))  # last: a file there stands in for no library
     exported = export_top(
-        SearchFolder.open(results_dir, name),
+        search,
         top,
-        out if out is not None else Path("topotune-exports") / name,
+        target,
         check=verify,
         register=register,
         alias=alias,
         force=force,
         note=(lambda text: None) if as_json else say,
     )
+    answer.bring(target)
     if as_json:
         print_json(
             [
@@ -72,6 +98,23 @@ def export(
         if one.version is not None:
             say(f"trial {one.number}: registered as {register} version {one.version}")
     typer.echo(f"\nTrain one again:\n  topotune train {exported[0].paths.config}")
+
+
+def _export_there(
+    context: typer.Context, address: str, name: str, target: Path, as_json: bool
+) -> None:
+    """Export on the cluster, and bring the files here as if they had been written here."""
+    chosen = context.params
+    if target.exists() and any(target.iterdir()) and not chosen["force"]:
+        raise ConfigError(
+            str(target), "holds earlier exports", "Give another --out, or --force to replace them"
+        )
+    there = f"exported-{secrets.token_hex(4)}"
+    arguments = ["--top", str(chosen["top"]), "--out", there]
+    arguments += ["--verify"] if chosen["verify"] else []
+    if chosen["register"]:
+        arguments += ["--register", chosen["register"], "--alias", chosen["alias"]]
+    forward(context, address, arguments, name, as_json, files=(there, target))
 
 
 def train(

@@ -6,11 +6,15 @@ from typing import Annotated
 
 import typer
 
+from topotune.cli.cluster import forward
 from topotune.cli.options import (
     DEFAULT_RESULTS,
+    Address,
+    AllowOpen,
     AsJson,
     ResultsDir,
     console,
+    elsewhere,
     print_json,
     say,
     shown,
@@ -19,11 +23,17 @@ from topotune.errors import RunError
 
 
 def status(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="A search; none lists all.")] = None,
     results_dir: ResultsDir = DEFAULT_RESULTS,
+    address: Address = None,
+    allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
     """How far searches are: counts, best so far, who drives them; one search's whole table."""
+    if cluster := elsewhere(context, address):
+        forward(context, cluster, [], name, as_json)
+        return
     from topotune.search import reading
 
     if name is not None:
@@ -49,11 +59,17 @@ def status(
 
 
 def best(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="The search's name.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
+    address: Address = None,
+    allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
     """The best trial's complete config as YAML, ready for 'topotune train'."""
+    if cluster := elsewhere(context, address):
+        forward(context, cluster, [], name, as_json)
+        return
     from topotune.results.export import dump_yaml
     from topotune.search import reading
 
@@ -84,11 +100,17 @@ def dashboard(
 
 
 def sync(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="The search's name.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
     timeout: Annotated[float, typer.Option(help="Seconds to try for.")] = 60.0,
+    address: Address = None,
+    allow_open: AllowOpen = False,
 ) -> None:
     """Send to MLflow what a search recorded while the server was away, and compare counts."""
+    if cluster := elsewhere(context, address):
+        forward(context, cluster, ["--timeout", str(timeout)], name)
+        return
     from topotune.search import reading
 
     text, complete = reading.sync(results_dir, name, timeout)

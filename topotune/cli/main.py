@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
 from topotune import __version__
-from topotune.cli import bench, deliver, doctor, inspect, run, validate
+from topotune.cli import answer, bench, cluster, deliver, doctor, inspect, run, validate
 from topotune.cli.options import shown
 from topotune.errors import TopotuneError
+from topotune.settings import apply_settings
 
 EPILOG = (
     "Exit codes: 0 done; 1 a run failed; 2 the input or the environment must change; "
@@ -33,10 +35,13 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     *(run.search, run.resume, run.extend),
     *(inspect.status, inspect.best, inspect.dashboard, inspect.sync),
     *(deliver.export, deliver.train),
+    *(cluster.submit, cluster.logs, cluster.stop),
     *(validate.check, validate.schema, validate.tasks, doctor.doctor),
 )
 for _command in _COMMANDS:
     app.command()(_command)
+app.command("list")(cluster.list_searches)
+app.command(hidden=True)(cluster.package)
 app.add_typer(bench.app, name="bench")
 
 
@@ -44,7 +49,11 @@ app.add_typer(bench.app, name="bench")
 def _root(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    on_cluster: str | None = typer.Option(None, hidden=True),
 ) -> None:
+    apply_settings(Path.cwd())
+    if on_cluster is not None:
+        cluster.arrive(on_cluster)
     if version:
         typer.echo(f"topotune {__version__}")
         raise typer.Exit
@@ -53,7 +62,14 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: runs the app; our errors become one line on stderr and an exit code."""
+    """Entry point of the process."""
+    if answer.asked():
+        sys.exit(answer.answered(_main))
+    _main()
+
+
+def _main() -> None:
+    """Run the command: runs the app; our errors become one line on stderr and an exit code."""
     try:
         try:
             app()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from topotune.errors import ConfigError
 from topotune.redaction import redact
 from topotune.results.text import clean
+from topotune.settings import ADDRESS, STORAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +23,23 @@ if TYPE_CHECKING:
 DEFAULT_RESULTS = Path("topotune-results")
 
 ResultsDir = Annotated[
-    Path, typer.Option("--results-dir", help="Where searches lie.", show_default=True)
+    Path,
+    typer.Option("--results-dir", envvar=STORAGE, help="Where searches lie.", show_default=True),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        envvar=ADDRESS,
+        help="Ray's Jobs API of a cluster, http://HEAD:8265; local: this machine.",
+    ),
+]
+AllowOpen = Annotated[
+    bool, typer.Option("--allow-open", help="Also a cluster that asks nobody for a token.")
+]
+EnvFile = Annotated[
+    Path | None,
+    typer.Option(help="Variables of driver and workers on the cluster, NAME=value a line."),
 ]
 RayAddress = Annotated[
     str,
@@ -31,6 +50,40 @@ RayAddress = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
+
+
+def on_cluster(context: typer.Context) -> bool:
+    """Whether this command was sent to the cluster that it runs on."""
+    return bool(context.find_root().params.get("on_cluster"))
+
+
+def elsewhere(context: typer.Context, address: str | None) -> str | None:
+    """The cluster that a command is for; None for this machine.
+
+    An address of the settings gives way to a ``--results-dir`` or ``--ray-address`` that is typed.
+
+    Raises:
+        ConfigError: both were typed.
+    """
+    if address in (None, "", "local") or on_cluster(context):
+        return None
+
+    def typed(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name == "COMMANDLINE"
+
+    for name in ("results_dir", "ray_address"):
+        if typed(name):
+            option = "--" + name.replace("_", "-")
+            if typed("address"):
+                raise ConfigError(
+                    option,
+                    "is for a search that is driven from here, --address for one on a cluster, "
+                    "whose own settings say where searches lie",
+                    "Give one of the two",
+                )
+            return None
+    return address
 
 
 def shown(text: str) -> str:
@@ -68,7 +121,8 @@ def console() -> Console:
     from rich.console import Console
 
     out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=200)
+    width = os.environ.get("TOPOTUNE_WIDTH", "")
+    return out if out.is_terminal else Console(highlight=False, width=int(width or 200))
 
 
 def changed(data: object, changes: Mapping[tuple[str, ...], object]) -> object:

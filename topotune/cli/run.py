@@ -9,12 +9,17 @@ import typer
 
 from topotune.cli.options import (
     DEFAULT_RESULTS,
+    Address,
+    AllowOpen,
     AsJson,
+    EnvFile,
     RayAddress,
     ResultsDir,
     changed,
     console,
+    elsewhere,
     log_to_stderr,
+    on_cluster,
     print_json,
     shown,
 )
@@ -31,6 +36,7 @@ INTERRUPTED = 130
 
 
 def search(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
     name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
@@ -65,7 +71,12 @@ def search(
     _finish(
         config,
         lambda listener: driver.start(
-            config, file.read_text(encoding="utf-8"), results_dir, listener, ray_address
+            config,
+            file.read_text(encoding="utf-8"),
+            results_dir,
+            listener,
+            ray_address,
+            Path.cwd() if on_cluster(context) else None,
         ),
         results_dir,
         as_json,
@@ -73,24 +84,54 @@ def search(
 
 
 def resume(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="The search's name.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
     ray_address: RayAddress = "local",
+    address: Address = None,
+    env_file: EnvFile = None,
+    allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a search that was stopped or killed; finished epochs are not repeated."""
-    _again(name, results_dir, 0, ray_address, as_json)
+    if cluster := elsewhere(context, address):
+        _again_there(context, cluster, name, 0, env_file, allow_open)
+    else:
+        _again(name, results_dir, 0, ray_address, as_json)
 
 
 def extend(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="The search's name.")],
     trials: Annotated[int, typer.Option(min=1, help="How many trials more.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
     ray_address: RayAddress = "local",
+    address: Address = None,
+    env_file: EnvFile = None,
+    allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
     """Add trials to a search, finished or not."""
-    _again(name, results_dir, trials, ray_address, as_json)
+    if cluster := elsewhere(context, address):
+        _again_there(context, cluster, name, trials, env_file, allow_open)
+    else:
+        _again(name, results_dir, trials, ray_address, as_json)
+
+
+def _again_there(
+    context: typer.Context,
+    address: str,
+    name: str,
+    trials: int,
+    env_file: Path | None,
+    allow_open: bool,
+) -> None:
+    """Start a driver on the cluster, and wait until it has begun."""
+    from topotune.cli.cluster import begun, connect
+    from topotune.service import searches
+
+    cluster = connect(context, address, allow_open)
+    begun(cluster, name, searches.again(cluster, name, trials, env_file), wait=True)
 
 
 def _again(name: str, results_dir: Path, trials: int, address: str, as_json: bool) -> None:

@@ -20,7 +20,8 @@ from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, remembered
 from topotune.search.signals import Interrupts
 from topotune.search.storage import check_study
-from topotune.search.view import Listener, SafeListener
+from topotune.search.view import BEGUN, Listener, SafeListener
+from topotune.shipped import keep_code
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def start(
     results_dir: Path,
     listener: Listener,
     address: str = "local",
+    code: Path | None = None,
 ) -> SearchReport:
     """Run a new search to its end.
 
@@ -59,6 +61,7 @@ def start(
         results_dir: where the search's folder is made.
         listener: who watches.
         address: the Ray cluster; "local" starts one of its own.
+        code: a folder with the code that was shipped for it, kept beside the results.
 
     Raises:
         UserError: the search cannot start as it is; nothing is written then.
@@ -79,6 +82,8 @@ def start(
             with Lease(folder.lock, listener.note) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
+                if code is not None:
+                    keep_code(code, folder.code)
                 return _run(
                     folder,
                     config,
@@ -164,6 +169,7 @@ def _run(
     store = StudyStore(folder, config, gpus, patience, lease.check)
     recorder = Recorder(folder, config, lease.check)
     before = store.rows(ledger.trials)
+    listener.note(f"{config.name}: {BEGUN}, {concurrency} trials at once")
     retention = Retention(folder, config, before)
 
     def ended(row: TrialSummary) -> None:

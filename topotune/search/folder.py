@@ -10,6 +10,7 @@
       driver.lock        held by the one process that drives the search
       driver.spool.jsonl what the driver records for MLflow
       trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
+      code/              what was shipped with it to a cluster: the user's own modules
       trials.lost/       folders of trials whose records were lost before a rebuild
 """
 
@@ -90,6 +91,11 @@ class SearchFolder:
     def lock(self) -> Path:
         """The driver's lease."""
         return self.root / "driver.lock"
+
+    @property
+    def code(self) -> Path:
+        """What was shipped with the search to a cluster."""
+        return self.root / "code"
 
     def trial(self, number: int) -> Path:
         """Everything of one trial."""

@@ -8,6 +8,9 @@ from typing import Protocol
 
 from topotune.records import TrialSummary, Value
 
+BEGUN = "the search begins"
+"""Noted by a driver that has checked everything: from here on the search is on disk."""
+
 
 @dataclass(frozen=True)
 class RunningTrial:

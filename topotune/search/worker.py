@@ -39,6 +39,7 @@ from topotune.search.book import Progress
 from topotune.search.guard import Guard
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
+from topotune.shipped import load_env
 from topotune.tracking.base import Tracker
 
 ERROR_FILE = "error.txt"
@@ -70,6 +71,7 @@ class TrialActor(tune.Trainable):
             sys.path.append(config["cwd"])  # last: a file there stands in for no library
         with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
             os.chdir(config["cwd"])
+        load_env(Path.cwd())
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Serve the next trial in this process; with its opening, all global state is reset."""

@@ -1,0 +1,270 @@
+"""``submit``, ``list``, ``logs`` and ``stop``: searches on a cluster, by name."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from topotune import __version__
+from topotune.cli import answer
+from topotune.cli.options import (
+    DEFAULT_RESULTS,
+    Address,
+    AllowOpen,
+    AsJson,
+    EnvFile,
+    ResultsDir,
+    changed,
+    console,
+    elsewhere,
+    print_json,
+    say,
+    shown,
+)
+from topotune.errors import ConfigError
+from topotune.settings import ADDRESS, STORAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from topotune.service.cluster import Cluster
+
+Wait = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="Wait until its driver has checked it and begun.")
+]
+
+
+def submit(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
+    address: Address = None,
+    name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Another number of trials.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Another number of epochs.")] = None,
+    env_file: EnvFile = None,
+    include: Annotated[
+        list[Path] | None, typer.Option(help="A file or folder to ship, too; may be repeated.")
+    ] = None,
+    wait: Wait = True,
+    allow_open: AllowOpen = False,
+) -> None:
+    """Run a new search on a cluster, which needs this machine no longer once it has begun."""
+    from topotune.configfile import parse_search, read_yaml
+
+    data, lines = read_yaml(file)
+    changes = {("name",): name, ("budget", "trials"): trials, ("budget", "epochs"): epochs}
+    config = parse_search(changed(data, changes), str(file), lines)
+    options: list[str] = []
+    for option, value in (("--trials", trials), ("--epochs", epochs)):
+        options += [] if value is None else [option, str(value)]
+    from topotune.service import searches
+
+    cluster = connect(context, address, allow_open)
+    text = file.read_text(encoding="utf-8")
+    job_id = searches.submit(cluster, config, text, data, options, include or (), env_file)
+    begun(cluster, config.name, job_id, wait)
+
+
+def begun(cluster: Cluster, name: str, job_id: str, wait: bool) -> None:
+    """Wait for a driver that was started, and say what one can do with it."""
+    from topotune.service import searches
+
+    say(f"{name}: job {job_id} on {cluster.address}")
+    if wait:
+        searches.check_begun(searches.await_begin(cluster, job_id), name)
+        say(f"{name}: begun. This machine is no longer needed.")
+    typer.echo(
+        f"  topotune logs {name} -f     # follow it\n"
+        f"  topotune status {name}      # its trials\n"
+        f"  topotune stop {name}        # save all and stop; 'resume' goes on"
+    )
+
+
+def list_searches(
+    context: typer.Context,
+    address: Address = None,
+    allow_open: AllowOpen = False,
+    as_json: AsJson = False,
+) -> None:
+    """The searches on a cluster: state, trials, best, who runs them."""
+    import json
+
+    from topotune.service.ask import ask
+
+    cluster = connect(context, address, allow_open)
+    found = ask(cluster, ["status", "--json"])
+    if found.code:
+        pass_on(found.notes)
+        raise typer.Exit(found.code)
+    reports = {report["name"]: report for report in json.loads(found.out)}
+    jobs = {job.search: job for job in reversed(cluster.jobs())}  # the newest of each
+    rows = []
+    for name in sorted({*reports, *jobs}):
+        report, job = reports.get(name), jobs.get(name)
+        best = report and report["best"]
+        rows.append(
+            {
+                "name": name,
+                "state": report["state"] if report else "not begun",
+                "counts": report["counts"] if report else {},
+                "best": best["values"][0] if best else None,
+                "user": job.user if job else "",
+                "job": job.id if job else "",
+                "job_status": job.status if job else "",
+                "submitted": job.started if job else None,
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("search", "state", "trials", "best", "user", "job", "submitted"):
+        table.add_column(title)
+    for row in rows:
+        counts = ", ".join(f"{count} {state.lower()}" for state, count in row["counts"].items())
+        value = "" if row["best"] is None else f"{row['best']:.4f}"
+        since = row["submitted"]
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(since)) if since else ""
+        job = row["job_status"].lower()
+        cells = (row["name"], row["state"], counts, value, row["user"], job, when)
+        table.add_row(*(shown(cell).replace("[", "\\[") for cell in cells))
+    console().print(table) if rows else say(f"no searches on {cluster.address}")
+
+
+def logs(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The search's name.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    address: Address = None,
+    allow_open: AllowOpen = False,
+) -> None:
+    """What the newest driver of a search on a cluster prints."""
+    from topotune.redaction import redact
+    from topotune.service import searches
+
+    def show(text: str) -> None:
+        sys.stdout.write(redact(text))
+        sys.stdout.flush()
+
+    searches.logs(connect(context, address, allow_open), name, follow, show)
+
+
+def stop(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The search's name.")],
+    address: Address = None,
+    allow_open: AllowOpen = False,
+) -> None:
+    """Stop a search on a cluster in good order: trials finish their epoch, all is saved."""
+    from topotune.service import searches
+
+    job = searches.stop(connect(context, address, allow_open), name, say)
+    say(f"{name}: {job.status}; 'topotune resume {name}' goes on")
+
+
+def connect(context: typer.Context, address: str | None, allow_open: bool) -> Cluster:
+    """The cluster that a command is for.
+
+    Raises:
+        ConfigError: none is named.
+    """
+    place = elsewhere(context, address)
+    if place is None:
+        raise ConfigError(
+            "--address",
+            "no cluster is named",
+            f"Give http://HEAD:8265, or set {ADDRESS}, or address in topotune.toml",
+        )
+    from topotune.service.cluster import Cluster
+
+    return Cluster(place, allow_open, lambda text: say(f"note: {text}", err=True))
+
+
+def forward(
+    context: typer.Context,
+    address: str,
+    arguments: Sequence[str],
+    name: str | None,
+    as_json: bool = False,
+    files: tuple[str, Path] | None = None,
+) -> None:
+    """Run a command on the cluster as if it ran here.
+
+    Args:
+        context: of the command.
+        address: of the cluster.
+        arguments: its options.
+        name: the search that it is about; None for all.
+        as_json: whether JSON is asked for.
+        files: the folder that it makes there, and where its content goes here.
+    """
+    from topotune.service.ask import ask
+    from topotune.shipped import from_archive
+
+    command = [str(context.info_name), *([name] if name else []), *arguments]
+    command += ["--json"] if as_json else []
+    cluster = connect(context, address, bool(context.params.get("allow_open")))
+    found = ask(cluster, command, name or "all")
+    pass_on(found.notes)
+    out = found.out
+    if found.files and files is not None:
+        there, here = files
+        here.mkdir(parents=True, exist_ok=True)
+        from_archive(found.files, here)
+        out = out.replace(there, str(here))
+    sys.stdout.write(out)
+    if found.code:
+        raise typer.Exit(found.code)
+
+
+def pass_on(notes: str) -> None:
+    """Messages of a command that ran elsewhere."""
+    if notes:
+        sys.stderr.write(notes + "\n")
+
+
+def arrive(version: str) -> None:
+    """Make sure that a command that was sent to this cluster can be run here as it was meant.
+
+    Raises:
+        ConfigError: another version of topotune sent it, or no storage is named.
+    """
+    from topotune.shipped import load_env
+
+    if version != __version__:
+        raise ConfigError(
+            "topotune",
+            f"version {version} sent this job, and the cluster has {__version__}",
+            "Install the same version on both sides",
+        )
+    load_env(Path.cwd())
+    if not os.environ.get(STORAGE):
+        raise ConfigError(
+            STORAGE,
+            "is not set on the cluster's head, and a search there must lie where all nodes see it",
+            "Set it where Ray is started, or in --env-file, to a shared folder, s3:// or gs://",
+        )
+
+
+def package(
+    name: Annotated[str, typer.Argument(help="The search's name.")],
+    results_dir: ResultsDir = DEFAULT_RESULTS,
+) -> None:
+    """Send the code that a search was submitted with to whoever asks."""
+    from topotune.errors import SearchFolderError
+    from topotune.search.folder import SearchFolder
+    from topotune.search.lease import lease_holder
+
+    folder = SearchFolder.open(results_dir, name)
+    holder = lease_holder(folder.lock)
+    if holder is not None:
+        raise SearchFolderError(f"search {name!r}: is being driven by {holder}")
+    if folder.code.is_dir():
+        answer.bring(folder.code)

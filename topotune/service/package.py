@@ -1,0 +1,142 @@
+"""What goes to the cluster with a search: its file, and the user's own modules that it needs.
+
+A search file names code by import path. Of the current folder, the module or package of each such
+path goes along, and whatever of that folder these import in turn; the rest of the folder stays.
+Nothing is run to find that out. Other files go along when they are named.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from topotune.errors import ConfigError
+from topotune.settings import read_env_file
+from topotune.shipped import ENV_FILE, SEARCH_FILE, left_out
+
+MAX_BYTES = 100 * 2**20
+_IMPORT_PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:[A-Za-z_]\w*")
+
+
+def pack(
+    target: Path,
+    text: str,
+    data: object,
+    root: Path,
+    include: Iterable[Path] = (),
+    env_file: Path | None = None,
+) -> list[str]:
+    """Fill an empty folder with what a search needs; the top-level names that went along.
+
+    Args:
+        target: the folder.
+        text: the search file's text.
+        data: its content, searched for import paths.
+        root: the user's folder, where modules are looked up.
+        include: more files and folders.
+        env_file: variables of the driver and its workers, ``NAME=value`` a line.
+
+    Raises:
+        ConfigError: a file is missing or unreadable, or all together is too large.
+    """
+    (target / SEARCH_FILE).write_text(text, encoding="utf-8")
+    parts = {path.relative_to(root): path for path in own_modules(import_paths(data), root)}
+    for path in include:
+        whole = (root / path).absolute()
+        if not whole.exists():
+            raise ConfigError("--include", f"there is no {path}")
+        parts[whole.relative_to(root) if whole.is_relative_to(root) else Path(whole.name)] = whole
+    for place, path in parts.items():
+        if str(place) in (SEARCH_FILE, ENV_FILE, "."):
+            raise ConfigError("--include", f"{path} would replace the search file or the package")
+        _copy(path, target / place)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    if size > MAX_BYTES:
+        large = max(parts, key=lambda place: _size(target / place))
+        raise ConfigError(
+            "submit",
+            f"what would be shipped has {size / 2**20:.0f} MiB ({MAX_BYTES >> 20} allowed), most "
+            f"of it in {large}",
+            "Put data where the cluster's nodes see it, and code into a package without it",
+        )
+    if env_file is not None:
+        variables = read_env_file(env_file)
+        handle = os.open(target / ENV_FILE, os.O_WRONLY | os.O_CREAT, 0o600)
+        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 - of a descriptor
+            file.writelines(f"{name}={value}\n" for name, value in variables.items())
+    return sorted(str(place) for place in parts)
+
+
+def import_paths(data: object) -> set[str]:
+    """The top-level modules of all import paths ``package.module:Name`` in plain data."""
+    if isinstance(data, str):
+        found = _IMPORT_PATH.fullmatch(data)
+        return {found[1]} if found else set()
+    if isinstance(data, dict):
+        return set().union(*map(import_paths, data.values()))
+    if isinstance(data, list | tuple):
+        return set().union(*map(import_paths, data))
+    return set()
+
+
+def own_modules(names: Iterable[str], root: Path) -> list[Path]:
+    """Files and folders of ``root`` that these top-level modules are, with what they import."""
+    found: dict[str, Path] = {}
+    queue = list(names)
+    while queue:
+        name = queue.pop()
+        if name in found or (path := _own(name, root)) is None:
+            continue
+        found[name] = path
+        files = [path] if path.is_file() else sorted(path.rglob("*.py"))
+        for file in files:
+            queue += _imported(file)
+    return sorted(found.values())
+
+
+def _own(name: str, root: Path) -> Path | None:
+    """A module of the user's folder; None for one that is installed, as an import would find it."""
+    if name == "topotune" or name in sys.stdlib_module_names:
+        return None
+    elsewhere = [path for path in sys.path if path and Path(path).absolute() != root]
+    if PathFinder.find_spec(name, elsewhere) is not None:
+        return None
+    package, file = root / name, root / f"{name}.py"
+    if package.is_dir() and any(package.rglob("*.py")):
+        return package
+    return file if file.is_file() else None
+
+
+def _imported(file: Path) -> Iterator[str]:
+    """Top-level names that a file imports; none of a file that is no Python."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError, RecursionError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def _copy(path: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            shutil.copytree(path, target, ignore=left_out, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target)
+    except (OSError, shutil.Error) as error:
+        raise ConfigError(str(path), f"cannot be packed: {error}") from None
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,188 @@
+"""Searches on a cluster by name: submit, resume, extend, stop, and the jobs that drive them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from topotune.config import SearchConfig
+from topotune.errors import ResourceError, RunError, SearchFolderError
+from topotune.search.view import BEGUN
+from topotune.service.ask import Answer, RemoteError, ask, failure
+from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
+from topotune.service.package import pack
+from topotune.settings import read_env_file
+from topotune.shipped import ENV_FILE, SEARCH_FILE, from_archive
+
+BEGIN_SECONDS = 180.0
+"""How long a command waits for the driver to have checked its search and begun."""
+_LOOK_SECONDS = 0.5
+
+
+def submit(
+    cluster: Cluster,
+    config: SearchConfig,
+    text: str,
+    data: object,
+    options: Sequence[str],
+    include: Sequence[Path] = (),
+    env_file: Path | None = None,
+) -> str:
+    """Ship a new search and start its driver; the job's id.
+
+    Args:
+        cluster: where.
+        config: the search.
+        text, data: its file, as text and as plain data.
+        options: of ``topotune search`` on the cluster.
+        include, env_file: as :func:`topotune.service.package.pack`.
+
+    Raises:
+        ConfigError: something cannot be packed.
+        SearchFolderError: a search of that name is being driven.
+    """
+    _refuse_driven(cluster, config.name)
+    with tempfile.TemporaryDirectory(prefix="topotune-package-") as folder:
+        pack(Path(folder), text, data, Path.cwd(), include, env_file)
+        arguments = ["search", SEARCH_FILE, "--name", config.name, "--ray-address", "auto"]
+        labels = {"search": config.name, "verb": "search"}
+        return cluster.submit([*arguments, *options], labels, Path(folder))
+
+
+def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None) -> str:
+    """Start a driver for a search that exists, with the code that it was submitted with.
+
+    Args:
+        cluster: where.
+        name: the search.
+        trials: how many more than it had; 0 only resumes.
+        env_file: variables of the driver and its workers.
+
+    Raises:
+        SearchFolderError: it is being driven.
+        RemoteError: the cluster's storage has no such search.
+    """
+    _refuse_driven(cluster, name)
+    answer = ask(cluster, ["package", name], name)
+    if answer.code:
+        raise refusal(answer)
+    verb = "extend" if trials else "resume"
+    more = ["--trials", str(trials)] if trials else []
+    with tempfile.TemporaryDirectory(prefix="topotune-package-") as folder:
+        place = Path(folder)
+        if answer.files:
+            from_archive(answer.files, place)
+        (place / SEARCH_FILE).touch()  # a package must not be empty
+        if env_file is not None:
+            variables = read_env_file(env_file)
+            (place / ENV_FILE).touch(mode=0o600)
+            (place / ENV_FILE).write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
+        arguments = [verb, name, *more, "--ray-address", "auto"]
+        return cluster.submit(arguments, {"search": name, "verb": verb}, place)
+
+
+def refusal(answer: Answer) -> RemoteError:
+    """The error that a question ended with."""
+    lines = [line for line in answer.notes.splitlines() if line.startswith("error: ")]
+    text = lines[-1].removeprefix("error: ") if lines else answer.notes[-1000:]
+    return RemoteError(text, answer.code)
+
+
+def await_begin(cluster: Cluster, job_id: str, seconds: float = BEGIN_SECONDS) -> bool:
+    """Wait until a driver has checked its search and begun; whether it has, within ``seconds``.
+
+    Raises:
+        RemoteError: it has found something wrong, or another failure.
+        ResourceError: the cluster has no topotune of this version.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        job = cluster.job(job_id)
+        log = cluster.logs(job_id) if job.status != "PENDING" else ""
+        if BEGUN in log or job.status == "SUCCEEDED":
+            return True
+        if job.over:
+            raise failure(job, log)
+        if time.monotonic() > end:
+            return False
+        time.sleep(_LOOK_SECONDS)
+
+
+def stop(cluster: Cluster, name: str, note: Callable[[str], None]) -> Job:
+    """Drain the search of that name: trials finish their epoch, all is saved; its job then.
+
+    Raises:
+        SearchFolderError: no job drives it.
+        RunError: the job has not ended in time.
+    """
+    job = driving(cluster, name)
+    if job is None:
+        last = newest(cluster, name)
+        how = f"its last job is {last.status}" if last else "no job of that name is known"
+        raise SearchFolderError(
+            f"search {name!r}: nobody drives it on {cluster.address} ({how}). 'topotune list' "
+            "shows what runs there"
+        )
+    note(f"{name}: asked to stop; trials finish their epoch and are saved")
+    cluster.stop(job.id)
+    job = cluster.wait(job.id, DRAIN_SECONDS + 15.0)
+    if not job.over:
+        raise RunError(
+            f"search {name!r}: job {job.id} has not ended within {DRAIN_SECONDS + 15} s; Ray kills "
+            "it by itself. What is recorded is kept"
+        )
+    return job
+
+
+def driving(cluster: Cluster, name: str) -> Job | None:
+    """The job that drives a search now."""
+    return next((job for job in cluster.jobs() if job.search == name and not job.over), None)
+
+
+def newest(cluster: Cluster, name: str) -> Job | None:
+    """The job that drove a search last, or drives it."""
+    return next((job for job in cluster.jobs() if job.search == name), None)
+
+
+def logs(cluster: Cluster, name: str, follow: bool, show: Callable[[str], None]) -> None:
+    """Show what the newest driver of a search has printed, and go on until it ends.
+
+    Raises:
+        SearchFolderError: no job of that name is known.
+    """
+    job = newest(cluster, name)
+    if job is None:
+        raise SearchFolderError(
+            f"search {name!r}: no job of that name is known to {cluster.address} (Ray forgets its "
+            "jobs when the head restarts). 'topotune status' reads the search itself"
+        )
+    if follow and not job.over:
+        with contextlib.suppress(KeyboardInterrupt):  # ends the watching, not the search
+            cluster.follow(job.id, show)
+    else:
+        show(cluster.logs(job.id))
+
+
+def _refuse_driven(cluster: Cluster, name: str) -> None:
+    job = driving(cluster, name)
+    if job is not None:
+        raise SearchFolderError(
+            f"search {name!r}: is being driven on {cluster.address} by job {job.id} of "
+            f"{job.user}. Wait for it or 'topotune stop {name}'; a new search needs another --name"
+        )
+
+
+def check_begun(begun: bool, name: str) -> None:
+    """Say so if a driver was not seen to begin.
+
+    Raises:
+        ResourceError: it was not.
+    """
+    if not begun:
+        raise ResourceError(
+            f"search {name!r}: its driver has been checking it for {BEGIN_SECONDS:.0f} s and goes "
+            f"on; 'topotune logs {name} -f' follows it"
+        )

@@ -1,0 +1,59 @@
+"""The folder that a search's driver starts in on a cluster: what is in it, and how it travels."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+from topotune.errors import RunError
+from topotune.settings import read_env_file
+
+SEARCH_FILE = "search.yaml"
+ENV_FILE = ".topotune-env"
+"""Variables of the driver and its workers. They may be secrets, so the file is never kept."""
+
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """For ``shutil.copytree``: hidden files, which may hold secrets, and what Python compiled."""
+    return {name for name in names if name.startswith(".") or name == "__pycache__"}
+
+
+def load_env(folder: Path) -> None:
+    """Take the shipped variables over, if there are any.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    path = folder / ENV_FILE
+    if path.is_file():
+        os.environ.update(read_env_file(path))
+
+
+def keep_code(source: Path, target: Path) -> None:
+    """Copy what was shipped beside a search's results, so that a resume has the same code."""
+    shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
+
+
+def to_archive(folder: Path) -> bytes:
+    """A folder's content as a compressed tar file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.add(path, str(path.relative_to(folder)), recursive=False)
+    return buffer.getvalue()
+
+
+def from_archive(content: bytes, folder: Path) -> None:
+    """Unpack what :func:`to_archive` made; nothing in it can lie outside of ``folder``.
+
+    Raises:
+        RunError: it is damaged, or would write elsewhere.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
+            archive.extractall(folder, filter="data")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise RunError(f"{folder}: what the cluster sent cannot be unpacked: {error}") from None
