@@ -26,7 +26,7 @@ def trained(results: Path) -> Desk:
     handout = desk.book.next()
     assert isinstance(handout, Handout)
     actor = TrialActor.__new__(TrialActor)
-    actor.setup(trial_config(handout.number, handout.spec, desk.folder.root, Limits()))
+    actor.setup(trial_config(handout.number, handout.spec, desk.folder.root, Limits(), Path.cwd()))
     while desk.book.progress(handout.number, Progress.from_json(actor.step()["payload"])):
         pass
     actor.cleanup()

@@ -58,7 +58,7 @@ def handed(turn: Handout | Turn) -> Handout:
 def actor_of(folder: SearchFolder, handout: Handout) -> TrialActor:
     """A worker as Ray would start it, in this process."""
     actor = TrialActor.__new__(TrialActor)
-    actor.setup(trial_config(handout.number, handout.spec, folder.root, Limits()))
+    actor.setup(trial_config(handout.number, handout.spec, folder.root, Limits(), Path.cwd()))
     return actor
 
 

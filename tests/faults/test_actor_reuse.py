@@ -99,7 +99,7 @@ def test_first_fifth_and_alone_are_equal_bit_for_bit(
     litter = ("torch", "python", "process", "model")
 
     def config(number: int, what: TrialSpec) -> dict[str, Any]:
-        return trial_config(number, what, tmp_path, Limits())
+        return trial_config(number, what, tmp_path, Limits(), Path.cwd())
 
     def folder(number: int) -> Path:
         return tmp_path / "trials" / f"{number:04d}"

@@ -101,18 +101,18 @@ def list_searches(
     if found.code:
         pass_on(found.notes)
         raise typer.Exit(found.code)
-    reports = {report["name"]: report for report in json.loads(found.out)}
+    reports = {report["search"]: report for report in json.loads(found.out)}
     jobs = {job.search: job for job in reversed(cluster.jobs())}  # the newest of each
     rows = []
     for name in sorted({*reports, *jobs}):
         report, job = reports.get(name), jobs.get(name)
-        best = report and report["best"]
+        best = report["best_values"] if report else None
         rows.append(
             {
                 "name": name,
                 "state": report["state"] if report else "not begun",
                 "counts": report["counts"] if report else {},
-                "best": best["values"][0] if best else None,
+                "best": best[0] if best else None,
                 "user": job.user if job else "",
                 "job": job.id if job else "",
                 "job_status": job.status if job else "",
@@ -128,7 +128,9 @@ def list_searches(
     for title in ("search", "state", "trials", "best", "user", "job", "submitted"):
         table.add_column(title)
     for row in rows:
-        counts = ", ".join(f"{count} {state.lower()}" for state, count in row["counts"].items())
+        counts = ", ".join(
+            f"{count} {state.lower()}" for state, count in row["counts"].items() if count
+        )
         value = "" if row["best"] is None else f"{row['best']:.4f}"
         since = row["submitted"]
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(since)) if since else ""

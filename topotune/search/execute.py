@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from topotune.config import SearchConfig
@@ -64,6 +65,8 @@ def execute(
         [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
     )
     resources = {"cpu": config.resources.cpus, "gpu": gpus}
+    # A package that Ray unpacked may be gone while the search still runs: its copy is not.
+    modules = folder.code if folder.code.is_dir() else Path.cwd()
     stalls = Stalls(config.limits.stall, folder.trial)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
@@ -73,7 +76,7 @@ def execute(
                 search_alg=StudySearcher(
                     book,
                     lambda handout: trial_config(
-                        handout.number, handout.spec, folder.root, config.limits
+                        handout.number, handout.spec, folder.root, config.limits, modules
                     ),
                 ),
                 scheduler=StudyScheduler(book, folder.trial, note),

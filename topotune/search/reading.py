@@ -78,6 +78,7 @@ class SearchStatus:
             data.pop("trials")
         return {
             **data,
+            "best_values": list(self.board.best.values) if self.board.best else None,
             "state": self.state,
             "holder": self.holder,
             "wall_seconds": self.wall_seconds,

@@ -49,7 +49,8 @@ class RaySession:
 
     Args:
         address: "local" starts a cluster of its own, whatever the environment or a file in the
-            temporary directory names; else a cluster's address.
+            temporary directory names; "auto" takes what RAY_ADDRESS names, else the cluster that
+            was started last on this machine; else a cluster's address.
         listener: told that Ray starts, which takes seconds.
         interrupts: holds signals back while Ray starts; None where nobody handles them.
     """
@@ -57,6 +58,8 @@ class RaySession:
     def __init__(
         self, address: str, listener: Listener, interrupts: Interrupts | None = None
     ) -> None:
+        if address == "auto":  # Ray itself would take the cluster that was started last
+            address = os.environ.get("RAY_ADDRESS", address)
         self._address, self._listener = address, listener
         self._held = contextlib.nullcontext if interrupts is None else interrupts.held
         self._sweeper = Sweeper()

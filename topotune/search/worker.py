@@ -69,9 +69,10 @@ class TrialActor(tune.Trainable):
         self._guard = Guard(self._folder, limits.stall, limits.memory)
         if config["cwd"] not in sys.path:
             sys.path.append(config["cwd"])  # last: a file there stands in for no library
+        with contextlib.suppress(OSError):  # on one machine nodes replace each other's package
+            load_env(Path.cwd())
         with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
             os.chdir(config["cwd"])
-        load_env(Path.cwd())
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Serve the next trial in this process; with its opening, all global state is reset."""
@@ -205,12 +206,14 @@ def _raised_by_ray(error: BaseException) -> bool:
     return bool(frames) and frames[-1].filename.startswith(str(Path(ray.__file__).parent))
 
 
-def trial_config(number: int, spec: TrialSpec, search: Path, limits: Limits) -> dict[str, Any]:
-    """The config that a :class:`TrialActor` takes."""
+def trial_config(
+    number: int, spec: TrialSpec, search: Path, limits: Limits, modules: Path
+) -> dict[str, Any]:
+    """The config that a :class:`TrialActor` takes; ``modules`` is the folder of a user's own."""
     return {
         "number": number,
         "spec": json.dumps(spec.to_dict()),
         "search": str(search),
         "limits": limits.model_dump(mode="json"),
-        "cwd": str(Path.cwd()),
+        "cwd": str(modules),
     }

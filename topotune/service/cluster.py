@@ -194,6 +194,12 @@ class Cluster:
         except AuthenticationError as error:
             raise ConfigError(self.address, f"refuses: {brief(str(error), 200)}") from None
         except RuntimeError as error:
+            if "No available agent" in str(error):
+                raise ResourceError(
+                    f"{self.address}: the head's agent, which starts jobs, does not listen. Most "
+                    "often its port (52365) was taken when Ray started, by another Ray on that "
+                    "machine: start the head with --dashboard-agent-listen-port=FREE"
+                ) from None
             raise RunError(f"{self.address}: {brief(str(error), 500)}") from None
 
     def submit(
