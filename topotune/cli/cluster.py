@@ -46,6 +46,7 @@ def submit(
     name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
     trials: Annotated[int | None, typer.Option(help="Another number of trials.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Another number of epochs.")] = None,
+    priority: Annotated[int | None, typer.Option(help="Its weight among other searches.")] = None,
     env_file: EnvFile = None,
     include: Annotated[
         list[Path] | None, typer.Option(help="A file or folder to ship, too; may be repeated.")
@@ -57,10 +58,19 @@ def submit(
     from topotune.configfile import parse_search, read_yaml
 
     data, lines = read_yaml(file)
-    changes = {("name",): name, ("budget", "trials"): trials, ("budget", "epochs"): epochs}
+    changes = {
+        ("name",): name,
+        ("budget", "trials"): trials,
+        ("budget", "epochs"): epochs,
+        ("resources", "priority"): priority,
+    }
     config = parse_search(changed(data, changes), str(file), lines)
     options: list[str] = []
-    for option, value in (("--trials", trials), ("--epochs", epochs)):
+    for option, value in (
+        ("--trials", trials),
+        ("--epochs", epochs),
+        ("--priority", priority),
+    ):
         options += [] if value is None else [option, str(value)]
     from topotune.service import searches
 

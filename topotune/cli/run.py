@@ -47,6 +47,9 @@ def search(
         str | None, typer.Option(help="MLflow server; default MLFLOW_TRACKING_URI, else embedded.")
     ] = None,
     ray_address: RayAddress = "local",
+    priority: Annotated[
+        int | None, typer.Option(help="Its weight among other searches on a cluster.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a new search to its end: leaderboard, best config, next commands."""
@@ -59,6 +62,7 @@ def search(
         ("budget", "epochs"): epochs,
         ("task", "data_dir"): data_dir,
         ("tracking", "uri"): tracking_uri,
+        ("resources", "priority"): priority,
     }
     try:
         config = parse_search(changed(data, changes), str(file), lines)

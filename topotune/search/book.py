@@ -88,6 +88,7 @@ class _Live:
     metrics: dict[str, float] = field(default_factory=dict)
     verdict: tuple[Outcome, str] | None = None
     left_running: bool = False
+    handed_back: bool = False
 
 
 class Book:
@@ -97,9 +98,13 @@ class Book:
         config: the search.
         store: its study.
         ledger: its device seconds.
-        concurrency: trials at once.
+        concurrency: trials at once; may be changed while the search runs.
         ended: called with the row of each trial that ended.
         finished: rows of trials that had ended before.
+
+    Attributes:
+        contested: other searches wait for their share of the cluster: trials above
+            ``concurrency`` end after their epoch, and go on from there when there is room.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class Book:
         self.holding: set[int] = set()
         self.stopping = ""
         self.left_running = 0
+        self.contested = False
         self.fatal: TopotuneError | None = None
         self._counts = Counter(row.state for row in finished)
         self._best: TrialSummary | None = None
@@ -179,7 +185,9 @@ class Book:
         if over := self._over_budget():
             live.verdict = (Outcome.PRUNED, over)
             return False
-        return True
+        kept = sum(not one.handed_back for one in self.live.values())
+        live.handed_back = live.handed_back or (self.contested and kept > self.concurrency)
+        return not live.handed_back
 
     def _take(
         self,
@@ -254,7 +262,7 @@ class Book:
     def over(self, number: int) -> bool:
         """Whether a trial must not be started again."""
         live = self.live.get(number)
-        return live is None or live.verdict is not None or live.left_running
+        return live is None or live.verdict is not None or live.left_running or live.handed_back
 
     def end(self, number: int, error: str = "") -> TrialSummary | None:
         """A trial gave its slot back; its row, or None if it stays running for a resume.
@@ -270,6 +278,10 @@ class Book:
         unfinished = live.left_running or self.stopping or self.fatal
         if live.verdict is None and not error and unfinished:
             self.left_running += 1
+            del self.live[number]
+            return None
+        if live.verdict is None and not error and live.handed_back:
+            self.store.hand_back(number)
             del self.live[number]
             return None
         outcome, reason = live.verdict or (Outcome.FAILED, error or "the worker ended early")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from topotune import __version__
 from topotune.config import SearchConfig
@@ -22,6 +24,14 @@ from topotune.search.signals import Interrupts
 from topotune.search.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
 from topotune.shipped import keep_code
+
+if TYPE_CHECKING:
+    from topotune.search.book import Book
+    from topotune.search.sharing import Sharing
+
+
+FIRST_SHARE_SECONDS = 10.0
+"""How long a search waits to hear its share before it takes what is free."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,27 @@ def resume(
             return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
 
 
+def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: float) -> Sharing:
+    """The search's part in sharing a cluster with others, its first share known if it came soon."""
+    from topotune.search.share import Claim
+    from topotune.search.sharing import Sharing
+
+    search, config = folder.search_id, book.config
+    needs = {"CPU": float(config.resources.cpus)} | ({"GPU": gpus} if gpus else {})
+
+    def claim() -> Claim:
+        left = book.store.left
+        open_trials = math.inf if left is None else left + len(book.live)
+        _, limit = fit_resources(config, *ray_session.size())
+        wanted = int(min(limit, open_trials))
+        held = len(book.holding)
+        return Claim(search, config.name, config.resources.priority, needs, wanted, held)
+
+    sharing = Sharing(claim, ray_session.capacity)
+    sharing.wait(FIRST_SHARE_SECONDS)
+    return sharing
+
+
 def extended(config: SearchConfig, trials: int) -> SearchConfig:
     """The search with a larger budget of trials; limits of time grow in proportion.
 
@@ -192,12 +223,15 @@ def _run(
         )
         recorder.recover(before)
         del before  # of thousands of trials, for days
-        pulse = Pulse(book, listener, ray_session, shipping, config, gpus)
+        sharing = None if ray_session.local else _sharing(folder, book, ray_session, gpus)
+        pulse = Pulse(book, listener, ray_session, shipping, config, gpus, sharing)
         failure: TopotuneError | None = None
         try:
             execute(folder, config, book, pulse, gpus, listener.note)
         except TopotuneError as error:
             failure = error
+        if sharing is not None:
+            sharing.close()
         failure = book.fatal or failure
         if isinstance(failure, LeaseLostError):
             recorder.drop()

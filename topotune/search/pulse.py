@@ -9,6 +9,7 @@ from topotune.config import SearchConfig
 from topotune.errors import RunError
 from topotune.search.book import Book
 from topotune.search.session import RaySession
+from topotune.search.sharing import Sharing
 from topotune.search.shipping import Shipping
 from topotune.search.view import Listener
 
@@ -33,7 +34,9 @@ class Pulse:
         shipping: Shipping,
         config: SearchConfig,
         gpus: float,
+        sharing: Sharing | None = None,
     ) -> None:
+        self._sharing = sharing
         self._book, self._listener, self._ray = book, listener, ray_session
         self._shipping, self._config, self._gpus = shipping, config, gpus
         self._next = self._next_look = 0.0
@@ -53,8 +56,23 @@ class Pulse:
                     f"{self._book.stopping}: trials finish their epoch and are saved; once more "
                     "to abort"
                 )
+        beside = self._shared()
         phase = "draining" if self.stop_since < math.inf else "running"
-        self._listener.tick(self._book.view(phase, self._why(now), self._shipping.line()))
+        waiting = "; ".join(filter(None, (self._why(now), beside)))
+        self._listener.tick(self._book.view(phase, waiting, self._shipping.line()))
+
+    def _shared(self) -> str:
+        """Take a changed share of the cluster over; whom it is shared with, in words."""
+        if self._sharing is None:
+            return ""
+        self._sharing.tick()
+        share = self._sharing.share
+        if share is None:
+            return ""
+        self._book.concurrency, self._book.contested = share.slots, share.contested
+        if not share.others:
+            return ""
+        return f"shares the cluster with {', '.join(share.others)}: {share.slots} at once"
 
     def overdue(self, grace: float = 0.0) -> bool:
         """Whether trials must end now: draining took too long, or nothing can end by itself.

@@ -129,6 +129,13 @@ class RaySession:
         total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return total.get("CPU", 0.0), total.get("GPU", 0.0)
 
+    def capacity(self) -> dict[str, float]:
+        """Amount of every resource of the whole cluster."""
+        import ray
+
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return total
+
     def probe(self) -> str:
         """Run a task on a worker process; what it said."""
         import ray

@@ -144,6 +144,10 @@ class StudyStore:
         self._trials[trial.number] = trial
         return self._specify(trial)
 
+    def hand_back(self, number: int) -> None:
+        """A trial gave its place up and goes on later, as the next one that is handed out."""
+        self._orphans.insert(0, number)
+
     def _specify(self, trial: Trial) -> Handout:
         """Have a trial's parameters sampled, and note what they resolve to."""
         with warnings.catch_warnings():
