@@ -17,7 +17,7 @@ from topotune.search.address import remembered_study, study_place
 from topotune.search.folder import SearchFolder
 from topotune.search.lease import Lease
 from topotune.search.patience import Patience
-from topotune.search.preflight import check_writable, fit_resources, preflight
+from topotune.search.preflight import check_stores, check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, remembered
 from topotune.search.signals import Interrupts
@@ -87,6 +87,7 @@ def start(
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
+            check_stores(config, ray_session.hosts())
             gpus, concurrency = fit_resources(config, *ray_session.size())
             make_folder(folder.root)
             with Lease(folder.lock, listener.note) as lease:
@@ -129,6 +130,7 @@ def resume(
             config = extended(config, extra_trials)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
+            check_stores(config, ray_session.hosts())
             gpus, concurrency = fit_resources(config, *ray_session.size())
             folder.save(config)
             return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)

@@ -16,6 +16,10 @@ from pathlib import Path
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, ResourceError, UnstableError, did_you_mean
 from topotune.records import TrialSpec
+from topotune.search.address import ENVIRONMENT as STUDY
+from topotune.search.address import study_uri
+from topotune.search.shipping import ENVIRONMENT as TRACKING
+from topotune.search.shipping import tracking_uri
 from topotune.search.space import corners
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -103,6 +107,36 @@ def check_writable(results_dir: Path) -> None:
             "'nolock', with its lock service running; Lustre: with '-o flock'), or choose another "
             "--results-dir"
         ) from error
+
+
+def check_stores(config: SearchConfig, hosts: int) -> None:
+    """Refuse files of SQLite on a cluster of several machines: over a network file system they
+    are damaged, and on one machine's disk the next driver may not find them.
+
+    Args:
+        config: the search.
+        hosts: machines of the cluster.
+
+    Raises:
+        ConfigError: the study or the tracking store would be such a file.
+    """
+    if hosts < 2:
+        return
+    beside = f"would be a SQLite file, on a cluster of {hosts} machines"
+    if study_uri(config) is None:
+        raise ConfigError(
+            STUDY,
+            f"is not set, so that the study {beside}",
+            "Set it to a PostgreSQL database, postgresql://USER@HOST/DATABASE (a new search needs "
+            "that: an existing study does not move by itself)",
+        )
+    tracking = tracking_uri(config)
+    if tracking is None or not tracking.startswith(("http://", "https://")):
+        raise ConfigError(
+            TRACKING,
+            f"names no server, so that the MLflow store {beside}",
+            "Start 'mlflow server' and set it to http://HOST:5000",
+        )
 
 
 def fit_resources(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,9 @@ _RAY_ENVIRONMENT = {
     "TUNE_RESULT_BUFFER_LENGTH": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+
+
+CONNECT_SECONDS = 10.0
 
 
 def _fix_relative_paths() -> None:
@@ -66,7 +70,8 @@ class RaySession:
 
     def __enter__(self) -> Self:
         os.environ.update(_RAY_ENVIRONMENT)
-        self._listener.note("starting Ray")
+        self._check_reachable()
+        self._listener.note("starting Ray" if self.local else "connecting to Ray")
         try:
             # The shield goes last: what it held back must meet our handlers, not Ray's, which
             # abort; leaving the inner block puts ours back.
@@ -79,6 +84,23 @@ class RaySession:
         for name in ("ray", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         return self
+
+    def _check_reachable(self) -> None:
+        """Find out at once what Ray would try for minutes.
+
+        Raises:
+            ResourceError: nobody listens at the address.
+        """
+        host, colon, port = self._address.rpartition(":")
+        if not colon or not port.isdecimal() or "/" in host:
+            return  # local, auto, or of another form
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ResourceError(
+                f"--ray-address {self._address}: no Ray answers there ({error}). It is the address "
+                "that 'ray start --head' prints, HOST:6379"
+            ) from None
 
     def _connect(self) -> None:
         import ray
@@ -128,6 +150,13 @@ class RaySession:
 
         total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return total.get("CPU", 0.0), total.get("GPU", 0.0)
+
+    def hosts(self) -> int:
+        """Machines of the cluster, by their addresses."""
+        import ray
+
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return len({node["NodeManagerAddress"] for node in nodes if node["Alive"]})
 
     def capacity(self) -> dict[str, float]:
         """Amount of every resource of the whole cluster."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import ray
 from ray import tune
 
+from topotune import __version__
 from topotune.config_budget import Limits
 from topotune.errors import (
     CheckpointError,
@@ -36,6 +38,7 @@ from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.redaction import brief, redact
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
+from topotune.search.folder import SearchFolder
 from topotune.search.guard import Guard
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
@@ -49,7 +52,7 @@ class TrialActor(tune.Trainable):
     """Runs :class:`topotune.trial.TrialRun` one epoch a step.
 
     Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``limits``, ``cwd``
-    (where the driver was started, so that a user's modules are found).
+    (where a user's modules are found), ``version`` (the driver's).
     """
 
     _slate: Slate | None = None
@@ -62,7 +65,7 @@ class TrialActor(tune.Trainable):
         unshield()
         self._spec = TrialSpec.from_json(config["spec"])
         self._number = int(config["number"])
-        self._search = Path(config["search"])
+        self._search, self._version = Path(config["search"]), config["version"]
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
         limits = Limits.model_validate(config["limits"])
@@ -149,6 +152,7 @@ class TrialActor(tune.Trainable):
 
     def _next(self) -> Progress:
         if self._reports is None:
+            self._check_node()
             from topotune.trial import open_trial
 
             self._run = open_trial(self._spec, self._tracker(), self._folder, self._beat)
@@ -159,6 +163,25 @@ class TrialActor(tune.Trainable):
             if replayed:
                 return self._progress(replayed)
         return self._progress([next(self._reports)])
+
+    def _check_node(self) -> None:
+        """See that this node can do what the driver asks for.
+
+        Raises:
+            ResourceError: it has another topotune, or does not see the search's folder.
+        """
+        here = f"node {socket.gethostname()}"
+        if self._version != __version__:
+            raise ResourceError(
+                f"{here}: has topotune {__version__}, and the driver {self._version}. Install the "
+                "same version on every node, then resume"
+            )
+        if not SearchFolder(self._search).meta.is_file():
+            raise ResourceError(
+                f"{here}: does not see {self._search}, where the search lies. Put the results "
+                "where all nodes have them under one path (TOPOTUNE_STORAGE, --results-dir): a "
+                "shared file system, s3:// or gs://. 'topotune doctor --address' tries it"
+            )
 
     def _beat(self) -> None:
         if self._guard is not None:
@@ -216,4 +239,5 @@ def trial_config(
         "search": str(search),
         "limits": limits.model_dump(mode="json"),
         "cwd": str(modules),
+        "version": __version__,
     }
