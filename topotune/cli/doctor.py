@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from topotune.cli.options import DEFAULT_RESULTS, AsJson, ResultsDir, console, print_json
+from topotune.cli.cluster import forward
+from topotune.cli.options import (
+    DEFAULT_RESULTS,
+    Address,
+    AllowOpen,
+    AsJson,
+    ResultsDir,
+    console,
+    elsewhere,
+    on_cluster,
+    print_json,
+)
+from topotune.settings import VARIABLES
 
 
 def doctor(
+    context: typer.Context,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     ray: Annotated[bool, typer.Option(help="Start a local Ray and run a task on it.")] = True,
     data_dir: Annotated[Path | None, typer.Option(help="Where data sets lie.")] = None,
+    address: Address = None,
+    allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check versions, devices, Ray, disk and write access; exit 1 if something is broken."""
-    from topotune.search.health import examine
+    """Check versions, devices, Ray, disk and stores, of this machine or of a cluster and every node
+    of it; exit 1 if something is broken."""
+    if cluster := elsewhere(context, address):
+        forward(context, cluster, [], None, as_json)
+        return
+    if on_cluster(context):
+        from topotune.search.nodes import Stores, examine_cluster
 
-    findings = examine(results_dir, data_dir, with_ray=ray)
+        study, tracking = (os.environ.get(VARIABLES[key]) for key in ("study_uri", "tracking_uri"))
+        findings = examine_cluster(Stores(str(results_dir), study, tracking))
+    else:
+        from topotune.search.health import examine
+
+        findings = examine(results_dir, data_dir, with_ray=ray)
     if as_json:
         print_json([finding.to_dict() for finding in findings])
     else:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("check", "state", "found", "fix"):
+        placed = any(one.place for one in findings)
+        for title in (*(["where"] if placed else []), "check", "state", "found", "fix"):
             table.add_column(title)
         for one in findings:
-            cells = (one.name, "ok" if one.ok else "BROKEN", one.found, one.fix)
+            cells: tuple[str, ...] = (one.name, "ok" if one.ok else "BROKEN", one.found, one.fix)
+            cells = (one.place, *cells) if placed else cells
             table.add_row(*(cell.replace("[", "\\[") for cell in cells))
         console().print(table)
     if not all(one.ok for one in findings):

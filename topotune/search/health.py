@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from topotune.errors import TopotuneError
 from topotune.redaction import brief
+from topotune.search.findings import MIN_FREE_BYTES, Finding
 from topotune.search.view import SilentListener
 
-MIN_FREE_BYTES = 1 << 30
 _PACKAGES = ("topotune", "torch", "torchvision", "ray", "optuna", "mlflow", "pydantic", "numpy")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: its name, whether it is fine, what was seen, and the fix if it is not."""
-
-    name: str
-    ok: bool
-    found: str
-    fix: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a script."""
-        return dataclasses.asdict(self)
 
 
 def examine(results_dir: Path, data_dir: Path | None, with_ray: bool) -> list[Finding]:

@@ -1,0 +1,279 @@
+"""What ``topotune doctor`` finds on a cluster: the view of a driver, and of a worker on each node.
+
+Everything is tried, not asked for: a file is written to the storage here and read there, the
+database and the tracking server are used from both sides, torch counts the GPUs itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from topotune.errors import TopotuneError
+from topotune.redaction import brief
+from topotune.search.address import ENVIRONMENT as STUDY
+from topotune.search.findings import MIN_FREE_BYTES, Finding
+from topotune.search.preflight import check_writable
+from topotune.search.session import RaySession
+from topotune.search.shipping import ENVIRONMENT as TRACKING
+from topotune.search.view import SilentListener
+from topotune.tracking.mlflow import MlflowStore
+
+MAX_SKEW_SECONDS = 5.0
+NODE_SECONDS = 120.0
+_ALIKE = ("topotune", "torch", "ray", "optuna", "mlflow", "numpy")
+_COUNT_GPUS = (
+    "import json, torch; "
+    "print(json.dumps([torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]))"
+)
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where a cluster's searches keep their things; None for what is not set."""
+
+    storage: str
+    study: str | None
+    tracking: str | None
+
+
+def examine_cluster(stores: Stores, address: str = "auto") -> list[Finding]:
+    """All checks of a cluster, run by a process on it.
+
+    Args:
+        stores: as the cluster's environment names them.
+        address: of the Ray that runs there.
+    """
+    findings = [_authentication(), *examine_here(stores, {})]
+    findings = [replace(one, place="driver") for one in findings]
+    try:
+        with RaySession(address, SilentListener()) as session:
+            hosts = session.hosts()
+            findings.append(_cluster(session))
+            findings += _one_database(stores, hosts)
+            findings += _examine_nodes(stores)
+    except (TopotuneError, RuntimeError, OSError) as error:
+        findings.append(Finding("ray", False, brief(str(error), 300), "Is it still up?", "driver"))
+    return findings
+
+
+def examine_here(stores: Stores, expected: dict[str, str], probe: str = "") -> list[Finding]:
+    """The checks of one machine.
+
+    Args:
+        stores: as above.
+        expected: the driver's versions; empty on the driver.
+        probe: a file of the storage that the driver has written; empty on the driver.
+    """
+    return [
+        _versions(expected),
+        _tried("storage", lambda: _storage(stores.storage, probe), "Mount it on every node"),
+        _disk(),
+        _tried("study", lambda: _study(stores.study), f"Set {STUDY} right, password and all"),
+        _tried("tracking", lambda: _tracking(stores.tracking), f"Set {TRACKING} right"),
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions here."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in _ALIKE:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _tried(name: str, check: Callable[[], str], fix: str) -> Finding:
+    try:
+        return Finding(name, True, check())
+    except (TopotuneError, OSError, SQLAlchemyError, ImportError, RuntimeError) as error:
+        return Finding(name, False, brief(str(error), 300), fix)
+
+
+def _authentication() -> Finding:
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode.lower() == "token":
+        return Finding("authentication", True, "Ray asks for a token")
+    return Finding(
+        "authentication",
+        False,
+        "Ray takes orders from anybody who reaches it",
+        "Start every node with RAY_AUTH_MODE=token and one token (ray get-auth-token --generate)",
+    )
+
+
+def _cluster(session: RaySession) -> Finding:
+    amounts = session.capacity()
+    shown = {name: amounts.get(name, 0.0) for name in ("CPU", "GPU")}
+    shown |= {
+        name: amount
+        for name, amount in amounts.items()
+        if ":" not in name and name not in (*shown, "memory", "object_store_memory")
+    }
+    text_ = ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items()))
+    return Finding("cluster", True, f"{session.hosts()} machines, {text_}", "", "driver")
+
+
+def _one_database(stores: Stores, hosts: int) -> list[Finding]:
+    """SQLite is for one machine."""
+    if hosts < 2:
+        return []
+    found = []
+    for name, variable, value, good in (
+        ("study", STUDY, stores.study, ("postgresql",)),
+        ("tracking", TRACKING, stores.tracking, ("http://", "https://")),
+    ):
+        if not (value or "").startswith(good):
+            text_ = f"{variable} is not set: SQLite files cannot serve {hosts} machines"
+            fix = "Set it to a PostgreSQL database" if name == "study" else "Set it to a server"
+            found.append(Finding(name, False, text_, fix, "driver"))
+    return found
+
+
+def _examine_nodes(stores: Stores) -> list[Finding]:
+    """A worker on each node looks around; all at the same time."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    folder, probe = Path(stores.storage), f".topotune-doctor-{secrets.token_hex(6)}"
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    asked: dict[Any, tuple[str, float]] = {}
+    findings: list[Finding] = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / probe).write_text("driver", encoding="ascii")
+    except OSError:
+        pass  # found and told by the driver's own check
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    for node in (node for node in nodes if node["Alive"]):
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        gpus = node["Resources"].get("GPU", 0.0)
+        reference = look.options(scheduling_strategy=strategy).remote(
+            stores, versions(), probe, gpus
+        )
+        asked[reference] = (f"{node['NodeManagerAddress']} {node['NodeID'][:6]}", time.time())
+    end = time.monotonic() + NODE_SECONDS
+    for reference, (place, sent) in asked.items():
+        try:
+            data, clock = ray.get(reference, timeout=max(end - time.monotonic(), 1.0))
+        except ray.exceptions.RayError as error:
+            text_ = f"no worker answers there: {brief(str(error), 200)}"
+            findings.append(Finding("worker", False, text_, "Look into its Ray logs", place))
+            continue
+        found = [Finding(**one) for one in json.loads(data)]
+        found.append(_skew(clock, sent, time.time()))
+        findings += [replace(one, place=place) for one in found]
+    for path in folder.glob(f"{probe}*"):
+        path.unlink(missing_ok=True)
+    return findings
+
+
+def _look(stores: Stores, expected: dict[str, str], probe: str, gpus: float) -> tuple[str, float]:
+    """In a worker: its findings as JSON, and its clock."""
+    clock = time.time()
+    findings = [*examine_here(stores, expected, probe), _gpus(gpus)]
+    return json.dumps([one.to_dict() for one in findings]), clock
+
+
+def _versions(expected: dict[str, str]) -> Finding:
+    found = versions()
+    wrong = [
+        f"{name} {found[name]} (driver: {version})"
+        for name, version in expected.items()
+        if found[name] != version
+    ]
+    if wrong:
+        fix = "Install the same versions on every node (one image, or constraints.txt)"
+        return Finding("versions", False, ", ".join(wrong), fix)
+    return Finding("versions", True, ", ".join(f"{name} {found[name]}" for name in found))
+
+
+def _storage(storage: str, probe: str) -> str:
+    folder = Path(storage)
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{probe or '.topotune-doctor'}-") as file:
+        file.write(b"topotune")
+        file.flush()
+        os.fsync(file.fileno())
+    if probe and not (folder / probe).is_file():
+        raise RuntimeError(f"{storage} is another folder here than on the driver's machine")
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        raise RuntimeError(f"{storage} has {free / 2**30:.1f} GiB free")
+    return f"{storage} written and read, {free / 2**30:.0f} GiB free"
+
+
+def _disk() -> Finding:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    fix = "" if free >= MIN_FREE_BYTES else "Free some space"
+    return Finding("disk", not fix, f"{free / 2**30:.0f} GiB free for Ray in {folder}", fix)
+
+
+def _study(address: str | None) -> str:
+    if not address:
+        return "a SQLite file beside each search"
+    url = address.replace("postgresql://", "postgresql+psycopg://", 1)
+    engine = create_engine(url, connect_args={"connect_timeout": 10})
+    try:
+        with engine.connect() as connection:
+            may = connection.execute(text("SELECT has_schema_privilege(current_schema, 'CREATE')"))
+            if not may.scalar():
+                raise RuntimeError(
+                    f"the user {engine.url.username!r} may not make tables in {engine.url.database}"
+                )
+            number = connection.execute(text("SHOW server_version")).scalar()
+        return f"PostgreSQL {number} at {engine.url.host} can be written"
+    finally:
+        engine.dispose()
+
+
+def _tracking(address: str | None) -> str:
+    if not address:
+        return "a SQLite store beside the searches"
+    store = MlflowStore(address)
+    store.ping()
+    return f"{store.label} answers"
+
+
+def _skew(clock: float, sent: float, heard: float) -> Finding:
+    """How far a node's clock is off, at least: it read it between our sending and hearing."""
+    off = max(sent - clock, clock - heard, 0.0)
+    fix = "" if off <= MAX_SKEW_SECONDS else "Run a time service (chrony) on every node"
+    return Finding("clock", not fix, f"at most {off + 0.05:.1f} s off", fix)
+
+
+def _gpus(promised: float) -> Finding:
+    """What torch sees, in a process of its own: Ray hides GPUs from tasks that ask for none."""
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _COUNT_GPUS], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return Finding("gpus", False, f"torch fails: {brief(last, 200)}", "Reinstall torch")
+    names: list[str] = json.loads(done.stdout.strip().splitlines()[-1])
+    seen = f"torch sees {len(names)} ({', '.join(sorted(set(names)))})" if names else "none"
+    if promised > len(names):
+        fix = "Install a torch that fits the GPU driver, or correct --num-gpus"
+        return Finding("gpus", False, f"Ray offers {promised:g}, {seen}", fix)
+    return Finding("gpus", True, f"{seen}; Ray offers {promised:g}; host {socket.gethostname()}")
