@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,10 +27,16 @@ class MemoryStore:
     """A store in memory whose ``log`` fails for some runs."""
 
     label = "memory"
+    experiment_id = "1"
 
     def __init__(self, failure: Exception | None = None, breaks: Sequence[str] = ()) -> None:
         self.failure, self.breaks = failure, breaks
         self.points: dict[str, set[tuple[str, int]]] = {}
+
+    def experiment_tags(self) -> dict[str, str]:
+        return {}
+
+    def tag_experiment(self, tags: Mapping[str, str]) -> None: ...
 
     def runs(self, search_id: str, trial: int | None = None) -> list[StoredRun]:
         return []

@@ -259,6 +259,7 @@ class Shipper:
             self._progress.save()
         if failure is not None:
             raise failure
+        self._turn = 0  # trials before the driver: a run begins when its trial began
         return moved
 
     def _ship(self, name: str) -> None:
