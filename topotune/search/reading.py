@@ -21,7 +21,7 @@ from topotune.search.shipping import default_server, open_store
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.loopback import check_port
 from topotune.tracking.mlflow import MlflowStore
-from topotune.tracking.pages import experiment_page, run_page, trials_page
+from topotune.tracking.pages import VIEW_TAG, experiment_page, run_page, trials_page
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import DATABASE_FILE, embedded_artifacts
 
@@ -175,7 +175,7 @@ def _say_pages(
     name: str | None,
     say: Callable[[str], None],
 ) -> None:
-    experiment = store.experiment_id
+    experiment, views = store.experiment_id, store.experiment_tags()
     say(f"MLflow: {experiment_page(dashboard.url, experiment)}")
     for folder in folders:
         parent = store.parent(folder.search_id)
@@ -184,7 +184,9 @@ def _say_pages(
             goal = folder.config().objective[0]
             maximize = goal.direction == "maximize"
             page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
-            say(f"  its trials: {experiment_page(dashboard.url, experiment, folder.search_id)}")
+            if VIEW_TAG + folder.search_id in views:
+                table = experiment_page(dashboard.url, experiment, folder.search_id)
+                say(f"  its trials: {table}")
             say(f"  their curves: {page}")
         elif name:
             say(f"{folder.name}: nothing is stored yet; try 'topotune sync {folder.name}'")
