@@ -82,11 +82,12 @@ def test_the_command_serves_the_study_until_it_is_told_to_end(tmp_path: Path) ->
         assert process.stdout is not None
         words = process.stdout.readline().split()
         assert words[:3] == ["optuna-dashboard", "of", "demo:"], words
+        assert process.stdout.readline() == "read-only; Ctrl-C ends it\n"
         check_pages(words[3], "demo")
     finally:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
-    assert (process.returncode, rest) == (0, "read-only; Ctrl-C ends it\n")
+    assert (process.returncode, rest) == (0, "")
     assert desk.rows()[0].state == "COMPLETE"
 
 
