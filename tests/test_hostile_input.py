@@ -37,9 +37,9 @@ from topotune.records import TrialSpec
 from topotune.results.trace import read_trace
 from topotune.search.folder import SearchFolder
 from topotune.search.recorder import Recorder, leaderboard
-from topotune.tracking.dashboard import trials_page
 from topotune.tracking.entries import Tags, from_payload
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.pages import trials_page
 from topotune.tracking.registry import _plain
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.spool import SearchTracker
@@ -274,7 +274,7 @@ def test_a_description_is_no_markup(tmp_path: Path) -> None:
     recorder.close(leaderboard(folder, config), "COMPLETE", "")
     bodies = [entry.body for _, entry in read_all(folder.root, "driver.spool.jsonl")]
     notes = [b.tags["mlflow.note.content"] for b in bodies if isinstance(b, Tags)]
-    head = notes[-1].partition("\n")[0]
+    head = notes[-1].split("\n\n")[2]
     assert head.startswith(r"\<script\>alert(1)\</script\> \| a")
     assert r"\[x\](javascript:1)" in head
 

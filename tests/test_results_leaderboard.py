@@ -283,7 +283,7 @@ def test_markdown_names_the_best(board: Leaderboard) -> None:
 def test_markdown_keeps_within_its_limit() -> None:
     board = Leaderboard.of([trial(i, float(i)) for i in range(200)], "s", {"m": UP})
     whole = board.to_markdown()
-    text = board.to_markdown(max_chars=3000)
+    text = board.markdown_table(max_chars=3000)
     assert len(whole) > 6000
     assert 2500 < len(text) <= 3000
     shown = len(markdown_cells(text)) - 1

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from topotune.bench.faults.proxy import Proxy
 from topotune.bench.load_tracking import ShippingRecord, TraceRecord, run
-from topotune.records import EpochReport
+from topotune.records import EpochReport, Outcome
 from topotune.tracking.entries import Item
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SpoolTracker
+from topotune.tracking.spool import SearchTracker, SpoolTracker
 from topotune.tracking.store import NewRun, StoredRun, StoreOfflineError
 from topotune.tracking.tails import Tails
 
@@ -27,10 +27,17 @@ class MemoryStore:
     """A store in memory whose ``log`` fails for some runs."""
 
     label = "memory"
+    experiment_id = "1"
 
     def __init__(self, failure: Exception | None = None, breaks: Sequence[str] = ()) -> None:
         self.failure, self.breaks = failure, breaks
         self.points: dict[str, set[tuple[str, int]]] = {}
+        self.made: list[NewRun] = []
+
+    def experiment_tags(self) -> dict[str, str]:
+        return {}
+
+    def tag_experiment(self, tags: Mapping[str, str]) -> None: ...
 
     def runs(self, search_id: str, trial: int | None = None) -> list[StoredRun]:
         return []
@@ -39,6 +46,7 @@ class MemoryStore:
         return None
 
     def create_run(self, run: NewRun) -> str:
+        self.made.append(run)
         return run.name
 
     def log(self, run_id: str, batch: Sequence[Item]) -> None:
@@ -173,3 +181,22 @@ def test_the_load_bench_measures_what_it_says() -> None:
     assert second.items > 1.9 * first.items
     assert trace.points == 20_000
     assert 0.2 < trace.size_mb < 1.0
+
+
+def test_a_run_begins_when_its_trial_began(tmp_path: Path) -> None:
+    """Also where the driver's record of its end was seen first, as that spool is the oldest."""
+    store, driver = MemoryStore(), SearchTracker(tmp_path)
+    driver.start({}, {})
+    shipper = Shipper(tmp_path, store, "s", "demo")
+    assert shipper.ship_once()
+    for number in range(2):
+        trial = SpoolTracker(tmp_path / f"trials/{number:04d}/spool.jsonl", number)
+        trial.start({}, {})
+        trial.metrics({"loss": 1.0}, 0, 5)
+        time.sleep(0.05)
+        ended = time.time_ns() // 1_000_000
+        driver.trial_metrics(number, {"device_seconds": 1.0}, 0, ended)
+        driver.trial_end(number, Outcome.COMPLETE, "")
+        assert shipper.ship_once()
+        assert [run.trial for run in store.made][1:] == list(range(number + 1))
+        assert store.made[-1].start_ms <= ended - 50

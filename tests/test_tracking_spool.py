@@ -62,7 +62,7 @@ def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
     start, epoch, metrics, end = (entry.body for _, entry in read_all(tmp_path, NAME))
     assert isinstance(start, Start)
     assert start.params == {"lr": "0.1", "betas": "[0.9, 0.99]", "note": "None", "flag": "True"}
-    assert start.tags == {"device": "cpu"}
+    assert start.tags == {"device": "cpu", "topotune.outcome": "RUNNING"}
     assert isinstance(epoch, Epoch)
     assert epoch.report.to_json() == odd.to_json()
     assert metrics == Metrics({"overhead_vs_adam": 1.25}, 3, 6)

@@ -91,12 +91,28 @@ def best(
 def dashboard(
     name: Annotated[str | None, typer.Argument(help="A search whose pages are printed.")] = None,
     results_dir: ResultsDir = DEFAULT_RESULTS,
-    port: Annotated[int, typer.Option(help="Preferred port on 127.0.0.1; 0: any.")] = 5000,
+    port: Annotated[
+        int | None,
+        typer.Option(help="Preferred port on 127.0.0.1; 0: any. Default 5000; with --optuna 8080."),
+    ] = None,
+    optuna: Annotated[
+        bool,
+        typer.Option(
+            "--optuna", help="Serve optuna-dashboard on the search's study instead, read-only."
+        ),
+    ] = False,
 ) -> None:
-    """Serve the MLflow pages of the embedded store on 127.0.0.1 until Ctrl-C."""
-    from topotune.search import reading
+    """Say where the MLflow pages of searches are; serve those of the embedded store on 127.0.0.1
+    until Ctrl-C."""
+    if optuna:
+        from topotune.search import optuna_pages
 
-    reading.serve(results_dir, name, port, say)
+        optuna_pages.serve(results_dir, name, optuna_pages.PORT if port is None else port, say)
+        return
+    from topotune.search import reading
+    from topotune.tracking.dashboard import DEFAULT_PORT
+
+    reading.serve(results_dir, name, DEFAULT_PORT if port is None else port, say)
 
 
 def sync(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -180,28 +180,41 @@ class Leaderboard:
         """Strict JSON text; non-finite numbers as the words "nan", "inf" and "-inf"."""
         return json.dumps(self.to_dict(), allow_nan=False, indent=2) + "\n"
 
-    def to_markdown(self, max_chars: int | None = None) -> str:
-        """A heading, the counts, the best trial and the table.
+    def to_markdown(self) -> str:
+        """A heading, the counts, the best trial and the table."""
+        best_line = "No trial finished within the constraints."
+        if (winner := self.best) is not None:
+            best_line = f"Best: trial {winner.number}, {self.figures(winner)}."
+        head = [f"# Leaderboard of {markdown(self.search)}", markdown(self.summary) + "."]
+        return "\n\n".join([*head, markdown(best_line), self.markdown_table()])
+
+    def figures(self, trial: TrialSummary) -> str:
+        """A finished trial's objectives in words."""
+        pairs = zip(self.objectives.items(), trial.values, strict=True)
+        return ", ".join(f"{name} {number(v)} ({direction})" for (name, direction), v in pairs)
+
+    def markdown_table(
+        self, max_chars: int | None = None, cell: Callable[[int, str], str] = lambda _, text: text
+    ) -> str:
+        """The table alone.
 
         Args:
             max_chars: leave out the last rows so that the text stays within this length; a
                 line says how many. The head alone may exceed a very small limit.
+            cell: told a row's place from 0 and its trial's number as text; gives that cell's
+                Markdown.
         """
-        winner = self.best
-        best_line = "No trial finished within the constraints."
-        if winner is not None:
-            pairs = zip(self.objectives.items(), winner.values, strict=True)
-            figures = [f"{name} {number(v)} ({direction})" for (name, direction), v in pairs]
-            best_line = f"Best: trial {winner.number}, {', '.join(figures)}."
         titles = self._titles()
+        column = titles.index("trial")
         head = [
-            f"# Leaderboard of {markdown(self.search)}\n",
-            markdown(self.summary) + ".\n",
-            markdown(best_line) + "\n",
             _line(titles),
             _line(["---:" if side == "right" else ":---" for side in self.justify], raw=True),
         ]
-        body = [_line(row) for row in self.plain_rows(width=160)]
+        body = []
+        for place, row in enumerate(self.plain_rows(width=160)):
+            cells = [markdown(text) for text in row]
+            cells[column] = cell(place, cells[column])
+            body.append(_line(cells, raw=True))
         room = math.inf if max_chars is None else max_chars - 60 - sum(len(x) + 1 for x in head)
         kept = 0
         while kept < len(body) and room >= len(body[kept]) + 1:

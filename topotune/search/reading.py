@@ -17,9 +17,11 @@ from topotune.search.folder import SearchFolder, searches
 from topotune.search.lease import lease_holder
 from topotune.search.ledger import read_ledger
 from topotune.search.recorder import leaderboard
-from topotune.search.shipping import open_store
-from topotune.tracking.dashboard import search_page, serve_dashboard, trials_page
+from topotune.search.shipping import default_server, open_store
+from topotune.tracking.dashboard import Dashboard, serve_dashboard
+from topotune.tracking.loopback import check_port
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.pages import VIEW_TAG, experiment_page, run_page, trials_page
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import DATABASE_FILE, embedded_artifacts
 
@@ -123,44 +125,72 @@ def _status(folder: SearchFolder) -> SearchStatus:
 
 
 def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], None]) -> None:
-    """Serve MLflow's pages until interrupted, and say where to look.
+    """Say where MLflow's pages of searches are, and serve those of the embedded store.
+
+    What is recorded on a tracking server has its pages there: only their addresses are told.
+    Otherwise this returns when it is interrupted.
 
     Args:
         results_dir: where searches lie.
-        name: the search whose store is served and whose pages are named; None for all.
+        name: the search whose pages are named; None for all.
         port: preferred port; another one is taken if it is in use. 0 for any free one.
         say: told where to look.
 
     Raises:
         UserError: no such search, no folder that holds any, or no port.
-        RunError: the server does not start.
+        RunError: the server does not start, or a tracking server cannot be reached.
     """
-    if not 0 <= port < 2**16:
-        raise ConfigError("--port", f"must be from 0 (any free one) to 65535 (got {port})")
+    check_port(port)
     shown = [SearchFolder.open(results_dir, name)] if name else searches(results_dir)
-    if not shown and not embedded_artifacts(results_dir).with_name(DATABASE_FILE).is_file():
+    own = embedded_artifacts(results_dir).with_name(DATABASE_FILE).is_file()
+    stores: dict[str, tuple[MlflowStore, list[SearchFolder]]] = {}
+    for folder in shown:
+        store = open_store(folder, folder.config())
+        stores.setdefault(store.label, (store, []))[1].append(folder)
+    if not name and (own or not stores):
+        if (central := default_server()) is not None:
+            stores.setdefault(central.label, (central, []))
+        embedded = MlflowStore.embedded(results_dir)
+        if own:
+            stores.setdefault(embedded.label, (embedded, []))
+    if not stores:
         raise SearchFolderError(
             f"{results_dir}: holds no searches and no MLflow store. Give the --results-dir where "
             "they lie"
         )
-    store = open_store(shown[0], shown[0].config()) if name else MlflowStore.embedded(results_dir)
-    say("starting the MLflow server; this takes some seconds")
-    with serve_dashboard(store, port) as dashboard:
-        say(f"MLflow: {dashboard.url}")
-        experiment = store.experiment_id
-        for folder in shown:
-            parent = store.parent(folder.search_id)
-            if parent is not None:
-                say(f"{folder.name}: {search_page(dashboard.url, experiment, parent.run_id)}")
-                goal = folder.config().objective[0]
-                maximize = goal.direction == "maximize"
-                page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
-                say(f"  its trials: {page}")
-            elif name:
-                say(f"{folder.name}: nothing is stored yet; try 'topotune sync {folder.name}'")
-        if dashboard.running():
-            say("Ctrl-C ends it")
-        dashboard.wait()
+    # The embedded one comes last: serving it lasts until it is interrupted.
+    for store, folders in sorted(stores.values(), key=lambda pair: pair[0].artifacts is not None):
+        if not store.on_server:
+            say("starting the MLflow server; this takes some seconds")
+        with serve_dashboard(store, port) as dashboard:
+            _say_pages(dashboard, store, folders, name, say)
+            if dashboard.running():
+                say("Ctrl-C ends it")
+            dashboard.wait()
+
+
+def _say_pages(
+    dashboard: Dashboard,
+    store: MlflowStore,
+    folders: list[SearchFolder],
+    name: str | None,
+    say: Callable[[str], None],
+) -> None:
+    experiment, views = store.experiment_id, store.experiment_tags()
+    say(f"MLflow: {experiment_page(dashboard.url, experiment)}")
+    for folder in folders:
+        parent = store.parent(folder.search_id)
+        if parent is not None:
+            say(f"{folder.name}: {run_page(dashboard.url, experiment, parent.run_id)}")
+            goal = folder.config().objective[0]
+            maximize = goal.direction == "maximize"
+            page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
+            if VIEW_TAG + folder.search_id in views:
+                table = experiment_page(dashboard.url, experiment, folder.search_id)
+                say(f"  its trials: {table}")
+            say(f"  their curves: {page}")
+        elif name:
+            say(f"{folder.name}: nothing is stored yet; try 'topotune sync {folder.name}'")
 
 
 def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:

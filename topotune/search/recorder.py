@@ -6,7 +6,9 @@ of their own, so that the driver's loop never waits for a plot.
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
 import queue
 import shutil
 import threading
@@ -15,10 +17,13 @@ from collections.abc import Callable
 
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
+from topotune.results.description import describe
 from topotune.results.leaderboard import Leaderboard
-from topotune.results.text import markdown
 from topotune.search.folder import SearchFolder, write_text
 from topotune.search.rows import summaries
+from topotune.tracking.entries import RUNNING
+from topotune.tracking.labels import MODEL, SEARCH, USER, title, trial_name
+from topotune.tracking.pages import NOTE_TAG
 from topotune.tracking.spool import SearchTracker, now_ms
 from topotune.train.trace import (
     RELAXATION_FILE,
@@ -40,6 +45,26 @@ LEADERBOARD_SHARE = 0.05
 def objectives(config: SearchConfig) -> dict[str, str]:
     """Metric to direction, the first objective first."""
     return {objective.metric: objective.direction for objective in config.objective}
+
+
+def submitter() -> str:
+    """Who started this search: TOPOTUNE_USER, which a submitted job carries, else the account."""
+    try:
+        return os.environ.get("TOPOTUNE_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"uid {os.getuid()}"
+
+
+def budget_text(config: SearchConfig) -> str:
+    """What a search may spend, in one form, so that those of equal budget are found by it."""
+    budget = config.budget
+    limits: list[tuple[float | None, str]] = [
+        (budget.trials, "trials"),
+        (budget.epochs, "epochs"),
+        (budget.wall_clock, "s"),
+        (budget.device_seconds, "device-s"),
+    ]
+    return ", ".join(f"{limit:g} {unit}" for limit, unit in limits if limit is not None)
 
 
 def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
@@ -85,9 +110,17 @@ class Recorder:
             "epochs": config.budget.epochs,
             "seed": config.seed,
             "searched": ", ".join(config.space),
+            "objective": ", ".join(f"{o.direction} {o.metric}" for o in config.objective),
         }
-        # A tag, because a parameter is fixed for ever and a search can be extended.
-        self._tracker.start(params, {**tags, "topotune.trials": str(config.budget.trials)})
+        # Tags, because a parameter is fixed for ever and a search can be extended.
+        changing = {
+            "topotune.trials": str(config.budget.trials),
+            "topotune.budget": budget_text(config),
+            SEARCH: config.name,
+            MODEL: config.model.name or "the task's own",
+            USER: self._tracker.tag(USER) or submitter(),  # who resumes it did not submit it
+        }
+        self._tracker.start(params, {**tags, **changing})
         self._tracker.artifact(self._folder.root / "search.yaml")
         self._thread.start()
 
@@ -97,22 +130,27 @@ class Recorder:
             if row.state in {outcome.value for outcome in Outcome}:
                 self._improves(row)
                 self._record_end(row)
+                chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
+                if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
+                    self._work.put(row)
+        board = Leaderboard.of(finished, self._config.name, objectives(self._config))
+        self._describe(board, RUNNING)
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
         self._record_end(row)
         if self._improves(row):
             self._record_best()
+        self._work.put(row)
 
     def _record_end(self, row: TrialSummary) -> None:
-        at = now_ms()
+        at, config = now_ms(), self._config
         costs = {"device_seconds": row.device_seconds, "epochs_trained": float(row.epochs)}
         self._tracker.trial_metrics(row.number, costs, 0, at)
-        self._tracker.trial_tags(row.number, {"topotune.method": self._config.method})
+        name = trial_name(row.number, title(config.method, config.task.name), row.state)
+        tags = {"topotune.method": config.method, "mlflow.runName": name}
+        self._tracker.trial_tags(row.number, tags)
         self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
-        chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
-        if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
-            self._work.put(row)
 
     def _improves(self, row: TrialSummary) -> bool:
         """Count a trial that ended; whether it is the best so far."""
@@ -156,7 +194,7 @@ class Recorder:
         self._work.put(None)
         self._thread.join()
         try:
-            self._renew(board, final=done)
+            self._renew(board, outcome)
         except Exception as error:  # noqa: BLE001 - the numbers are in the study and the spools
             _log.warning("a page of the search is missing: %s", error)
         self._record_best()
@@ -171,7 +209,7 @@ class Recorder:
                 self._finish_trial(row)
                 self._filed += 1
                 if self._filed % LEADERBOARD_EVERY == 1 and (began := time.monotonic()) >= again:
-                    self._renew(leaderboard(self._folder, self._config), final=False)
+                    self._renew(leaderboard(self._folder, self._config), RUNNING)
                     now = time.monotonic()
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search
@@ -198,7 +236,17 @@ class Recorder:
             used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
 
-    def _renew(self, board: Leaderboard, final: bool) -> None:
+    def _describe(self, board: Leaderboard, outcome: str) -> None:
+        """Tell on the search's page how it stands."""
+        name = self._config.name
+        go_on = f"topotune resume {name}" if outcome not in (RUNNING, Outcome.COMPLETE) else ""
+        note = describe(board, outcome, self._config.description or "", go_on)
+        counts = [f"{n} {state.lower()}" for state, n in board.counts.items() if n]
+        best = "none" if board.best is None else str(board.best.number)
+        known = {"topotune.counts": ", ".join(counts), "topotune.best_trial": best}
+        self._tracker.tags({NOTE_TAG: note, **known})
+
+    def _renew(self, board: Leaderboard, outcome: str) -> None:
         from topotune.results.plots import plot_curves, plot_history
 
         self._fence()
@@ -207,9 +255,8 @@ class Recorder:
         write_text(root / "leaderboard.md", board.to_markdown())
         self._tracker.artifact(root / "leaderboard.json")
         self._tracker.artifact(root / "leaderboard.md")
-        text = markdown(self._config.description) + "\n\n" if self._config.description else ""
-        self._tracker.tags({"mlflow.note.content": text + board.to_markdown(7000)})
-        if final and board.trials:
+        self._describe(board, outcome)
+        if outcome == Outcome.COMPLETE and board.trials:
             plot_history(board.trials, root / "history.png", objectives(self._config))
             plot_curves(board.trials, root / "curves.png", objectives(self._config))
             self._tracker.artifact(root / "history.png")

@@ -113,6 +113,12 @@ def open_store(folder: SearchFolder, config: SearchConfig) -> MlflowStore:
     return MlflowStore(uri, config.tracking.experiment)
 
 
+def default_server() -> MlflowStore | None:
+    """The tracking server that the environment names; None where it names none."""
+    uri = os.environ.get(ENVIRONMENT) or None
+    return None if uri is None else MlflowStore(uri)
+
+
 class Shipping:
     """Ships a search's spools while a session runs; never in the way of training.
 

@@ -96,6 +96,14 @@ def _use_write_ahead_log(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
+def _only_queries(connection: Any, _record: object) -> None:
+    connection.execute("PRAGMA query_only=ON")
+
+
+def _only_reads(connection: Any, _record: object) -> None:
+    connection.read_only = True  # of psycopg: said at the beginning of every transaction
+
+
 def _at_once(context: ExceptionContext) -> None:
     """Past Optuna's own repeats, which are blind: they could make a trial twice."""
     if away := absence(context.original_exception, context.is_disconnect):
@@ -171,6 +179,14 @@ class PatientStorage(BaseStorage):
             return self.inner.set_trial_state_values(trial_id, state, values)
 
         return self.patience(make, again)
+
+    def refuse_writes(self) -> None:
+        """From here on the database itself refuses whatever would change it."""
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _only_queries)
+        else:
+            event.listen(self._engine, "connect", _only_reads)
+        self._engine.dispose()  # connections from before the listener
 
     def close(self) -> None:
         """Give the connections back."""

@@ -4,56 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
+from contextlib import suppress
 from typing import IO, Self
 
-from topotune.errors import ResourceError, RunError
+from topotune.errors import RunError
 from topotune.redaction import redact
+from topotune.tracking.loopback import HOST, StopRequest, free_port, stop_signals
 from topotune.tracking.mlflow import MlflowStore
-from topotune.tracking.naming import clean_name
 
-_HOST = "127.0.0.1"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_VIEW = "workflowType=machine_learning"
 DEFAULT_PORT = 5000
 
 
-def search_page(base_url: str, experiment_id: str, run_id: str) -> str:
-    """The page of one run, a search's own or a trial's, in the interface for training."""
-    return f"{base_url}/#/experiments/{experiment_id}/runs/{run_id}?{_VIEW}"
-
-
-def trials_page(
-    base_url: str, experiment_id: str, parent_id: str, metric: str = "", maximize: bool = True
-) -> str:
-    """The experiment's table of runs, narrowed to the trials of one search.
-
-    Args:
-        base_url: the server's address.
-        experiment_id: MLflow's id of the experiment.
-        parent_id: the run of the search itself.
-        metric: sort by its last value, best first, with all curves beside the table; without it
-            MLflow folds the trials into their parent's row.
-        maximize: whether the highest value is the best.
-    """
-    query = {"searchFilter": f"tags.mlflow.parentRunId = '{parent_id}'"}
-    if metric:
-        order = "false" if maximize else "true"
-        query |= {"orderByKey": f"metrics.`{clean_name(metric)}`", "orderByAsc": order}
-        query["compareRunsMode"] = "CHART"
-    text = urllib.parse.urlencode(query, quote_via=urllib.parse.quote)
-    return f"{base_url}/#/experiments/{experiment_id}/runs?{_VIEW}&{text}"
+def server_address(tracking_uri: str) -> str:
+    """A tracking server's address for a browser, which asks for user and password itself."""
+    scheme, mark, rest = tracking_uri.partition("://")
+    path = rest.rpartition("@")[2].partition("?")[0]
+    return redact(f"{scheme}{mark}{path}").rstrip("/")
 
 
 class Dashboard:
@@ -97,7 +69,7 @@ class Dashboard:
         To be called in the main thread. Where the server is not ours there is nothing to wait for.
         """
         if self._process is not None:
-            with suppress(_Stopped), _stop_signals():
+            with suppress(StopRequest), stop_signals():
                 self._process.wait()
 
     def __enter__(self) -> Self:
@@ -105,28 +77,6 @@ class Dashboard:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-class _Stopped(BaseException):
-    """A signal asks this process to end."""
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Turn the signals that end a process into _Stopped; the old handlers are put back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise _Stopped
-
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def serve_dashboard(
@@ -146,10 +96,10 @@ def serve_dashboard(
         RunError: the server ended, or did not answer in time; with the end of its log.
         StoreOfflineError: the store cannot be opened.
     """
-    if store.tracking_uri.startswith(("http://", "https://")):
-        return Dashboard(redact(store.tracking_uri).rstrip("/"))
+    if store.on_server:
+        return Dashboard(server_address(store.tracking_uri))
     store.ping()  # made and migrated by one process, before the server looks at it
-    chosen = _free_port(port)
+    chosen = free_port(port)
     log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by Dashboard.stop
     environment = os.environ | {
         "MLFLOW_BACKEND_STORE_URI": store.tracking_uri,
@@ -157,14 +107,14 @@ def serve_dashboard(
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_LOGGING_LEVEL": "WARNING",
     }
-    command = [sys.executable, "-m", "mlflow", "server", "--host", _HOST, "--port", str(chosen)]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(chosen)]
     if store.artifacts is not None:
         command += ["--artifacts-destination", str(store.artifacts)]
     if store.artifacts is not None:
         store.artifacts.mkdir(parents=True, exist_ok=True)
     dashboard: Dashboard | None = None
     try:
-        with _stop_signals():
+        with stop_signals():
             # A session of its own: Ctrl-C reaches this process only, which ends the whole group.
             process = subprocess.Popen(
                 [*command, "--workers", "1"],
@@ -175,12 +125,12 @@ def serve_dashboard(
                 start_new_session=True,
                 cwd=store.artifacts or tempfile.gettempdir(),
             )
-            dashboard = Dashboard(f"http://{_HOST}:{chosen}", process, log)
+            dashboard = Dashboard(f"http://{HOST}:{chosen}", process, log)
             _wait_for_health(dashboard, log, start_timeout)
     except BaseException as error:
         if dashboard is not None:
             dashboard.stop()
-        if isinstance(error, _Stopped):
+        if isinstance(error, StopRequest):
             raise KeyboardInterrupt from None
         raise
     return dashboard
@@ -207,19 +157,6 @@ def _log_end(log: IO[bytes]) -> str:
     log.seek(0)
     lines = log.read()[-4000:].decode("utf-8", "replace").strip().splitlines()
     return redact(" | ".join(lines[-5:])) or "it printed nothing"
-
-
-def _free_port(preferred: int) -> int:
-    """The preferred port of 127.0.0.1 if nobody has it, else any free one."""
-    for port in (preferred, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((_HOST, port))
-            except (OSError, OverflowError):
-                continue
-            return int(probe.getsockname()[1])
-    raise ResourceError(f"port {preferred} of {_HOST}: neither it nor any other port can be bound")
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

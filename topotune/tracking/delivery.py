@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from topotune.errors import RunError, SpoolError, TrackingError
 from topotune.records import Outcome
-from topotune.tracking.entries import INTERRUPTED, Artifact, End, Entry, Item, Start, items, size
+from topotune.tracking.entries import (
+    INTERRUPTED,
+    OUTCOME_TAG,
+    Artifact,
+    End,
+    Entry,
+    Item,
+    Start,
+    items,
+    size,
+)
+from topotune.tracking.labels import Labels, trial_name
 from topotune.tracking.naming import clean_text
+from topotune.tracking.pages import (
+    NOTE_TAG,
+    VIEW_TAG,
+    experiment_page,
+    linked,
+    page_tags,
+    run_page,
+    search_view,
+    trials_page,
+)
 from topotune.tracking.progress import Ended, Progress, Refused
 from topotune.tracking.store import NewRun, Store, StoreRefusedError
 
 MAX_BATCH = 1000
 MAX_TEXTS = 100
 MAX_BYTES = 800_000
+_PAGE_TRIES = 3
+_log = logging.getLogger(__name__)
 
 _STATUS = {
     Outcome.COMPLETE.value: "FINISHED",
@@ -56,6 +82,8 @@ class Delivery:
         self._name = clean_text(name, 250)
         self._progress = progress
         self._refused = refused
+        self._labels: Labels | None = None
+        self._page_tries = _PAGE_TRIES
 
     def send(self, spool: str, entries: Sequence[tuple[int, Entry]], by_driver: bool) -> int:
         """Send (offset, record) pairs of one spool; returns how many items the store took.
@@ -85,7 +113,7 @@ class Delivery:
             taken += size(entry)
             if ignored:
                 continue
-            batch += [Source(offset, item) for item in items(entry)]
+            batch += [Source(offset, item) for item in self._items(entry)]
             if isinstance(body, Artifact):
                 if newest[entry.trial, body.path, body.folder] == offset:
                     taken -= self._upload(spool, offset, run_id, body)
@@ -94,7 +122,58 @@ class Delivery:
                 batch = []
                 taken -= self._end(spool, offset, run_id, body)
                 self._progress.ended[_key(entry.trial)] = Ended(body.at, by_driver)
-        return taken - self._flush(spool, target, batch)
+        taken -= self._flush(spool, target, batch)
+        if by_driver and self._page_tries:
+            self._renew_page()
+        return taken
+
+    def _items(self, entry: Entry) -> Iterator[Item]:
+        """The items of a record, with what only the store's side knows."""
+        ended = _key(entry.trial) in self._progress.ended
+        for item in items(entry):
+            if item.kind == "tag" and item.key == NOTE_TAG:
+                yield replace(item, value=linked(str(item.value), self._address))
+            elif not (ended and item.key == OUTCOME_TAG and isinstance(entry.body, Start)):
+                yield item  # the end that is known came after this beginning
+
+    def _address(self, kind: str, number: int) -> str | None:
+        """Where a link of a description leads, relative to the server's pages; None: nowhere."""
+        runs, experiment = self._progress.runs, self._store.experiment_id
+        match kind:
+            case "trial":
+                run_id = runs.get(str(number))
+                return None if run_id is None else run_page("", experiment, run_id)
+            case "trials":
+                return experiment_page("", experiment, self._search_id)
+            case "artifacts":
+                return run_page("", experiment, runs["search"], "artifacts")
+            case "curves":
+                return trials_page("", experiment, runs["search"], *self._goal())
+        return None
+
+    def _goal(self) -> tuple[str, bool]:
+        labels = self._known_labels()
+        return (labels.metrics[0] if labels.metrics else "", labels.maximize)
+
+    def _known_labels(self) -> Labels:
+        if self._labels is None:
+            self._labels = Labels.read(self._folder)
+        return self._labels
+
+    def _renew_page(self) -> None:
+        """Bring the experiment's page up to date; a store that will not have it keeps its own."""
+        self._page_tries -= 1
+        try:
+            known = self._store.experiment_tags()
+            tags = page_tags(known, time.time_ns() // 1_000_000)
+            view = search_view(self._known_labels(), self._run(None, 0))
+            if known.get(VIEW_TAG + self._search_id) != view:
+                tags[VIEW_TAG + self._search_id] = view
+            if tags:
+                self._store.tag_experiment(tags)
+            self._page_tries = 0
+        except (RunError, TrackingError, SpoolError) as error:
+            _log.info("the page of the experiment is not renewed: %s", error)
 
     def _run(self, trial: int | None, at: int) -> str:
         """The run of a trial or of the search: remembered, else found by its tags, else made."""
@@ -108,9 +187,10 @@ class Delivery:
             if found is not None:
                 runs[key] = found.run_id
             else:
-                name = self._name if trial is None else f"trial-{trial:04d}"
+                labels = self._known_labels()
+                name = self._name if trial is None else trial_name(trial, labels.title)
                 parent = None if trial is None else self._run(None, at)
-                new = NewRun(self._search_id, trial, name, at, parent)
+                new = NewRun(self._search_id, trial, name, at, parent, labels.tags)
                 runs[key] = self._store.create_run(new)
         return runs[key]
 

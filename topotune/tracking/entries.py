@@ -23,6 +23,9 @@ from topotune.records import (
 )
 from topotune.tracking.naming import clean_name, clean_tag, clean_text
 
+OUTCOME_TAG = "topotune.outcome"
+RUNNING = "RUNNING"
+"""The outcome tag's value from a run's beginning to its end."""
 INTERRUPTED = "INTERRUPTED"
 """Outcome of a search that was stopped and can be resumed; trials end with an Outcome."""
 
@@ -149,7 +152,7 @@ def items(entry: Entry) -> Iterator[Item]:
         case Artifact():
             pass
         case End(outcome, reason):
-            yield from _tag_items({"topotune.outcome": outcome, "topotune.reason": reason})
+            yield from _tag_items({OUTCOME_TAG: outcome, "topotune.reason": reason})
 
 
 def size(entry: Entry) -> int:

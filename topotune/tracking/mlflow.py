@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from topotune.tracking.entries import Item
 from topotune.tracking.places import is_inside, own_files
 from topotune.tracking.store import (
     DEFAULT_EXPERIMENT,
+    PARENT_TAG,
     ROLE_TAG,
     SEARCH_TAG,
     TRIAL_TAG,
@@ -38,7 +39,6 @@ from topotune.tracking.store import (
 )
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 _SETTINGS = {
@@ -96,6 +96,11 @@ class MlflowStore:
     def label(self) -> str:
         """Address and experiment in one line, without secrets."""
         return f"{redact(self.tracking_uri)} experiment {self.experiment}"
+
+    @property
+    def on_server(self) -> bool:
+        """Whether it is a server, which has pages of its own."""
+        return self.tracking_uri.startswith(("http://", "https://"))
 
     def preload(self) -> None:
         """Import MLflow now, in this thread; contacts nothing.
@@ -155,9 +160,20 @@ class MlflowStore:
         Raises:
             StoreOfflineError: with the cause in one line.
         """
+        self.experiment_tags()
+
+    def experiment_tags(self) -> dict[str, str]:
+        """All tags of the experiment."""
         client, experiment_id = self._connect()
         with translated():
-            client.get_experiment(experiment_id)
+            return dict(client.get_experiment(experiment_id).tags)
+
+    def tag_experiment(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the experiment; others stay."""
+        client, experiment_id = self._connect()
+        with translated():
+            for name, text in tags.items():
+                client.set_experiment_tag(experiment_id, name, text)
 
     def runs(self, search_id: str, trial: int | None = None) -> list[StoredRun]:
         """The runs of a search that carry its tag, oldest first; of one trial if it is given."""
@@ -186,7 +202,7 @@ class MlflowStore:
             except RunMissingError as error:  # the experiment itself is gone: look it up anew
                 self._connected = None
                 raise StoreOfflineError(str(error)) from None
-            found += [_stored(run) for run in page]
+            found += [StoredRun.of(run) for run in page]
             token = page.token
             if not token:
                 return sorted(found, key=lambda run: (run.deleted, run.start_ms, run.run_id))
@@ -198,11 +214,12 @@ class MlflowStore:
             SEARCH_TAG: run.search_id,
             ROLE_TAG: "search" if run.trial is None else "trial",
             "mlflow.source.name": "topotune",
+            **run.tags,
         }
         if run.trial is not None:
             tags[TRIAL_TAG] = str(run.trial)
         if run.parent_id is not None:
-            tags["mlflow.parentRunId"] = run.parent_id
+            tags[PARENT_TAG] = run.parent_id
         with translated():
             made = client.create_run(experiment_id, run.start_ms, tags, run.name)
             return str(made.info.run_id)
@@ -287,19 +304,6 @@ def _make_whole(database: Path) -> None:
     address = f"sqlite:///{partial}"
     MlflowClient(address, registry_uri=address).search_experiments(max_results=1)
     partial.replace(database)
-
-
-def _stored(run: Run) -> StoredRun:
-    trial = run.data.tags.get(TRIAL_TAG, "")
-    return StoredRun(
-        run_id=run.info.run_id,
-        trial=int(trial) if trial.isdecimal() else None,
-        start_ms=run.info.start_time or 0,
-        status=run.info.status,
-        deleted=run.info.lifecycle_stage != "active",
-        tags=dict(run.data.tags),
-        latest=dict(run.data.metrics),
-    )
 
 
 @contextmanager

@@ -228,12 +228,13 @@ class Shipper:
     def _round(self) -> bool:
         """One piece of every spool that has news; True if there was any.
 
-        Begins where the last round broke off, so that neither a slow server nor two records that
+        Trials come before the driver, so that a run begins when its trial began. Begins where the
+        last round broke off, so that neither a slow server nor two records that
         make it fail keep the same spools waiting for ever.
         """
         moved = False
         failure: StoreOfflineError | None = None
-        ends = self._tails.ends()
+        ends = sorted(self._tails.ends(), key=lambda end: end[0] == DRIVER_SPOOL)
         turn = self._turn % len(ends) if ends else 0
         for index, (name, counted) in enumerate(ends[turn:] + ends[:turn]):
             if self._progress.of(name).offset >= counted:
@@ -259,6 +260,7 @@ class Shipper:
             self._progress.save()
         if failure is not None:
             raise failure
+        self._turn = 0
         return moved
 
     def _ship(self, name: str) -> None:

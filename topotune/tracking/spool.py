@@ -23,6 +23,8 @@ from topotune.records import EpochReport, Outcome, Value
 from topotune.redaction import redact
 from topotune.tracking.entries import (
     INTERRUPTED,
+    OUTCOME_TAG,
+    RUNNING,
     Artifact,
     Body,
     End,
@@ -136,7 +138,8 @@ class _Spool:
                     "%s: parameter %r stays %r, not %r: a run's parameters are fixed",
                     *(self._path, name, first[name], texts[name]),
                 )
-        self.put(trial, Start(fresh, _safe_tags(tags), self._now()))
+        whole = {**_safe_tags(tags), OUTCOME_TAG: RUNNING}
+        self.put(trial, Start(fresh, whole, self._now()))
 
     def metrics(self, trial: int | None, values: Mapping[str, float], step: int, at: int) -> None:
         points = self.known(trial).points
@@ -240,6 +243,10 @@ class SearchTracker:
         characters.
         """
         self._spool.tags(None, tags)
+
+    def tag(self, name: str) -> str | None:
+        """The newest recorded value of a tag of the search; None where there is none."""
+        return self._spool.known(None).tags.get(name)
 
     def metrics(self, values: Mapping[str, float], step: int, timestamp_ms: int) -> None:
         """Values of the search, such as the best so far with the trial's number as its step."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from topotune.errors import ConfigError, ResourceError, RunError, TrackingError
@@ -21,6 +21,7 @@ DEFAULT_EXPERIMENT = "topotune"
 SEARCH_TAG = "topotune.search_id"
 TRIAL_TAG = "topotune.trial"
 ROLE_TAG = "topotune.role"
+PARENT_TAG = "mlflow.parentRunId"
 
 _PORT = re.compile(r":([^\]:]+)$")
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -60,6 +61,20 @@ class StoredRun:
     tags: dict[str, str]
     latest: dict[str, float]
 
+    @classmethod
+    def of(cls, run: Any) -> Self:
+        """From an ``mlflow.entities.Run``."""
+        trial = run.data.tags.get(TRIAL_TAG, "")
+        return cls(
+            run_id=run.info.run_id,
+            trial=int(trial) if trial.isdecimal() else None,
+            start_ms=run.info.start_time or 0,
+            status=run.info.status,
+            deleted=run.info.lifecycle_stage != "active",
+            tags=dict(run.data.tags),
+            latest=dict(run.data.metrics),
+        )
+
 
 @dataclass(frozen=True)
 class NewRun:
@@ -70,6 +85,7 @@ class NewRun:
     name: str
     start_ms: int
     parent_id: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class Store(Protocol):
@@ -79,6 +95,16 @@ class Store(Protocol):
     @property
     def label(self) -> str:
         """Address and experiment in one line, without secrets."""
+
+    @property
+    def experiment_id(self) -> str:
+        """The store's id of the experiment."""
+
+    def experiment_tags(self) -> dict[str, str]:
+        """All tags of the experiment."""
+
+    def tag_experiment(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the experiment; others stay."""
 
     def runs(self, search_id: str, trial: int | None = None) -> list[StoredRun]:
         """The runs of a search that carry its tag, oldest first; of one trial if it is given."""

@@ -1,0 +1,93 @@
+"""What every run of a search says of it, so that an experiment of many searches can be filtered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from topotune.tracking.entries import Start
+from topotune.tracking.naming import clean_text
+from topotune.tracking.spool import DRIVER_SPOOL
+from topotune.tracking.tails import read_all
+
+SEARCH, METHOD, TASK = "topotune.search", "topotune.method", "topotune.task"
+MODEL, USER, VERSION = "topotune.model", "topotune.user", "topotune.version"
+_SHARED = (SEARCH, METHOD, TASK, MODEL, USER)
+"""Tags of the search that its trials carry from their first moment on; a trial's own record tells
+the version that ran it."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A search in the words of its own first record.
+
+    Attributes:
+        tags: tags for each of its runs.
+        title: method and task, short, for the runs' names; empty where they are unknown.
+        metrics: its objectives' metrics, the first one first.
+        maximize: whether the highest value of the first is the best.
+        searched: the parameters that it varies.
+    """
+
+    tags: Mapping[str, str] = field(default_factory=dict)
+    title: str = ""
+    metrics: tuple[str, ...] = ()
+    maximize: bool = True
+    searched: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> Labels:
+        """Those of a search's folder; empty ones where it has no record of its own yet.
+
+        Raises:
+            SpoolError: the driver's spool cannot be read.
+        """
+        for _, entry in read_all(folder, DRIVER_SPOOL):
+            if entry.trial is None and isinstance(entry.body, Start):
+                return cls.of(entry.body)
+        return cls()
+
+    @classmethod
+    def of(cls, start: Start) -> Labels:
+        """Those that the beginning of a search tells."""
+        tags = {name: start.tags[name] for name in _SHARED if name in start.tags}
+        method, task = tags.get(METHOD, ""), tags.get(TASK, "")
+        if method and task:
+            tags["mlflow.source.name"] = f"{short(method)} on {short(task)} (topotune)"
+        if USER in tags:
+            tags["mlflow.user"] = tags[USER]
+        goals = [goal.partition(" ") for goal in _words(start.params.get("objective", ""))]
+        return cls(
+            tags=tags,
+            title=title(method, task),
+            metrics=tuple(metric for _, _, metric in goals),
+            maximize=not goals or goals[0][0] == "maximize",
+            searched=_words(start.params.get("searched", "")),
+        )
+
+
+def short(name: str) -> str:
+    """A method or task without the path of its module."""
+    return clean_text(name.rpartition(":")[2], 40)
+
+
+def title(method: str, task: str) -> str:
+    """Method and task for a run's name."""
+    return f"{short(method)}, {short(task)}" if method and task else ""
+
+
+def trial_name(number: int, title: str, outcome: str = "") -> str:
+    """A trial's run's name, the same in every part of the interface: which, how it ended, of what.
+
+    Args:
+        number: the trial's number.
+        title: method and task; empty where they are unknown.
+        outcome: how it ended; empty before that.
+    """
+    ended = f" {outcome.lower()}" if outcome else ""
+    return f"trial-{number:04d}{ended}" + (f" ({title})" if title else "")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(", ") if word)
