@@ -137,7 +137,9 @@ def test_the_launcher_takes_the_file(path: Path) -> None:
 @pytest.mark.parametrize("path", LAUNCHER, ids=lambda p: p.name)
 def test_the_launcher_opens_nothing(path: Path) -> None:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert "security_group" not in config["provider"]  # the launcher's own lets SSH in from anywhere
+    assert (
+        "security_group" not in config["provider"]
+    )  # the launcher's own lets SSH in from anywhere
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     assert [line for line in starts if "--dashboard-host=127.0.0.1" in line]
     for line in starts:

@@ -39,10 +39,13 @@ budget: {trials: 3, epochs: 2}
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on; above 20000, since Ray's workers take those below."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port > 20000:
+            return port
 
 
 class Site:
@@ -114,7 +117,9 @@ class Site:
         return (self.folder / name).read_text(encoding="ascii").strip()
 
     def log(self, service: str) -> str:
-        return (self.folder / f"{service}.log").read_text(encoding="utf-8", errors="replace")[-3000:]
+        return (self.folder / f"{service}.log").read_text(encoding="utf-8", errors="replace")[
+            -3000:
+        ]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -129,7 +134,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def answer(url: str, **headers: str) -> int:
     """The status of a request."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as got:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=10
+        ) as got:
             return int(got.status)
     except urllib.error.HTTPError as error:
         return error.code
