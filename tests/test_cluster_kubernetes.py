@@ -212,9 +212,9 @@ def test_the_network_is_closed_but_for_what_is_listed() -> None:
     for policy in ("ray-nodes", "ray-head"):  # never the metadata service, with the node's keys
         for peer, _ in reach(policy, "to"):
             assert "169.254.0.0/16" in peer.get("ipBlock", {"except": ["169.254.0.0/16"]})["except"]
-    for policy in (o for o in objects() if o["kind"] == "NetworkPolicy"):
-        for rule in policy["spec"].get("ingress", []):
-            assert rule["from"], policy["metadata"]["name"]
+    for item in (o for o in objects() if o["kind"] == "NetworkPolicy"):
+        for rule in item["spec"].get("ingress", []):
+            assert rule["from"], item["metadata"]["name"]
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")

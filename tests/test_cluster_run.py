@@ -20,6 +20,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -157,9 +158,7 @@ def site() -> Iterator[Site]:
     if not installed() or program("psql") is None:
         pytest.skip("PostgreSQL's server and psql are not installed")
     # Short: the sockets in Ray's folder have a bounded path.
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="tt-") as folder, Postgres() as postgres:
+    with TemporaryDirectory(prefix="tt-") as folder, Postgres() as postgres:
         place = Site(Path(folder), postgres)
         with place.stack:
             databases(place)
