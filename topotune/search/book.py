@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -28,8 +26,9 @@ from topotune.records import (
 from topotune.redaction import redact
 from topotune.search.deaths import RETRIED, Death, restarts, verdict
 from topotune.search.ledger import Ledger
+from topotune.search.outlook import Outlook
 from topotune.search.study import Handout, StudyStore
-from topotune.search.view import RunningTrial, SearchView
+from topotune.search.view import SearchView
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,7 @@ class Book:
         self.stopping = ""
         self.left_running = 0
         self.fatal: TopotuneError | None = None
-        self._counts = Counter(row.state for row in finished)
-        self._best: TrialSummary | None = None
-        for row in finished:
-            self._consider(row)
-        self._session_started = time.monotonic()
-        self._session_ended = 0
+        self._outlook = Outlook(config, finished)
 
     def next(self) -> Handout | Turn:
         """The next trial to run, or why there is none now."""
@@ -282,48 +276,9 @@ class Book:
         return row
 
     def _close(self, row: TrialSummary) -> None:
-        self._counts[row.state] += 1
-        self._session_ended += 1
-        self._consider(row)
+        self._outlook.ended(row)
         self._ended(row)
 
-    def _consider(self, row: TrialSummary) -> None:
-        """Keep the best by the first objective among complete rows that break no constraint."""
-        if row.state != Outcome.COMPLETE or row.violated or not row.values:
-            return
-        if math.isnan(row.values[0]):
-            return
-        sign = 1.0 if self.config.objective[0].direction == "maximize" else -1.0
-        if self._best is None or sign * row.values[0] > sign * self._best.values[0]:
-            self._best = row
-
     def view(self, phase: str, waiting: str = "", tracking: str = "") -> SearchView:
-        """A snapshot to show."""
-        running = tuple(
-            RunningTrial(
-                number, live.epoch, None if math.isnan(live.value) else live.value, live.params
-            )
-            for number, live in self.live.items()
-        )
-        return SearchView(
-            name=self.config.name,
-            phase=phase,
-            counts={**self._counts, "RUNNING": len(self.holding)},
-            total=self.config.budget.trials,
-            epochs=self.config.budget.epochs,
-            best=self._best,
-            running=running,
-            device_seconds=self.ledger.device_seconds,
-            wall_seconds=self.ledger.wall_seconds,
-            eta_seconds=self._eta(),
-            waiting=waiting,
-            tracking=tracking,
-            headline=self.config.objective[0].metric,
-        )
-
-    def _eta(self) -> float | None:
-        left = self.store.left
-        if not self._session_ended or left is None:
-            return None
-        pace = (time.monotonic() - self._session_started) / self._session_ended
-        return pace * (left + len(self.live) / 2)
+        """A snapshot to show; see :meth:`topotune.search.outlook.Outlook.view`."""
+        return self._outlook.view(self, phase, waiting, tracking)
