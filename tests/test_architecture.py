@@ -15,7 +15,15 @@ PACKAGE = Path(topotune.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ROOM_ORDER = (
     ("__init__", "errors", "records", "plugins", "seeding", "files", "redaction"),
-    ("config_space", "config_budget", "config_rules", "config", "yamlfile", "configfile"),
+    (
+        "config_space",
+        "config_budget",
+        "config_resources",
+        "config_rules",
+        "config",
+        "yamlfile",
+        "configfile",
+    ),
     ("optim", "data", "tcep"),
     ("models",),
     ("tasks",),
@@ -35,7 +43,7 @@ THIRD_PARTY_HOMES = {
     "torchvision": {"data"},
     "mlxtend": {"data"},
     "sklearn": {"data"},
-    "pydantic": {"config", "config_budget", "config_space", "configfile"},
+    "pydantic": {"config", "config_budget", "config_resources", "config_space", "configfile"},
     "typer": {"cli", "bench"},
     "rich": {"cli", "bench"},
     "matplotlib": {"results"},
