@@ -14,6 +14,7 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.search.address import remembered_study, study_place
 from topotune.search.folder import SearchFolder
 from topotune.search.lease import Lease
+from topotune.search.live import LiveFile
 from topotune.search.patience import Patience
 from topotune.search.preflight import check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
@@ -74,7 +75,7 @@ def start(
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
-            gpus, concurrency = fit_resources(config, *ray_session.size())
+            gpus, concurrency = fit_resources(config, ray_session.cluster())
             make_folder(folder.root)
             with Lease(folder.lock, listener.note) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
@@ -114,7 +115,7 @@ def resume(
             config = extended(config, extra_trials)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
-            gpus, concurrency = fit_resources(config, *ray_session.size())
+            gpus, concurrency = fit_resources(config, ray_session.cluster())
             folder.save(config)
             return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
 
@@ -186,16 +187,19 @@ def _run(
         )
         recorder.recover(before)
         del before  # of thousands of trials, for days
-        pulse = Pulse(book, listener, ray_session, shipping, config, gpus)
+        live = LiveFile(folder.live)
+        pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live)
         failure: TopotuneError | None = None
         try:
-            execute(folder, config, book, pulse, gpus, listener.note)
+            most_pending = concurrency if ray_session.cluster().grows else 1
+            execute(folder, config, book, pulse, gpus, listener.note, most_pending)
         except TopotuneError as error:
             failure = error
         failure = book.fatal or failure
         if isinstance(failure, LeaseLostError):
             recorder.drop()
             raise failure
+        live.remove()
         reason = str(failure) if failure else book.stopping
         done = not (failure or book.stopping or book.live or book.left_running)
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")

@@ -8,6 +8,7 @@
       study.db           the Optuna study, the source of truth
       ledger.json        device seconds and wall time
       driver.lock        held by the one process that drives the search
+      live.json          why trials wait and which run, while a driver lives
       driver.spool.jsonl what the driver records for MLflow
       trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
       trials.lost/       folders of trials whose records were lost before a rebuild
@@ -90,6 +91,11 @@ class SearchFolder:
     def lock(self) -> Path:
         """The driver's lease."""
         return self.root / "driver.lock"
+
+    @property
+    def live(self) -> Path:
+        """What the driver is at, for others to read."""
+        return self.root / "live.json"
 
     def trial(self, number: int) -> Path:
         """Everything of one trial."""

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import tune
@@ -25,6 +25,7 @@ from topotune.errors import (
     CheckpointError,
     DataUnavailableError,
     DivergedError,
+    GpuMemoryError,
     ResourceError,
     SpoolError,
     StoppedError,
@@ -34,7 +35,7 @@ from topotune.errors import (
 from topotune.files import disk_fault, files_exhausted
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.redaction import brief, redact
-from topotune.search.adapters import PAYLOAD
+from topotune.search.adapters import ALONE, PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.guard import Guard
 from topotune.search.signals import unshield
@@ -48,7 +49,8 @@ class TrialActor(tune.Trainable):
     """Runs :class:`topotune.trial.TrialRun` one epoch a step.
 
     Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``limits``, ``cwd``
-    (where the driver was started, so that a user's modules are found).
+    (where the driver was started, so that a user's modules are found), ``gpus`` (that a trial
+    holds), ``gpu_memory``, ``alone`` (whether it holds at least a whole one, to itself).
     """
 
     _slate: Slate | None = None
@@ -64,6 +66,8 @@ class TrialActor(tune.Trainable):
         self._search = Path(config["search"])
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
+        self._gpus, self._alone = float(config["gpus"]), bool(config[ALONE])
+        self._gpu_memory = config["gpu_memory"]
         limits = Limits.model_validate(config["limits"])
         self._guard = Guard(self._folder, limits.stall, limits.memory)
         if config["cwd"] not in sys.path:
@@ -102,6 +106,8 @@ class TrialActor(tune.Trainable):
     def _advance(self) -> Progress:
         try:
             return self._next()
+        except GpuMemoryError:
+            raise  # the driver's to judge, as the death of this worker
         except DivergedError as error:
             return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
         except StoppedError as error:
@@ -132,6 +138,10 @@ class TrialActor(tune.Trainable):
     def _failed(self, error: BaseException) -> Progress:
         """FAILED with the exception's text; the traceback goes into the trial's folder."""
         text = f"{type(error).__name__}: {_words(error)}".removesuffix(": ")
+        return Progress((), self._overhead(), Outcome.FAILED, text + self._traceback())
+
+    def _traceback(self) -> str:
+        """Write the traceback of the exception at hand into the trial's folder; where it is."""
         where = self._folder / ERROR_FILE
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -139,15 +149,34 @@ class TrialActor(tune.Trainable):
                 redact(traceback.format_exc()), encoding="utf-8", errors="backslashreplace"
             )
         except OSError as full:
-            text += f" (its traceback could not be written: {full.strerror})"
-        else:
-            text += f" (traceback: {where})"
-        return Progress((), self._overhead(), Outcome.FAILED, text)
+            return f" (its traceback could not be written: {full.strerror})"
+        return f" (traceback: {where})"
 
     def _next(self) -> Progress:
+        from topotune.train.devices import lacks_memory, memory_in_words
+
+        try:
+            return self._train()
+        except Exception as error:
+            if not (self._gpus > 0 and lacks_memory(error)):
+                raise
+            where = "alone on its device, " if self._alone else ""
+            words = memory_in_words(error, self._share())
+            raise GpuMemoryError(where + words + self._traceback()) from None
+
+    def _share(self) -> float:
+        from topotune.train.devices import memory_share
+
+        return memory_share(self._gpus, self._gpu_memory, self._alone)
+
+    def _train(self) -> Progress:
         if self._reports is None:
+            from topotune.train.devices import cap_memory, check_gpus
             from topotune.trial import open_trial
 
+            if self._gpus > 0:
+                check_gpus(self._gpus)
+                cap_memory(self._share())
             self._run = open_trial(self._spec, self._tracker(), self._folder, self._beat)
             if self._slate is None:
                 self._slate = Slate()
@@ -203,7 +232,16 @@ def _raised_by_ray(error: BaseException) -> bool:
     return bool(frames) and frames[-1].filename.startswith(str(Path(ray.__file__).parent))
 
 
-def trial_config(number: int, spec: TrialSpec, search: Path, limits: Limits) -> dict[str, Any]:
+def trial_config(
+    number: int,
+    spec: TrialSpec,
+    search: Path,
+    limits: Limits,
+    *,
+    gpus: float = 0.0,
+    gpu_memory: float | Literal["auto"] = "auto",
+    alone: bool = False,
+) -> dict[str, Any]:
     """The config that a :class:`TrialActor` takes."""
     return {
         "number": number,
@@ -211,4 +249,7 @@ def trial_config(number: int, spec: TrialSpec, search: Path, limits: Limits) -> 
         "search": str(search),
         "limits": limits.model_dump(mode="json"),
         "cwd": str(Path.cwd()),
+        "gpus": gpus,
+        "gpu_memory": gpu_memory,
+        ALONE: alone,
     }
