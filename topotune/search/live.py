@@ -110,7 +110,7 @@ class Live:
         if self.running:
             told = [f"trial {number} after epoch {epoch}" for number, epoch in self.running]
             more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-            found.append(f"{self.phase}: {', '.join(told[:_SHOWN])}{more}")
+            found.append(f"{clean(self.phase)}: {', '.join(told[:_SHOWN])}{more}")
         if self.waiting:
             found.append(clean(self.waiting))
         return found
