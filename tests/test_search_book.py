@@ -22,7 +22,7 @@ from topotune.search.driver import extended
 from topotune.search.folder import SearchFolder, searches
 from topotune.search.lease import Lease, lease_holder
 from topotune.search.ledger import MAX_GAP, Ledger
-from topotune.search.preflight import check_writable, fit_resources
+from topotune.search.preflight import check_writable
 from topotune.search.retention import Retention
 from topotune.search.study import Handout
 from topotune.search.view import SafeListener
@@ -295,18 +295,6 @@ def test_the_lease_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     with Lease(path):
         assert str(os.getpid()) in (lease_holder(path) or "")
     assert lease_holder(path) is None
-
-
-def test_resources_are_fitted_or_refused() -> None:
-    assert fit_resources(make_config(), 2, 0) == (0, 2)
-    assert fit_resources(make_config(), 8, 4) == (1, 4)
-    assert fit_resources(make_config(resources={"gpus": 0.25}), 16, 2) == (0.25, 8)
-    assert fit_resources(make_config(resources={"gpus": 0.4}), 16, 2) == (0.4, 4)
-    assert fit_resources(make_config(resources={"concurrency": 3, "cpus": 2}), 16, 0) == (0, 3)
-    with pytest.raises(ResourceError, match=r"needs 2 GPU\(s\) and Ray sees 0"):
-        fit_resources(make_config(resources={"gpus": 2}), 2, 0)
-    with pytest.raises(ResourceError, match=r"needs 64 CPU\(s\) and Ray sees 2"):
-        fit_resources(make_config(resources={"cpus": 64}), 2, 0)
 
 
 def test_a_results_path_through_a_file_is_refused(tmp_path: Path) -> None:

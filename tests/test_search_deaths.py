@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tests.search_cases import Desk, make_config, report
 from topotune.records import Outcome
 from topotune.search.adapters import recorded_epochs
-from topotune.search.book import Progress
+from topotune.search.book import Progress, Turn
 from topotune.search.deaths import Cause, Death, classify, restarts, take_note, verdict
 from topotune.search.guard import CRASH_FILE
 from topotune.search.study import Handout
@@ -51,6 +51,12 @@ UNAVAILABLE = (
 )
 TASK_ERROR = "\x1b[36mray::ResourceTrainable.train()\x1b[39m (pid=1)\n  File x\nValueError: no"
 
+FULL = (
+    "\x1b[36mray::ResourceTrainable.train()\x1b[39m (pid=1)\n  File x\n"
+    "    raise GpuMemoryError(where + words + self._traceback()) from None\n"
+    "topotune.errors.GpuMemoryError: its tensors took 71.2 GiB (traceback: error.txt)"
+)
+
 
 @pytest.mark.parametrize(
     ("error", "note", "cause", "words"),
@@ -65,6 +71,7 @@ TASK_ERROR = "\x1b[36mray::ResourceTrainable.train()\x1b[39m (pid=1)\n  File x\n
             "nearly full",
         ),
         (TASK_ERROR, "", Cause.ERROR, "ValueError: no"),
+        (FULL, "", Cause.GPU_MEMORY, "its tensors took 71.2 GiB (traceback: error.txt)"),
         (KILLED, "Frozen\n", Cause.STALL, "frozen"),
         (KILLED, NOTE.format(head="Timeout (0:00:05)!"), Cause.STALL, "my_task.py:12 loss"),
         (
@@ -112,6 +119,7 @@ def test_each_cause_has_its_own_budget() -> None:
         Cause.CRASH: 1,
         Cause.NODE: 9,
         Cause.OUT_OF_MEMORY: 3,
+        Cause.GPU_MEMORY: 1,
         Cause.STALL: 0,
         Cause.MEMORY: 0,
         Cause.ERROR: 0,
@@ -249,3 +257,45 @@ def test_a_session_that_ends_well_sweeps_too_and_restores_the_environment() -> N
     assert child.wait(30) == -signal.SIGKILL
     assert MARK not in os.environ
     assert sweep(mark) == 0
+
+
+def test_what_ran_out_of_gpu_memory_is_tried_again_alone_and_once(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config(budget={"trials": 3, "epochs": 4}), concurrency=3)
+    desk.ledger._devices = 0.5
+    hungry, other = desk.book.next(), desk.book.next()
+    assert isinstance(hungry, Handout)
+    assert isinstance(other, Handout)
+    desk.book.holding |= {hungry.number, other.number}
+    assert [hungry.alone, other.alone] == [False, False]
+    line = desk.book.died(hungry.number, Death(Cause.GPU_MEMORY, "took 9 of 10 GiB"))
+    assert line == (
+        "trial 0: its GPU ran out of memory: took 9 of 10 GiB; it goes on from its last epoch, "
+        "alone on a device (0 more restarts allowed)"
+    )
+    assert not desk.book.over(hungry.number)
+    # Until it has its own, the others must not take what becomes free.
+    desk.book.holding.discard(hungry.number)
+    assert desk.book.next() is Turn.WAIT
+    desk.book.holding.add(hungry.number)
+    assert isinstance(desk.book.next(), Handout)
+    # It is charged for all of the device that it holds.
+    before = dict(desk.ledger.trials)
+    desk.ledger._last -= 10
+    desk.ledger.tick([hungry.number, other.number])
+    spent = [desk.ledger.trials[n] - before.get(n, 0.0) for n in (hungry.number, other.number)]
+    assert spent[0] == pytest.approx(2 * spent[1])
+    desk.store.close()
+
+    # A later session knows, hands it out alone, and goes on counting.
+    again = Desk(tmp_path, desk.config, concurrency=3)
+    handout = again.book.next()
+    assert isinstance(handout, Handout)
+    assert (handout.number, handout.alone) == (hungry.number, True)
+    assert again.book.waits_alone
+    line = again.book.died(handout.number, Death(Cause.GPU_MEMORY, "alone, took 10 of 10 GiB"))
+    assert "is given up" in line
+    row = again.book.end(handout.number)
+    assert row is not None
+    assert row.state == Outcome.FAILED
+    assert row.reason == "its GPU ran out of memory 2 times (last: alone, took 10 of 10 GiB)"
+    again.store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -78,3 +79,13 @@ def test_provenance_names_versions_device_and_host() -> None:
     assert tags["version.numpy"] == np.__version__
     assert tags["device"] == "cpu"
     assert all(isinstance(value, str) and value for value in tags.values())
+    assert tags["device_count"] == "0"
+    assert "device_memory" not in tags
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_provenance_counts_the_gpus_and_names_their_memory() -> None:
+    tags = provenance(torch.device("cuda:0"))
+    assert tags["device_name"] == torch.cuda.get_device_name(0)
+    assert tags["device_count"] == str(torch.cuda.device_count())
+    assert re.fullmatch(r"[0-9]+\.[0-9] GiB", tags["device_memory"])

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from topotune.config_budget import Budget, Limits
+from topotune.config_resources import Resources
 from topotune.config_space import Frozen, Param, Scalar
 from topotune.errors import did_you_mean
 from topotune.records import Value
@@ -121,23 +122,6 @@ class PrunerConfig(Frozen):
     @classmethod
     def _name(cls, name: str) -> str:
         return _known("pruner", "asha" if name == "successive_halving" else name, PRUNERS)
-
-
-class Resources(Frozen):
-    """What one trial holds, and how many run at once.
-
-    Attributes:
-        cpus: CPU cores (and torch threads) a trial.
-        gpus: GPUs a trial, fractions allowed; "auto": 1 if Ray sees any, else 0.
-        concurrency: trials at once; "auto": as many as the resources hold.
-        priority: weight of this search among those that share a cluster; 2 gets twice the trials
-            of 1.
-    """
-
-    cpus: int = Field(default=1, ge=1)
-    gpus: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
-    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    priority: int = Field(default=1, ge=1, le=100)
 
 
 class TrainConfig(Frozen):

@@ -14,6 +14,7 @@ The tree::
     +-- RunError                   the input was fine, the run was not: exit code 1
         +-- CheckpointError        a checkpoint is unreadable or belongs to another trial
         +-- DivergedError          training left the finite numbers or its energy bound
+        +-- GpuMemoryError         a GPU's memory was full; the trial is tried once more
         +-- StoppedError           training goes on but cannot learn; the trial ends as pruned
         +-- LeaseLostError         another driver took the search over; nothing more is written
         +-- SpoolError             the write-ahead spool cannot be written
@@ -105,6 +106,10 @@ class CheckpointError(RunError):
 
 class DivergedError(RunError):
     """Training produced a non-finite number or left its energy bound; the text is the cause."""
+
+
+class GpuMemoryError(RunError):
+    """A trial's GPU had no memory left; the text says what it took and what there is."""
 
 
 class StoppedError(RunError):

@@ -45,6 +45,8 @@ def status(
 
         out = console()
         out.print(shown(report.line()), markup=False)
+        for line in report.live.lines() if report.live else ():
+            out.print(shown(line), markup=False)
         print_board(out, report.board, limit=len(report.board.trials))
         print_best(out, report.board)
         return

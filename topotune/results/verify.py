@@ -45,7 +45,8 @@ def verify(
         recorded: metrics of the trial.
         reproduced: metrics of the second training.
         metric: which to compare.
-        device: where the second training ran: "cpu", "cuda" or "cuda:N".
+        device: where the second training ran: "cpu", "cuda" or "cuda:N"; or "auto, " and
+            one of these, where the first one may have run on another.
         tolerance: largest absolute difference accepted off the CPU, where kernels may add in
             another order at every run; a CPU repeats exactly and gets none.
 

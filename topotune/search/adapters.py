@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from ray.tune import Callback
+from ray.tune import Callback, PlacementGroupFactory
 from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -31,6 +31,7 @@ from topotune.tracking.tails import read_all
 T = TypeVar("T")
 
 NUMBER = "number"
+ALONE = "alone"
 PAYLOAD = "payload"
 
 
@@ -144,13 +145,18 @@ class StudyScheduler(NotStored, FIFOScheduler):
         book: the search's books.
         folder: a trial's folder, where its guard has left why it died.
         note: told, in a line, of a worker that died.
+        request: what a trial with this config holds of the cluster.
     """
 
     def __init__(
-        self, book: Book, folder: Callable[[int], Path], note: Callable[[str], None]
+        self,
+        book: Book,
+        folder: Callable[[int], Path],
+        note: Callable[[str], None],
+        request: Callable[[dict[str, Any]], PlacementGroupFactory],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._book, self._folder, self._note = book, folder, note
+        self._book, self._folder, self._note, self._request = book, folder, note, request
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """CONTINUE or STOP after a worker's step."""
@@ -171,6 +177,19 @@ class StudyScheduler(NotStored, FIFOScheduler):
         folder = self._folder(number)
         death = classify(last_error(trial), take_note(folder))
         self._note(self._book.died(number, death, lambda: recorded_epochs(folder)))
+        if self._book.live[number].alone and not trial.config[ALONE]:
+            # Ray has taken its worker away and not yet put it back into the queue, so this is the
+            # moment to ask for more.
+            trial.set_config({**trial.config, ALONE: True})  # type: ignore[no-untyped-call]
+            trial.update_resources(self._request(trial.config))
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """As FIFO does; on the way, count the trials that Ray has not placed on a node yet."""
+        started = tune_controller._actor_manager.is_actor_started
+        actors = map(tune_controller._trial_to_actor.get, tune_controller._pending_trials)
+        self._book.unplaced = sum(actor is None or not started(actor) for actor in actors)
+        chosen: Trial | None = super().choose_trial_to_run(tune_controller)
+        return chosen
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A trial is new, or about to be started again after its worker died."""

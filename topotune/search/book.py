@@ -24,7 +24,7 @@ from topotune.records import (
     unpack_metrics,
 )
 from topotune.redaction import redact
-from topotune.search.deaths import RETRIED, Death, restarts, verdict
+from topotune.search.deaths import RETRIED, Cause, Death, restarts, verdict
 from topotune.search.ledger import Ledger
 from topotune.search.outlook import Outlook
 from topotune.search.study import Handout, StudyStore
@@ -88,6 +88,7 @@ class _Live:
     verdict: tuple[Outcome, str] | None = None
     left_running: bool = False
     handed_back: bool = False
+    alone: bool = False
 
 
 class Book:
@@ -102,8 +103,14 @@ class Book:
         finished: rows of trials that had ended before.
 
     Attributes:
+        live: the trials in flight.
+        holding: those of them that hold a device.
+        unplaced: how many wait for Ray to give them one.
         contested: other searches wait for their share of the cluster: trials above
             ``concurrency`` end after their epoch, and go on from there when there is room.
+        stopping: why the search drains; empty while it does not.
+        left_running: trials in flight that were left to a resume.
+        fatal: what ends the search.
     """
 
     def __init__(
@@ -119,6 +126,7 @@ class Book:
         self.concurrency, self._ended = concurrency, ended
         self.live: dict[int, _Live] = {}
         self.holding: set[int] = set()
+        self.unplaced = 0
         self.stopping = ""
         self.left_running = 0
         self.contested = False
@@ -134,13 +142,26 @@ class Book:
             for row in self.store.close_orphans(Outcome.PRUNED, over, self.ledger.trials):
                 self._close(row)
             return Turn.END
-        if len(self.live) >= self.concurrency:
+        # Trials that share a GPU would never leave it to the one that waits for a whole one.
+        if len(self.live) >= self.concurrency or self.waits_alone:
             return Turn.WAIT
         handout = self.store.next()
         if handout is None:
             return Turn.END
         self.live[handout.number] = _Live(handout.spec, self.store.params(handout.number))
+        if handout.alone:
+            self._part(handout.number)
         return handout
+
+    @property
+    def waits_alone(self) -> bool:
+        """Whether a trial waits for a device that it shares with no other."""
+        return any(live.alone and number not in self.holding for number, live in self.live.items())
+
+    def _part(self, number: int) -> None:
+        """From now on a trial shares its device with no other."""
+        self.live[number].alone = True
+        self.ledger.alone.add(number)
 
     def stop(self, reason: str) -> None:
         """Hand out nothing more; trials in flight stop after their epoch and stay resumable."""
@@ -248,8 +269,12 @@ class Book:
                 return f"trial {number}: {verdict(death, times)}, after its last epoch"
             live.verdict = live.verdict or (Outcome.FAILED, verdict(death, times))
             return f"trial {number} is given up: {verdict(death, times)}"
+        where = ""
+        if death.cause is Cause.GPU_MEMORY:
+            self._part(number)
+            where = ", alone on a device"
         return (
-            f"trial {number}: {verdict(death, 1)}; it goes on from its last epoch "
+            f"trial {number}: {verdict(death, 1)}; it goes on from its last epoch{where} "
             f"({left} more {'restart' if left == 1 else 'restarts'} allowed)"
         )
 

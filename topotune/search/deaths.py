@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from topotune.config_budget import Budget
+from topotune.errors import GpuMemoryError
 from topotune.redaction import brief
 from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, MEMORY_PREFIX, STALL_PREFIX
 
@@ -19,6 +20,7 @@ class Cause(StrEnum):
     CRASH = "crash"
     NODE = "node"
     OUT_OF_MEMORY = "out_of_memory"
+    GPU_MEMORY = "gpu_memory"
     STALL = "stall"
     MEMORY = "memory"
     ERROR = "error"
@@ -36,6 +38,7 @@ _DONE = {
     Cause.CRASH: "its worker died",
     Cause.NODE: "its node was lost",
     Cause.OUT_OF_MEMORY: "its node ran out of memory",
+    Cause.GPU_MEMORY: "its GPU ran out of memory",
 }
 _SIGNALS = {
     "Segmentation fault": "SIGSEGV",
@@ -50,6 +53,12 @@ _NOT_THE_USERS = re.compile(r"/(site-packages|lib/python3[^/]*)/")
 
 RETRIED = tuple(_DONE)
 """Causes that are no verdict on the trial: it is tried again within its budget."""
+
+
+_GPU_MEMORY = re.compile(rf"{GpuMemoryError.__name__}: (.*)")
+"""Raised by our own worker, as Ray shows it."""
+GPU_MEMORY_RETRIES = 1
+"""The second time it was alone on the device: a third one would be no different."""
 
 
 # As Ray 2.60 words them. Its words on any death mention "the OOM killer" as a possible cause.
@@ -71,6 +80,7 @@ def restarts(budget: Budget, cause: Cause) -> int:
         Cause.CRASH: budget.max_failures,
         Cause.NODE: budget.max_node_failures,
         Cause.OUT_OF_MEMORY: budget.max_out_of_memory,
+        Cause.GPU_MEMORY: GPU_MEMORY_RETRIES,
     }.get(cause, 0)
 
 
@@ -113,6 +123,8 @@ def classify(error: str, note: str) -> Death:
         words = note.partition("\n")[0].removeprefix("Fatal Python error: ")
         name = next((n for start, n in _SIGNALS.items() if words.startswith(start)), words)
         return Death(Cause.CRASH, name + _where(note))
+    if said := _GPU_MEMORY.findall(error):
+        return Death(Cause.GPU_MEMORY, said[-1])
     for pattern, death in _RAY_SAYS:
         if pattern.search(error):
             return death

@@ -16,6 +16,7 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.search.address import remembered_study, study_place
 from topotune.search.folder import SearchFolder
 from topotune.search.lease import Lease
+from topotune.search.live import LiveFile
 from topotune.search.patience import Patience
 from topotune.search.preflight import check_stores, check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
@@ -88,7 +89,7 @@ def start(
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             check_stores(config, ray_session.hosts())
-            gpus, concurrency = fit_resources(config, *ray_session.size())
+            gpus, concurrency = fit_resources(config, ray_session.cluster())
             make_folder(folder.root)
             with Lease(folder.lock, listener.note) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
@@ -131,28 +132,33 @@ def resume(
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             check_stores(config, ray_session.hosts())
-            gpus, concurrency = fit_resources(config, *ray_session.size())
+            gpus, concurrency = fit_resources(config, ray_session.cluster())
             folder.save(config)
             return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
 
 
 def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: float) -> Sharing:
     """The search's part in sharing a cluster with others, its first share known if it came soon."""
+    from topotune.search.cluster import UNLIMITED, needs_of
     from topotune.search.share import Claim
     from topotune.search.sharing import Sharing
 
     search, config = folder.search_id, book.config
-    needs = {"CPU": float(config.resources.cpus)} | ({"GPU": gpus} if gpus else {})
+    needs = needs_of(config, gpus)
 
     def claim() -> Claim:
         left = book.store.left
         open_trials = math.inf if left is None else left + len(book.live)
-        _, limit = fit_resources(config, *ray_session.size())
+        _, limit = fit_resources(config, ray_session.cluster())
         wanted = int(min(limit, open_trials))
         held = len(book.holding)
         return Claim(search, config.name, config.resources.priority, needs, wanted, held)
 
-    sharing = Sharing(claim, ray_session.capacity)
+    def capacity() -> dict[str, float]:
+        cluster = ray_session.cluster()
+        return {name: min(cluster.most(name), UNLIMITED) for name in needs}
+
+    sharing = Sharing(claim, capacity)
     sharing.wait(FIRST_SHARE_SECONDS)
     return sharing
 
@@ -226,10 +232,12 @@ def _run(
         recorder.recover(before)
         del before  # of thousands of trials, for days
         sharing = None if ray_session.local else _sharing(folder, book, ray_session, gpus)
-        pulse = Pulse(book, listener, ray_session, shipping, config, gpus, sharing)
+        live = LiveFile(folder.live)
+        pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
         failure: TopotuneError | None = None
         try:
-            execute(folder, config, book, pulse, gpus, listener.note)
+            most_pending = concurrency if ray_session.cluster().grows else 1
+            execute(folder, config, book, pulse, gpus, listener.note, most_pending)
         except TopotuneError as error:
             failure = error
         if sharing is not None:
@@ -238,6 +246,7 @@ def _run(
         if isinstance(failure, LeaseLostError):
             recorder.drop()
             raise failure
+        live.remove()
         reason = str(failure) if failure else book.stopping
         done = not (failure or book.stopping or book.live or book.left_running)
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from topotune.config import SearchConfig
 from topotune.errors import RunError, TopotuneError
 from topotune.redaction import brief
 from topotune.search.book import Book
+from topotune.search.cluster import needs_of
 from topotune.search.folder import SearchFolder
 from topotune.search.pulse import Pulse
 from topotune.search.repairs import out_of_memory_is_a_death
@@ -26,8 +28,19 @@ def execute(
     pulse: Pulse,
     gpus: float,
     note: Callable[[str], None],
+    most_pending: int = 1,
 ) -> None:
     """Let Ray Tune execute what the book hands out.
+
+    Args:
+        folder: the search's folder.
+        config: the search.
+        book: what runs next, and what became of it.
+        pulse: called on every turn.
+        gpus: GPUs a trial.
+        note: told, in a line, of a worker that died.
+        most_pending: trials that may wait for a device at once; what waits is what an autoscaler
+            sees.
 
     Raises:
         RunError: Ray itself failed.
@@ -37,6 +50,7 @@ def execute(
     from ray.tune.execution import class_cache
 
     from topotune.search.adapters import (
+        ALONE,
         Clock,
         NotStored,
         Silence,
@@ -64,22 +78,34 @@ def execute(
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
         [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
     )
-    resources = {"cpu": config.resources.cpus, "gpu": gpus}
     # A package that Ray unpacked may be gone while the search still runs: its copy is not.
     modules = folder.code if folder.code.is_dir() else Path.cwd()
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most_pending)
+    shared, whole = needs_of(config, gpus), needs_of(config, gpus, alone=True)
+
+    def request(trial: dict[str, Any]) -> tune.PlacementGroupFactory:
+        return tune.PlacementGroupFactory([whole if trial[ALONE] else shared])
+
     stalls = Stalls(config.limits.stall, folder.trial)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(TrialActor, resources),
+            tune.with_resources(TrialActor, request),
             tune_config=tune.TuneConfig(
                 search_alg=StudySearcher(
                     book,
                     lambda handout: trial_config(
-                        handout.number, handout.spec, folder.root, config.limits, modules
+                        handout.number,
+                        handout.spec,
+                        folder.root,
+                        config.limits,
+                        modules,
+                        gpus=gpus,
+                        gpu_memory=config.resources.gpu_memory,
+                        alone=handout.alone,
                     ),
                 ),
-                scheduler=StudyScheduler(book, folder.trial, note),
+                scheduler=StudyScheduler(book, folder.trial, note, request),
                 num_samples=-1,
                 reuse_actors=True,
             ),

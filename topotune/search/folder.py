@@ -8,6 +8,7 @@
       study.db           the Optuna study, the source of truth
       ledger.json        device seconds and wall time
       driver.lock        held by the one process that drives the search
+      live.json          why trials wait and which run, while a driver lives
       driver.spool.jsonl what the driver records for MLflow
       trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
       code/              what was shipped with it to a cluster: the user's own modules
@@ -96,6 +97,11 @@ class SearchFolder:
     def code(self) -> Path:
         """What was shipped with the search to a cluster."""
         return self.root / "code"
+
+    @property
+    def live(self) -> Path:
+        """What the driver is at, for others to read."""
+        return self.root / "live.json"
 
     def trial(self, number: int) -> Path:
         """Everything of one trial."""

@@ -46,6 +46,7 @@ class Ledger:
         fence: called before each write; raises if another driver has taken the search over.
 
     Attributes:
+        alone: trials that share no device, and are charged for a whole one.
         wall_seconds: of all sessions.
         trials: device seconds of each trial.
         device_seconds: of all trials together.
@@ -55,6 +56,7 @@ class Ledger:
         self, path: Path, devices: float, fence: Callable[[], None] = lambda: None
     ) -> None:
         self._path, self._devices, self._fence = path, devices, fence
+        self.alone: set[int] = set()
         data = read_ledger(path)
         self.wall_seconds: float = data["wall_seconds"]
         self.trials: dict[int, float] = data["trials"]
@@ -68,8 +70,9 @@ class Ledger:
         self._last = now
         self.wall_seconds += elapsed
         for number in running:
-            self.trials[number] = self.trials.get(number, 0.0) + elapsed * self._devices
-            self.device_seconds += elapsed * self._devices
+            devices = max(self._devices, 1.0) if number in self.alone else self._devices
+            self.trials[number] = self.trials.get(number, 0.0) + elapsed * devices
+            self.device_seconds += elapsed * devices
         if now - self._saved >= SAVE_EVERY:
             self.save()
 

@@ -61,7 +61,11 @@ class Outlook:
         """
         running = tuple(
             RunningTrial(
-                number, live.epoch, None if math.isnan(live.value) else live.value, live.params
+                number,
+                live.epoch,
+                None if math.isnan(live.value) else live.value,
+                live.params,
+                number in book.holding,
             )
             for number, live in book.live.items()
         )

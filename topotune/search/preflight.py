@@ -18,6 +18,8 @@ from topotune.errors import ConfigError, ResourceError, UnstableError, did_you_m
 from topotune.records import TrialSpec
 from topotune.search.address import ENVIRONMENT as STUDY
 from topotune.search.address import study_uri
+from topotune.search.autoscaler import ENVIRONMENT
+from topotune.search.cluster import Cluster, needs_of, told
 from topotune.search.shipping import ENVIRONMENT as TRACKING
 from topotune.search.shipping import tracking_uri
 from topotune.search.space import corners
@@ -139,30 +141,41 @@ def check_stores(config: SearchConfig, hosts: int) -> None:
         )
 
 
-def fit_resources(
-    config: SearchConfig, cluster_cpus: float, cluster_gpus: float
-) -> tuple[float, int]:
-    """GPUs a trial and trials at once on a cluster of this size.
+def fit_resources(config: SearchConfig, cluster: Cluster) -> tuple[float, int]:
+    """GPUs a trial and trials at once on a cluster; what an autoscaler may add to it counts.
 
     Raises:
-        ResourceError: one trial alone asks for more than there is.
+        ResourceError: no node that is there, or may come, can hold one trial.
     """
     wanted = config.resources
-    gpus = wanted.gpus if wanted.gpus != "auto" else (1.0 if cluster_gpus >= 1 else 0.0)
-    if gpus > cluster_gpus:
-        raise ResourceError(
-            f"resources.gpus: a trial needs {gpus:g} GPU(s) and Ray sees {cluster_gpus:g}. "
-            "Write gpus: auto to use the CPUs where there is no GPU"
-        )
-    if wanted.cpus > cluster_cpus:
-        raise ResourceError(
-            f"resources.cpus: a trial needs {wanted.cpus} CPU(s) and Ray sees {cluster_cpus:g}. "
-            "Lower resources.cpus"
-        )
-    fits = int(cluster_cpus // wanted.cpus)
-    if gpus > 0:
-        # Ray places a fraction within one device, and more than one GPU as whole ones.
-        per_gpu = int(1 / gpus + 1e-9) * int(cluster_gpus) if gpus <= 1 else cluster_gpus // gpus
-        fits = min(fits, int(per_gpu))
+    gpus = wanted.gpus if wanted.gpus != "auto" else (1.0 if cluster.most("GPU") >= 1 else 0.0)
+    needs = needs_of(config, gpus)
+    for name, amount in needs.items():
+        most = cluster.most(name)
+        if amount > most:
+            key, fix = _WORDS.get(name, (f"custom.{name}", _CUSTOM_FIX))
+            seen = "may get" if cluster.grows else "has"
+            raise ResourceError(
+                f"resources.{key}: a trial needs {told(name, amount)} and the cluster {seen} "
+                f"{most:g}. {fix}"
+            )
+    if refusal := cluster.refusal(needs):
+        raise ResourceError(f"resources: {refusal}. A trial runs on one node: ask for less")
+    fits = cluster.most_slots(needs)
     concurrency = fits if wanted.concurrency == "auto" else min(wanted.concurrency, fits)
     return gpus, max(concurrency, 1)
+
+
+_CUSTOM_FIX = (
+    "Start nodes that have it (ray start --resources), or take it out. If an autoscaler adds "
+    f"such nodes, let {ENVIRONMENT} name its configuration"
+)
+_WORDS = {
+    "CPU": ("cpus", "Lower resources.cpus"),
+    "GPU": (
+        "gpus",
+        "Write gpus: auto to use the CPUs where there is no GPU. If an autoscaler adds GPUs, let "
+        f"{ENVIRONMENT} name its configuration",
+    ),
+}
+"""Ray's name of a resource to its key in a search file and what to do where there is too little."""

@@ -8,6 +8,8 @@ import time
 from topotune.config import SearchConfig
 from topotune.errors import RunError
 from topotune.search.book import Book
+from topotune.search.cluster import Cluster, needs_of
+from topotune.search.live import LiveFile
 from topotune.search.session import RaySession
 from topotune.search.sharing import Sharing
 from topotune.search.shipping import Shipping
@@ -34,11 +36,12 @@ class Pulse:
         shipping: Shipping,
         config: SearchConfig,
         gpus: float,
+        live: LiveFile,
         sharing: Sharing | None = None,
     ) -> None:
         self._sharing = sharing
         self._book, self._listener, self._ray = book, listener, ray_session
-        self._shipping, self._config, self._gpus = shipping, config, gpus
+        self._shipping, self._config, self._gpus, self._live = shipping, config, gpus, live
         self._next = self._next_look = 0.0
         self._waiting, self._waits_since = "", math.inf
         self.stop_since = math.inf
@@ -59,7 +62,9 @@ class Pulse:
         beside = self._shared()
         phase = "draining" if self.stop_since < math.inf else "running"
         waiting = "; ".join(filter(None, (self._why(now), beside)))
-        self._listener.tick(self._book.view(phase, waiting, self._shipping.line()))
+        view = self._book.view(phase, waiting, self._shipping.line())
+        self._listener.tick(view)
+        self._live.show(view)
 
     def _shared(self) -> str:
         """Take a changed share of the cluster over; whom it is shared with, in words."""
@@ -96,21 +101,23 @@ class Pulse:
             return ""
         if now >= self._next_look:
             self._next_look = now + 5
-            cpus, gpus = self._ray.free()
-            total_cpus, total_gpus = self._ray.size()
-            if total_cpus == 0 and self._ray.local:
+            cluster = self._ray.cluster()
+            if self._ray.local and not cluster.total("CPU"):
                 # Nobody adds a node to a cluster of our own: waiting would last for ever.
                 self._book.fatal = self._book.fatal or RunError(
                     "Ray's local node has died (killed, or out of memory). What is finished is "
                     f"kept; 'topotune resume {self._config.name}' continues"
                 )
-            needs = f"{self._config.resources.cpus} CPU"
-            has = f"{cpus:g} of {total_cpus:g} CPUs"
-            if self._gpus:
-                needs += f" and {self._gpus:g} GPU"
-                has += f" and {gpus:g} of {total_gpus:g} GPUs"
-            if cpus >= self._config.resources.cpus and gpus >= self._gpus:
-                self._waiting = f"{pending} starting: a worker process loads its libraries"
-            else:
-                self._waiting = f"{pending} waiting: each needs {needs}, {has} free"
+            self._waiting = self._in_words(pending, cluster)
         return self._waiting
+
+    def _in_words(self, pending: int, cluster: Cluster) -> str:
+        unplaced = min(self._book.unplaced, pending)
+        if not unplaced:
+            return f"{pending} starting: a worker process loads its libraries"
+        alone = self._book.waits_alone
+        needs = needs_of(self._config, self._gpus, alone)
+        why = cluster.waits(needs) or f"{cluster.short(needs)}, and Ray has not placed it yet"
+        if alone and self._gpus:
+            why += "; one ran out of GPU memory and waits for a whole GPU"
+        return f"{unplaced} waiting: {why}"

@@ -16,6 +16,7 @@ from topotune.results.text import clean
 from topotune.search.folder import SearchFolder, searches
 from topotune.search.lease import lease_holder
 from topotune.search.ledger import read_ledger
+from topotune.search.live import Live
 from topotune.search.recorder import leaderboard
 from topotune.search.shipping import default_server, open_store
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
@@ -36,6 +37,7 @@ class SearchStatus:
         board: its trials.
         holder: who drives it ("pid 12 on host"), None if nobody.
         wall_seconds: time spent, all sessions together.
+        live: what its driver last said it was at; None if nobody drives it.
     """
 
     folder: SearchFolder
@@ -43,6 +45,7 @@ class SearchStatus:
     board: Leaderboard
     holder: str | None
     wall_seconds: float
+    live: Live | None = None
 
     @property
     def state(self) -> str:
@@ -84,6 +87,7 @@ class SearchStatus:
             "state": self.state,
             "holder": self.holder,
             "wall_seconds": self.wall_seconds,
+            "live": self.live and self.live.to_dict(),
             "folder": str(self.folder.root),
         }
 
@@ -115,12 +119,14 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
 
 def _status(folder: SearchFolder) -> SearchStatus:
     config = folder.config()
+    holder = lease_holder(folder.lock)
     return SearchStatus(
         folder=folder,
         config=config,
         board=leaderboard(folder, config),
-        holder=lease_holder(folder.lock),
+        holder=holder,
         wall_seconds=read_ledger(folder.ledger)["wall_seconds"],
+        live=Live.read(folder.live, holder),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 from topotune.errors import ResourceError
 from topotune.redaction import brief
+from topotune.search.autoscaler import Growth, growth
+from topotune.search.cluster import Cluster, Node
 from topotune.search.signals import Interrupts, shielded
 from topotune.search.sweep import Sweeper
 from topotune.search.view import Listener
@@ -144,12 +146,28 @@ class RaySession:
         """Whether the cluster is our own."""
         return self._address == "local"
 
+    def cluster(self) -> Cluster:
+        """What the cluster has now, what of it is free, and what an autoscaler may add.
+
+        Raises:
+            ConfigError: the file that says what may be added is broken.
+        """
+        import ray
+        from ray._private.state import available_resources_per_node
+
+        free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+        nodes = tuple(
+            Node(node["Resources"], free.get(node["NodeID"], {}))
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"]
+        )
+        more = Growth() if self.local else growth()
+        return Cluster(nodes, more.types, more.most_workers, more.limits)
+
     def size(self) -> tuple[float, float]:
         """CPUs and GPUs of the whole cluster."""
-        import ray
-
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return total.get("CPU", 0.0), total.get("GPU", 0.0)
+        now = self.cluster()
+        return now.total("CPU"), now.total("GPU")
 
     def hosts(self) -> int:
         """Machines of the cluster, by their addresses."""
@@ -174,10 +192,3 @@ class RaySession:
             return os.getpid()
 
         return f"ran in process {ray.get(answer.remote(), timeout=60)}"
-
-    def free(self) -> tuple[float, float]:
-        """CPUs and GPUs that nobody holds now."""
-        import ray
-
-        left: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
-        return left.get("CPU", 0.0), left.get("GPU", 0.0)

@@ -108,7 +108,8 @@ def resolve(
         split_seed=config.task.split_seed,
         data_dir=config.task.data_dir,
         download=config.task.download,
-        device="cuda" if gpus > 0 else "cpu",
+        # A GPU that the cluster only declares is none to torch: see topotune.train.devices.
+        device="auto" if gpus > 0 else "cpu",
         threads=config.resources.cpus,
     )
 

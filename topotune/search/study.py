@@ -31,6 +31,7 @@ from topotune.records import (
     unpack_metrics,
 )
 from topotune.search.address import study_name, study_place
+from topotune.search.deaths import Cause
 from topotune.search.folder import SearchFolder
 from topotune.search.notes import check_stored, damaged_record
 from topotune.search.patience import Patience
@@ -43,10 +44,12 @@ from topotune.search.trialfile import TrialCopy, write_copy
 
 @dataclass(frozen=True)
 class Handout:
-    """A trial to run: new, or one that an earlier driver left running."""
+    """A trial to run: new, or one that an earlier driver left running; ``alone`` on its GPU after
+    it ran out of its memory."""
 
     number: int
     spec: TrialSpec
+    alone: bool = False
 
 
 class StudyStore:
@@ -172,7 +175,8 @@ class StudyStore:
         if stored is None:  # killed between ask and the note of what it resolved to
             return self._specify(trial)
         try:
-            return Handout(number, TrialSpec.from_dict(stored))
+            alone = Cause.GPU_MEMORY in trial.user_attrs.get("deaths", {})
+            return Handout(number, TrialSpec.from_dict(stored), alone)
         except (TypeError, ValueError) as error:
             raise damaged_record(self._place, number, error) from None
 

@@ -14,12 +14,14 @@ BEGUN = "the search begins"
 
 @dataclass(frozen=True)
 class RunningTrial:
-    """A trial in flight: its number, epochs done, current objective and parameters."""
+    """A trial in flight: its number, epochs done, current objective and parameters, and whether it
+    holds a device or waits for one."""
 
     number: int
     epoch: int
     value: float | None
     params: Mapping[str, Value]
+    holds: bool = True
 
 
 @dataclass(frozen=True)

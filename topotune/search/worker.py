@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray import tune
@@ -27,6 +27,7 @@ from topotune.errors import (
     CheckpointError,
     DataUnavailableError,
     DivergedError,
+    GpuMemoryError,
     ResourceError,
     SpoolError,
     StoppedError,
@@ -36,7 +37,7 @@ from topotune.errors import (
 from topotune.files import disk_fault, files_exhausted
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.redaction import brief, redact
-from topotune.search.adapters import PAYLOAD
+from topotune.search.adapters import ALONE, PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.folder import SearchFolder
 from topotune.search.guard import Guard
@@ -52,7 +53,8 @@ class TrialActor(tune.Trainable):
     """Runs :class:`topotune.trial.TrialRun` one epoch a step.
 
     Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``limits``, ``cwd``
-    (where a user's modules are found), ``version`` (the driver's).
+    (where a user's modules are found), ``version`` (the driver's), ``gpus`` (that a trial holds),
+    ``gpu_memory``, ``alone`` (whether it holds at least a whole one, to itself).
     """
 
     _slate: Slate | None = None
@@ -68,6 +70,8 @@ class TrialActor(tune.Trainable):
         self._search, self._version = Path(config["search"]), config["version"]
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
+        self._gpus, self._alone = float(config["gpus"]), bool(config[ALONE])
+        self._gpu_memory = config["gpu_memory"]
         limits = Limits.model_validate(config["limits"])
         self._guard = Guard(self._folder, limits.stall, limits.memory)
         if config["cwd"] not in sys.path:
@@ -108,6 +112,8 @@ class TrialActor(tune.Trainable):
     def _advance(self) -> Progress:
         try:
             return self._next()
+        except GpuMemoryError:
+            raise  # the driver's to judge, as the death of this worker
         except DivergedError as error:
             return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
         except StoppedError as error:
@@ -138,6 +144,10 @@ class TrialActor(tune.Trainable):
     def _failed(self, error: BaseException) -> Progress:
         """FAILED with the exception's text; the traceback goes into the trial's folder."""
         text = f"{type(error).__name__}: {_words(error)}".removesuffix(": ")
+        return Progress((), self._overhead(), Outcome.FAILED, text + self._traceback())
+
+    def _traceback(self) -> str:
+        """Write the traceback of the exception at hand into the trial's folder; where it is."""
         where = self._folder / ERROR_FILE
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -145,16 +155,35 @@ class TrialActor(tune.Trainable):
                 redact(traceback.format_exc()), encoding="utf-8", errors="backslashreplace"
             )
         except OSError as full:
-            text += f" (its traceback could not be written: {full.strerror})"
-        else:
-            text += f" (traceback: {where})"
-        return Progress((), self._overhead(), Outcome.FAILED, text)
+            return f" (its traceback could not be written: {full.strerror})"
+        return f" (traceback: {where})"
 
     def _next(self) -> Progress:
+        from topotune.train.devices import lacks_memory, memory_in_words
+
+        try:
+            return self._train()
+        except Exception as error:
+            if not (self._gpus > 0 and lacks_memory(error)):
+                raise
+            where = "alone on its device, " if self._alone else ""
+            words = memory_in_words(error, self._share())
+            raise GpuMemoryError(where + words + self._traceback()) from None
+
+    def _share(self) -> float:
+        from topotune.train.devices import memory_share
+
+        return memory_share(self._gpus, self._gpu_memory, self._alone)
+
+    def _train(self) -> Progress:
         if self._reports is None:
             self._check_node()
+            from topotune.train.devices import cap_memory, check_gpus
             from topotune.trial import open_trial
 
+            if self._gpus > 0:
+                check_gpus(self._gpus)
+                cap_memory(self._share())
             self._run = open_trial(self._spec, self._tracker(), self._folder, self._beat)
             if self._slate is None:
                 self._slate = Slate()
@@ -230,7 +259,15 @@ def _raised_by_ray(error: BaseException) -> bool:
 
 
 def trial_config(
-    number: int, spec: TrialSpec, search: Path, limits: Limits, modules: Path
+    number: int,
+    spec: TrialSpec,
+    search: Path,
+    limits: Limits,
+    modules: Path,
+    *,
+    gpus: float = 0.0,
+    gpu_memory: float | Literal["auto"] = "auto",
+    alone: bool = False,
 ) -> dict[str, Any]:
     """The config that a :class:`TrialActor` takes; ``modules`` is the folder of a user's own."""
     return {
@@ -240,4 +277,7 @@ def trial_config(
         "limits": limits.model_dump(mode="json"),
         "cwd": str(modules),
         "version": __version__,
+        "gpus": gpus,
+        "gpu_memory": gpu_memory,
+        ALONE: alone,
     }

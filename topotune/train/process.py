@@ -101,19 +101,28 @@ def reset_process_state(seed: int, threads: int, device: torch.device) -> None:
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """Versions, device and host, as tags of a trial."""
+    """Versions, device and host, as tags of a trial.
+
+    ``device_count`` is of the GPUs that the process sees: under Ray those that the trial holds,
+    one where it shares one. ``device_memory`` is all that one of them has.
+    """
     return {
         "version.topotune": __version__,
         "version.torch": str(torch.__version__),
         "version.python": platform.python_version(),
         "version.numpy": str(np.__version__),
         "device": str(device),
-        "device_name": _device_name(device),
+        **_device(device),
         "host": socket.gethostname(),
     }
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
+def _device(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda":
+        return {"device_name": platform.processor() or platform.machine(), "device_count": "0"}
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return {
+        "device_name": torch.cuda.get_device_name(device),
+        "device_count": str(torch.cuda.device_count()),
+        "device_memory": f"{memory / 2**30:.1f} GiB",
+    }
