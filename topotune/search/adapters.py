@@ -172,6 +172,21 @@ class StudyScheduler(NotStored, FIFOScheduler):
         death = classify(last_error(trial), take_note(folder))
         self._note(self._book.died(number, death, lambda: recorded_epochs(folder)))
 
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first pending trial whose own worker does not load yet; Tune starts the others.
+
+        Tune gives the chosen one the worker of a trial that has just ended, and would end a worker
+        that loads for it.
+        """
+        started = tune_controller._actor_manager.is_actor_started
+        for trial in tune_controller._pending_trials_list:
+            if trial.status == Trial.PENDING:
+                actor = tune_controller._trial_to_actor.get(trial)
+                if actor is None or not started(actor):
+                    chosen: Trial = trial
+                    return chosen
+        return None
+
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A trial is new, or about to be started again after its worker died."""
         if self._book.over(trial.config[NUMBER]):

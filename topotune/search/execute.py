@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,9 @@ def execute(
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
         [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
     )
+    # Tune would start the workers one after another and, while one loads, drop those of trials that
+    # end. How many trials there are at once, the book says.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(book.concurrency)
     resources = {"cpu": config.resources.cpus, "gpu": gpus}
     stalls = Stalls(config.limits.stall, folder.trial)
     # Tune insists on a folder; nothing that it writes there is ever read.
