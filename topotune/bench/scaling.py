@@ -33,6 +33,8 @@ LENGTHS = ((10.0, 5), (60.0, 20), (600.0, 50), (3600.0, 100))
 EPOCHS, SLEEP, TRIALS_A_SLOT = 4, 0.5, 6
 """Of the paced searches; a slot needs three trials at least for a steady state."""
 SATURATING_TRIALS = 60
+_TRIALS_A_FULL_SLOT = 12
+"""At least; the first slots that work have used up many before the last one does."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,10 @@ class Options:
     def plans(self) -> list[Plan]:
         """The searches in their order."""
         paced = [Plan(n, n * self.trials_a_slot, self.epochs, self.sleep) for n in self.slots]
-        full = [Plan(n, max(self.saturating_trials, 8 * n), 1, 0.0) for n in self.saturating]
+        full = [
+            Plan(n, max(self.saturating_trials, _TRIALS_A_FULL_SLOT * n), 1, 0.0)
+            for n in self.saturating
+        ]
         return paced * self.rounds + full * self.saturating_rounds
 
 
