@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from topotune.cli.options import AsJson, print_json
+from topotune.errors import ConfigError
 
 app = typer.Typer(
     help="Measure what the README claims, on this machine.",
@@ -150,6 +151,60 @@ def load(
         print_json(dataclasses.asdict(report))
     else:
         print_report(report)
+
+
+@app.command()
+def scaling(
+    slots: Annotated[
+        str, typer.Option(help="Worker slots of the searches whose trials sleep.")
+    ] = "1,2,4",
+    saturating: Annotated[
+        str, typer.Option(help="Slots of those whose trials do not, to find the driver's ceiling.")
+    ] = "1,2,4,8",
+    rounds: Annotated[int, typer.Option(help="Runs of each of --slots.", min=1)] = 2,
+    saturating_rounds: Annotated[
+        int, typer.Option(help="Runs of each of --saturating.", min=1)
+    ] = 1,
+    sleep: Annotated[
+        float, typer.Option(help="Seconds of an epoch; 4 are a trial.", min=0.05)
+    ] = 0.5,
+    trials: Annotated[int, typer.Option(help="Trials for each of --slots.", min=3)] = 6,
+    postgres: Annotated[
+        bool, typer.Option("--postgres", help="The study in a PostgreSQL server of its own.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three short searches in place of all that.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search with more and more worker slots: trials an hour, and what one driver can feed."""
+    from topotune.bench.scaling import QUICK, Options, print_report, run
+
+    options = Options(
+        slots=_counts("--slots", slots),
+        saturating=_counts("--saturating", saturating),
+        rounds=rounds,
+        saturating_rounds=saturating_rounds,
+        sleep=sleep,
+        trials_a_slot=trials,
+    )
+    chosen = dataclasses.replace(QUICK if quick else options, postgres=postgres)
+    report = run(chosen, _tell)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        print_report(report)
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    """Numbers from 1, between commas."""
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise ConfigError(option, f"expected numbers from 1 between commas, got {text!r}")
+    return counts
 
 
 @app.command()

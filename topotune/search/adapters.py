@@ -184,12 +184,21 @@ class StudyScheduler(NotStored, FIFOScheduler):
             trial.update_resources(self._request(trial.config))
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """As FIFO does; on the way, count the trials that Ray has not placed on a node yet."""
+        """The first pending trial whose own worker does not load yet; Tune starts the others. On
+        the way, count those that Ray has not placed on a node.
+
+        Tune gives the chosen one the worker of a trial that has just ended, and would end a worker
+        that loads for it.
+        """
         started = tune_controller._actor_manager.is_actor_started
-        actors = map(tune_controller._trial_to_actor.get, tune_controller._pending_trials)
-        self._book.unplaced = sum(actor is None or not started(actor) for actor in actors)
-        chosen: Trial | None = super().choose_trial_to_run(tune_controller)
-        return chosen
+        actors = tune_controller._trial_to_actor
+        unplaced: list[Trial] = [
+            trial
+            for trial in tune_controller._pending_trials_list
+            if (actor := actors.get(trial)) is None or not started(actor)
+        ]
+        self._book.unplaced = len(unplaced)
+        return next((trial for trial in unplaced if trial.status == Trial.PENDING), None)
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A trial is new, or about to be started again after its worker died."""

@@ -236,8 +236,7 @@ def _run(
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
         failure: TopotuneError | None = None
         try:
-            most_pending = concurrency if ray_session.cluster().grows else 1
-            execute(folder, config, book, pulse, gpus, listener.note, most_pending)
+            execute(folder, config, book, pulse, gpus, listener.note, concurrency)
         except TopotuneError as error:
             failure = error
         if sharing is not None:

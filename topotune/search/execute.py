@@ -28,7 +28,7 @@ def execute(
     pulse: Pulse,
     gpus: float,
     note: Callable[[str], None],
-    most_pending: int = 1,
+    most_at_once: int = 1,
 ) -> None:
     """Let Ray Tune execute what the book hands out.
 
@@ -39,7 +39,7 @@ def execute(
         pulse: called on every turn.
         gpus: GPUs a trial.
         note: told, in a line, of a worker that died.
-        most_pending: trials that may wait for a device at once; what waits is what an autoscaler
+        most_at_once: trials that may wait for a device at once; what waits is what an autoscaler
             sees.
 
     Raises:
@@ -80,7 +80,9 @@ def execute(
     )
     # A package that Ray unpacked may be gone while the search still runs: its copy is not.
     modules = folder.code if folder.code.is_dir() else Path.cwd()
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most_pending)
+    # Tune would start the workers one after another and, while one loads, drop those of trials that
+    # end. How many trials there are at once, the book says.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most_at_once)
     shared, whole = needs_of(config, gpus), needs_of(config, gpus, alone=True)
 
     def request(trial: dict[str, Any]) -> tune.PlacementGroupFactory:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
@@ -16,6 +17,7 @@ from topotune.errors import ConfigError, ResourceError
 from topotune.search.address import study_place, study_uri
 from topotune.search.folder import SearchFolder
 from topotune.search.patience import Patience, StudyAwayError, absence
+from topotune.search.running import RunningTrials, attribute_set, param_set, value_set
 
 READER_SECONDS = 10.0
 """How long ``status`` and its like wait for a study that is locked or away."""
@@ -130,6 +132,7 @@ class PatientStorage(BaseStorage):
         self._engine = backend.engine
         self.inner = optuna.storages.get_storage(backend)
         self.patience = patience
+        self._running = RunningTrials()
         self._newest: dict[int, int] = {}  # study to the highest id of a trial that is known
 
     create_new_study = _patient("create_new_study")
@@ -142,14 +145,55 @@ class PatientStorage(BaseStorage):
     get_study_user_attrs = _patient("get_study_user_attrs")
     get_study_system_attrs = _patient("get_study_system_attrs")
     get_all_studies = _patient("get_all_studies")
-    set_trial_param = _patient("set_trial_param")
     get_trial_id_from_study_id_trial_number = _patient("get_trial_id_from_study_id_trial_number")
-    set_trial_intermediate_value = _patient("set_trial_intermediate_value")
-    set_trial_user_attr = _patient("set_trial_user_attr")
-    set_trial_system_attr = _patient("set_trial_system_attr")
-    get_trial = _patient("get_trial")
     get_all_trials = _patient("get_all_trials")
     remove_session = _patient("remove_session")
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """As Optuna's; one that runs is what this process has read and written of it."""
+        return self._running.get(
+            trial_id, lambda: self.patience(lambda: self.inner.get_trial(trial_id))
+        )
+
+    def set_trial_param(
+        self,
+        trial_id: int,
+        param_name: str,
+        param_value_internal: float,
+        distribution: BaseDistribution,
+    ) -> None:
+        """As Optuna's, with patience."""
+        values = (param_name, param_value_internal, distribution)
+        self._change("set_trial_param", trial_id, values, param_set(*values))
+
+    def set_trial_intermediate_value(
+        self, trial_id: int, step: int, intermediate_value: float
+    ) -> None:
+        """As Optuna's, with patience."""
+        values = (step, intermediate_value)
+        self._change("set_trial_intermediate_value", trial_id, values, value_set(*values))
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """As Optuna's, with patience."""
+        applied = attribute_set("user_attrs", key, value)
+        self._change("set_trial_user_attr", trial_id, (key, value), applied)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """As Optuna's, with patience."""
+        applied = attribute_set("system_attrs", key, value)
+        self._change("set_trial_system_attr", trial_id, (key, value), applied)
+
+    def _change(
+        self,
+        name: str,
+        trial_id: int,
+        values: tuple[Any, ...],
+        applied: Callable[[FrozenTrial], None],
+    ) -> None:
+        def write() -> None:
+            self.patience(lambda: getattr(self.inner, name)(trial_id, *values))
+
+        self._running.change(trial_id, write, applied)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """As Optuna's; a trial that was made though the answer was lost is not made twice."""
@@ -178,6 +222,7 @@ class PatientStorage(BaseStorage):
         def make() -> bool:
             return self.inner.set_trial_state_values(trial_id, state, values)
 
+        self._running.forget(trial_id)
         return self.patience(make, again)
 
     def refuse_writes(self) -> None:

@@ -31,12 +31,13 @@ from topotune.records import (
     unpack_metrics,
 )
 from topotune.search.address import study_name, study_place
+from topotune.search.constraints import constraint_values
 from topotune.search.deaths import Cause
 from topotune.search.folder import SearchFolder
 from topotune.search.notes import check_stored, damaged_record
 from topotune.search.patience import Patience
 from topotune.search.rebuild import whole_storage
-from topotune.search.rows import FINISHED, summarise
+from topotune.search.rows import summarise
 from topotune.search.samplers import make_pruner, make_sampler
 from topotune.search.space import queued_points, resolve, suggest
 from topotune.search.trialfile import TrialCopy, write_copy
@@ -260,7 +261,7 @@ class StudyStore:
         trial = self._trial(number)
         objectives = [metrics.get(o.metric, math.nan) for o in self.config.objective]
         fine = outcome in (Outcome.COMPLETE, Outcome.PRUNED)
-        for key, value in self._constraints(metrics, outcome).items():
+        for key, value in constraint_values(self.config, metrics, outcome).items():
             if key not in trial.constraints:
                 trial.set_constraint(key, value)
         state, values = TrialState.PRUNED, None
@@ -276,25 +277,6 @@ class StudyStore:
         ended = self._keep(number)
         self._learn(ended)
         return ended
-
-    def _constraints(self, metrics: Mapping[str, float], outcome: Outcome) -> dict[str, float]:
-        """Constraint values as Optuna wants them: the same keys every time, feasible at <= 0.
-
-        A value that is missing or NaN is a violation, but for a pruned trial, which may not have
-        come to measure it.
-        """
-        found = {}
-        unknown = 0.0 if outcome is Outcome.PRUNED else 1.0
-        for name, bound in self.config.constraints.items():
-            value = metrics.get(name, math.nan)
-            excess = [value - bound.max] if bound.max is not None else []
-            excess += [bound.min - value] if bound.min is not None else []
-            found[name] = unknown if math.isnan(value) else max(-1e300, min(max(excess), 1e300))
-        # A Gaussian process would fit one more model a constraint; the worst value tells it enough.
-        if self.config.sampler.name != "gp":
-            fine = outcome in (Outcome.COMPLETE, Outcome.PRUNED)
-            found[FINISHED] = -1.0 if fine else 1.0
-        return found
 
     def _learn(self, trial: FrozenTrial) -> None:
         """Keep the worst value of each objective among the trials that really finished."""

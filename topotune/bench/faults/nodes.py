@@ -36,32 +36,41 @@ class Node:
 
     def kill(self) -> None:
         """Kill -9 every process of the node, as a machine does that loses power."""
-        for process in (*self._below(), self.process):
+        for process in (*self.processes(), self.process):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
 
     def holds(self, pid: int) -> bool:
         """Whether a process is one of this node's."""
-        return pid in {process.pid for process in self._below()}
+        return pid in {process.pid for process in self.processes()}
 
-    def _below(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """All processes below ``ray start``: what serves the node, and the workers on it."""
         with suppress(psutil.NoSuchProcess):
             return list(psutil.Process(self.process.pid).children(recursive=True))
         return []
 
 
-def _node_killed(site: Site) -> str:
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment, port = site.environment(token), free_port()
-    head = Node(
-        site,
-        environment,
-        *("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"),
-    )
+def with_token() -> dict[str, str]:
+    """The environment of a cluster that asks for a token: a new, random one."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def start_head(site: Site, environment: dict[str, str]) -> tuple[Node, str]:
+    """The head of a cluster, which runs no trial itself; and the cluster's address."""
+    port = free_port()
+    arguments = ("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
+    head = Node(site, environment, *arguments)
     found = re.search(rf"[\w.:]+:{port}", head.output())
     expect(found is not None, f"no address: {head.output()[-500:]}")
-    address = "" if found is None else found[0]
+    return head, "" if found is None else found[0]
+
+
+def _node_killed(site: Site) -> str:
+    token = with_token()
+    environment = site.environment(token)
+    _, address = start_head(site, environment)
     nodes = [Node(site, environment, f"--address={address}", "--num-cpus=1") for _ in range(2)]
     budget = {"trials": 4, "epochs": 5, "max_failures": 0}
     resources = {"concurrency": 2}
