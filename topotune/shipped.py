@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 from topotune.errors import RunError
@@ -30,6 +32,20 @@ def load_env(folder: Path) -> None:
     path = folder / ENV_FILE
     if path.is_file():
         os.environ.update(read_env_file(path))
+
+
+def own_copy(package: Path) -> None:
+    """Go on in a copy of the package, which goes with this process.
+
+    Where several nodes share a machine and its temporary folder, each that unpacks the package
+    takes it away from the others first.
+    """
+    if not (package / SEARCH_FILE).is_file():
+        return  # a command without a package
+    folder = Path(tempfile.mkdtemp(prefix="topotune-package-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(package, folder, dirs_exist_ok=True)
+    os.chdir(folder)
 
 
 def keep_code(source: Path, target: Path) -> None:

@@ -170,15 +170,23 @@ def logs(
 
 def stop(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: Annotated[str | None, typer.Argument(help="The search's name.")] = None,
+    all_of_them: Annotated[bool, typer.Option("--all", help="All that run there.")] = False,
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
     """Stop a search on a cluster in good order: trials finish their epoch, all is saved."""
     from topotune.service import searches
 
-    job = searches.stop(connect(context, address, allow_open), name, say)
-    say(f"{name}: {job.status}; 'topotune resume {name}' goes on")
+    if (name is None) != all_of_them:
+        raise ConfigError("stop", "takes either a search's name or --all")
+    cluster = connect(context, address, allow_open)
+    if name is not None:
+        names = [name]
+    else:
+        names = sorted({job.search for job in cluster.jobs() if not job.over})
+    for job in searches.stop(cluster, names, say):
+        say(f"{job.search}: {job.status}; 'topotune resume {job.search}' goes on")
 
 
 def connect(context: typer.Context, address: str | None, allow_open: bool) -> Cluster:
@@ -248,7 +256,7 @@ def arrive(version: str) -> None:
     Raises:
         ConfigError: another version of topotune sent it, or no storage is named.
     """
-    from topotune.shipped import load_env
+    from topotune.shipped import load_env, own_copy
 
     if version != __version__:
         raise ConfigError(
@@ -256,6 +264,7 @@ def arrive(version: str) -> None:
             f"version {version} sent this job, and the cluster has {__version__}",
             "Install the same version on both sides",
         )
+    own_copy(Path.cwd())
     load_env(Path.cwd())
     if not os.environ.get(STORAGE):
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -15,11 +16,13 @@ from topotune.cli.options import (
     ResultsDir,
     console,
     elsewhere,
+    on_cluster,
     print_json,
     say,
     shown,
 )
-from topotune.errors import RunError
+from topotune.errors import ConfigError, RunError
+from topotune.settings import VARIABLES
 
 
 def status(
@@ -91,6 +94,7 @@ def best(
 
 
 def dashboard(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="A search whose pages are printed.")] = None,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     port: Annotated[
@@ -103,9 +107,20 @@ def dashboard(
             "--optuna", help="Serve optuna-dashboard on the search's study instead, read-only."
         ),
     ] = False,
+    address: Address = None,
+    allow_open: AllowOpen = False,
 ) -> None:
     """Say where the MLflow pages of searches are; serve those of the embedded store on 127.0.0.1
     until Ctrl-C."""
+    if cluster := elsewhere(context, address):
+        if optuna:
+            raise ConfigError(
+                "--optuna",
+                "serves from this machine, which needs the study's database and the storage",
+                f"Give --results-dir, and the database in {VARIABLES['study_uri']}",
+            )
+        forward(context, cluster, [], name)
+        return
     if optuna:
         from topotune.search import optuna_pages
 
@@ -113,6 +128,13 @@ def dashboard(
         return
     from topotune.search import reading
     from topotune.tracking.dashboard import DEFAULT_PORT
+
+    if on_cluster(context) and not os.environ.get(VARIABLES["tracking_uri"]):
+        raise ConfigError(
+            VARIABLES["tracking_uri"],
+            "names no server on the cluster, so that there are no pages to be reached from elsewhere",
+            "Start 'mlflow server' and set it where Ray is started",
+        )
 
     reading.serve(results_dir, name, DEFAULT_PORT if port is None else port, say)
 

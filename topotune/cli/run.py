@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +26,7 @@ from topotune.cli.options import (
     shown,
 )
 from topotune.errors import ConfigError, RunError
+from topotune.settings import STORAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +85,7 @@ def search(
             ray_address,
             Path.cwd() if on_cluster(context) else None,
         ),
-        results_dir,
+        "" if on_cluster(context) else where(results_dir),
         as_json,
     )
 
@@ -101,7 +104,7 @@ def resume(
     if cluster := elsewhere(context, address):
         _again_there(context, cluster, name, 0, env_file, allow_open)
     else:
-        _again(name, results_dir, 0, ray_address, as_json)
+        _again(context, name, results_dir, 0, ray_address, as_json)
 
 
 def extend(
@@ -119,7 +122,7 @@ def extend(
     if cluster := elsewhere(context, address):
         _again_there(context, cluster, name, trials, env_file, allow_open)
     else:
-        _again(name, results_dir, trials, ray_address, as_json)
+        _again(context, name, results_dir, trials, ray_address, as_json)
 
 
 def _again_there(
@@ -138,7 +141,9 @@ def _again_there(
     begun(cluster, name, searches.again(cluster, name, trials, env_file), wait=True)
 
 
-def _again(name: str, results_dir: Path, trials: int, address: str, as_json: bool) -> None:
+def _again(
+    context: typer.Context, name: str, results_dir: Path, trials: int, address: str, as_json: bool
+) -> None:
     from topotune.search import driver
     from topotune.search.folder import SearchFolder
 
@@ -146,7 +151,7 @@ def _again(name: str, results_dir: Path, trials: int, address: str, as_json: boo
     _finish(
         config,
         lambda listener: driver.resume(results_dir, name, listener, trials, address),
-        results_dir,
+        "" if on_cluster(context) else where(results_dir),
         as_json,
     )
 
@@ -154,7 +159,7 @@ def _again(name: str, results_dir: Path, trials: int, address: str, as_json: boo
 def _finish(
     config: SearchConfig,
     work: Callable[[Listener], SearchReport],
-    results_dir: Path,
+    place: str,
     as_json: bool,
 ) -> None:
     """Run with something to watch, print the outcome, exit with its code."""
@@ -176,7 +181,7 @@ def _finish(
         if as_json:
             print_json(_as_data(report))
         else:
-            _print(report, results_dir)
+            _print(report, place)
         sys.stdout.flush()
     except OSError:  # the terminal or pipe is gone: nobody reads, and the results are on disk
         discard(sys.stdout.fileno())
@@ -200,11 +205,16 @@ def _as_data(report: SearchReport) -> dict[str, object]:
     }
 
 
-def _print(report: SearchReport, results_dir: Path) -> None:
+def where(results_dir: Path) -> str:
+    """The option that the next commands need to find the search, as it is typed."""
+    known = results_dir == DEFAULT_RESULTS or str(results_dir) == os.environ.get(STORAGE)
+    return "" if known else f" --results-dir {shlex.quote(str(results_dir))}"
+
+
+def _print(report: SearchReport, where: str) -> None:
     from topotune.cli.boards import print_best, print_board
 
     out = console()
-    where = "" if results_dir == DEFAULT_RESULTS else f" --results-dir {results_dir}"
     name = report.config.name
     out.print()
     print_board(out, report.board, limit=10)

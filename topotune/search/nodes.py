@@ -6,6 +6,7 @@ database and the tracking server are used from both sides, torch counts the GPUs
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,7 +32,7 @@ from topotune.redaction import brief
 from topotune.search.address import ENVIRONMENT as STUDY
 from topotune.search.findings import MIN_FREE_BYTES, Finding
 from topotune.search.preflight import check_writable
-from topotune.search.session import RaySession
+from topotune.search.session import CONNECT_SECONDS, RaySession
 from topotune.search.shipping import ENVIRONMENT as TRACKING
 from topotune.search.view import SilentListener
 from topotune.tracking.mlflow import MlflowStore
@@ -85,9 +87,33 @@ def examine_here(stores: Stores, expected: dict[str, str], probe: str = "") -> l
         _versions(expected),
         _tried("storage", lambda: _storage(stores.storage, probe), "Mount it on every node"),
         _disk(),
+        *(_reached(stores) if expected else _used(stores)),
+    ]
+
+
+def _used(stores: Stores) -> list[Finding]:
+    """The stores as a driver uses them."""
+    return [
         _tried("study", lambda: _study(stores.study), f"Set {STUDY} right, password and all"),
         _tried("tracking", lambda: _tracking(stores.tracking), f"Set {TRACKING} right"),
     ]
+
+
+def _reached(stores: Stores) -> list[Finding]:
+    """The way to the stores from a node; only drivers have their passwords, and need them."""
+    found = []
+    for name, address, port in (("study", stores.study, 5432), ("tracking", stores.tracking, 80)):
+        parts = urlsplit(address or "")
+        if parts.hostname:
+            where = (parts.hostname, parts.port or (443 if parts.scheme == "https" else port))
+            fix = "Open that port to this node, or name the store by an address it can reach"
+            found.append(_tried(name, functools.partial(_listens, where), fix))
+    return found
+
+
+def _listens(where: tuple[str, int]) -> str:
+    socket.create_connection(where, CONNECT_SECONDS).close()
+    return f"{where[0]}:{where[1]} can be reached (only drivers log in)"
 
 
 def versions() -> dict[str, str]:

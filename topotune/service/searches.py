@@ -111,30 +111,36 @@ def await_begin(cluster: Cluster, job_id: str, seconds: float = BEGIN_SECONDS) -
         time.sleep(_LOOK_SECONDS)
 
 
-def stop(cluster: Cluster, name: str, note: Callable[[str], None]) -> Job:
-    """Drain the search of that name: trials finish their epoch, all is saved; its job then.
+def stop(cluster: Cluster, names: Sequence[str], note: Callable[[str], None]) -> list[Job]:
+    """Drain searches: trials finish their epoch, all is saved, then their jobs end.
+
+    All are asked first and waited for then, so that they drain at the same time.
 
     Raises:
-        SearchFolderError: no job drives it.
-        RunError: the job has not ended in time.
+        SearchFolderError: no job drives one of them.
+        RunError: a job has not ended in time.
     """
-    job = driving(cluster, name)
-    if job is None:
-        last = newest(cluster, name)
-        how = f"its last job is {last.status}" if last else "no job of that name is known"
-        raise SearchFolderError(
-            f"search {name!r}: nobody drives it on {cluster.address} ({how}). 'topotune list' "
-            "shows what runs there"
-        )
-    note(f"{name}: asked to stop; trials finish their epoch and are saved")
-    cluster.stop(job.id)
-    job = cluster.wait(job.id, DRAIN_SECONDS + 15.0)
-    if not job.over:
-        raise RunError(
-            f"search {name!r}: job {job.id} has not ended within {DRAIN_SECONDS + 15} s; Ray kills "
-            "it by itself. What is recorded is kept"
-        )
-    return job
+    jobs = []
+    for name in names:
+        job = driving(cluster, name)
+        if job is None:
+            last = newest(cluster, name)
+            how = f"its last job is {last.status}" if last else "no job of that name is known"
+            raise SearchFolderError(
+                f"search {name!r}: nobody drives it on {cluster.address} ({how}). 'topotune list' "
+                "shows what runs there"
+            )
+        note(f"{name}: asked to stop; trials finish their epoch and are saved")
+        cluster.stop(job.id)
+        jobs.append(job)
+    ended = [cluster.wait(job.id, DRAIN_SECONDS + 15.0) for job in jobs]
+    for job in ended:
+        if not job.over:
+            raise RunError(
+                f"search {job.search!r}: job {job.id} has not ended within {DRAIN_SECONDS + 15} s; "
+                "Ray kills it by itself. What is recorded is kept"
+            )
+    return ended
 
 
 def driving(cluster: Cluster, name: str) -> Job | None:
