@@ -132,7 +132,7 @@ def dashboard(
     if on_cluster(context) and not os.environ.get(VARIABLES["tracking_uri"]):
         raise ConfigError(
             VARIABLES["tracking_uri"],
-            "names no server on the cluster, so that there are no pages to be reached from elsewhere",
+            "names no server on the cluster, so that no pages can be reached from elsewhere",
             "Start 'mlflow server' and set it where Ray is started",
         )
 
