@@ -15,6 +15,7 @@ from topotune.cli.options import (
     changed,
     console,
     log_to_stderr,
+    option_for,
     print_json,
     shown,
 )
@@ -157,15 +158,16 @@ def _as_data(report: SearchReport) -> dict[str, object]:
 
 def _print(report: SearchReport, results_dir: Path) -> None:
     from topotune.cli.boards import print_best, print_board
+    from topotune.search.objects.address import shown_search
 
     out = console()
-    where = "" if results_dir == DEFAULT_RESULTS else f" --results-dir {results_dir}"
+    where = option_for(results_dir)
     name = report.config.name
     out.print()
     print_board(out, report.board, limit=10)
     print_best(out, report.board)
     out.print(shown(report.tracking), markup=False)
-    out.print(f"Results: {report.folder.root}", markup=False)
+    out.print(f"Results: {shown_search(report.folder.root)}", markup=False)
     if not report.finished:
         out.print(f"\nNot finished ({shown(report.reason)}). To go on:", markup=False)
         out.print(f"  topotune resume {name}{where}", markup=False)

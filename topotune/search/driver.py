@@ -7,13 +7,14 @@ from pathlib import Path
 
 from topotune import __version__
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, LeaseLostError, TopotuneError
+from topotune.errors import ConfigError, LeaseLostError, RunError, TopotuneError
 from topotune.files import make_folder
 from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.search.address import remembered_study, study_place
 from topotune.search.folder import SearchFolder
-from topotune.search.lease import Lease
+from topotune.search.objects.address import store_address
+from topotune.search.objects.hold import Hold, check_stores
 from topotune.search.patience import Patience
 from topotune.search.preflight import check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
@@ -68,6 +69,8 @@ def start(
     with Interrupts() as interrupts:
         check_addresses(config, results_dir)
         config = remembered_study(remembered(config))
+        if (store := store_address(results_dir)) is not None:
+            check_stores(store, config)
         folder = SearchFolder.check_free(results_dir, config)
         check_writable(results_dir)
         check_study(folder, config, listener.note)
@@ -76,7 +79,7 @@ def start(
         with RaySession(address, listener, interrupts) as ray_session:
             gpus, concurrency = fit_resources(config, *ray_session.size())
             make_folder(folder.root)
-            with Lease(folder.lock, listener.note) as lease:
+            with Hold(folder, config, listener) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
                 return _run(
@@ -106,7 +109,7 @@ def resume(
     """
     listener = SafeListener(listener)
     folder = SearchFolder.open(results_dir, name)
-    with Interrupts() as interrupts, Lease(folder.lock, listener.note) as lease:
+    with Interrupts() as interrupts, Hold(folder, folder.config(), listener) as lease:
         config = folder.config()
         check_addresses(config, results_dir)
         check_writable(results_dir)
@@ -147,7 +150,7 @@ def _run(
     gpus: float,
     concurrency: int,
     interrupts: Interrupts,
-    lease: Lease,
+    lease: Hold,
 ) -> SearchReport:
     """One session of a search on a running Ray."""
     from topotune.search.book import Book
@@ -162,9 +165,9 @@ def _run(
     ledger = Ledger(folder.ledger, gpus or 1.0, lease.check)
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
-    recorder = Recorder(folder, config, lease.check)
+    recorder = Recorder(folder, config, lease.check, lease.files)
     before = store.rows(ledger.trials)
-    retention = Retention(folder, config, before)
+    retention = Retention(folder, config, before, lease.files)
 
     def ended(row: TrialSummary) -> None:
         recorder.ended(row)
@@ -172,7 +175,9 @@ def _run(
         listener.ended(row)
 
     book = Book(config, store, ledger, concurrency, ended, before)
+    lease.begin(lambda: {number: live.epoch for number, live in list(book.live.items())})
     interrupts.drain(book)
+    patience.fence = lease.check
     patience.stopping = lambda: book.stopping
     patience.waiting = lambda: ledger.tick(book.holding)  # workers hold their devices meanwhile
     with Shipping(folder, config, listener) as shipping:
@@ -189,7 +194,7 @@ def _run(
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus)
         failure: TopotuneError | None = None
         try:
-            execute(folder, config, book, pulse, gpus, listener.note)
+            execute(folder, config, book, pulse, gpus, listener.note, lease.files)
         except TopotuneError as error:
             failure = error
         failure = book.fatal or failure
@@ -209,8 +214,14 @@ def _run(
             # What ended the search usually hurts here, too; the first cause is the one to tell.
             failure = failure or error
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
-        tracking = shipping.close(hurry=bool(book.stopping or failure))
+        hurry = bool(book.stopping or failure)
+        lease.gather(hurry)
+        tracking = shipping.close(hurry)
+        unsaved = lease.finish(hurry)
         store.close()
+    if unsaved:
+        listener.note(f"warning: {unsaved}")
+        failure = failure or RunError(unsaved)
     if failure:
         raise failure
     return SearchReport(folder, config, board, done, reason, tracking)

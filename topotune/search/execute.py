@@ -11,6 +11,8 @@ from topotune.errors import RunError, TopotuneError
 from topotune.redaction import brief
 from topotune.search.book import Book
 from topotune.search.folder import SearchFolder
+from topotune.search.objects.mirror import TrialFiles
+from topotune.search.objects.places import Places
 from topotune.search.pulse import Pulse
 from topotune.search.repairs import out_of_memory_is_a_death
 
@@ -25,6 +27,7 @@ def execute(
     pulse: Pulse,
     gpus: float,
     note: Callable[[str], None],
+    files: TrialFiles | None = None,
 ) -> None:
     """Let Ray Tune execute what the book hands out.
 
@@ -64,7 +67,8 @@ def execute(
         [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
     )
     resources = {"cpu": config.resources.cpus, "gpu": gpus}
-    stalls = Stalls(config.limits.stall, folder.trial)
+    places = Places(folder, files)
+    stalls = Stalls(config.limits.stall, places.signs)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
         tuner = tune.Tuner(
@@ -76,7 +80,7 @@ def execute(
                         handout.number, handout.spec, folder.root, config.limits
                     ),
                 ),
-                scheduler=StudyScheduler(book, folder.trial, note),
+                scheduler=StudyScheduler(book, places.died, note),
                 num_samples=-1,
                 reuse_actors=True,
             ),

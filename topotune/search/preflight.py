@@ -16,6 +16,8 @@ from pathlib import Path
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, ResourceError, UnstableError, did_you_mean
 from topotune.records import TrialSpec
+from topotune.search.objects.address import store_address
+from topotune.search.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.space import corners
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -73,12 +75,14 @@ def _first_stable(specs: list[TrialSpec], note: Callable[[str], None]) -> TrialS
 
 def check_writable(results_dir: Path) -> None:
     """Make sure that a results directory can be made and written, and that files in it can be
-    locked, without leaving anything.
+    locked, without leaving anything; so can the object store that it stands for, if it does.
 
     Raises:
         ResourceError: it cannot.
     """
     folder = results_dir.absolute()
+    if (address := store_address(folder)) is not None:
+        ObjectStore(address, limit=OPENING_SECONDS).check()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

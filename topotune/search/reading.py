@@ -14,10 +14,12 @@ from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import clean
 from topotune.search.folder import SearchFolder, searches
-from topotune.search.lease import lease_holder
 from topotune.search.ledger import read_ledger
+from topotune.search.objects.address import store_address
+from topotune.search.objects.hold import Hold, holder
 from topotune.search.recorder import leaderboard
 from topotune.search.shipping import open_store
+from topotune.search.view import SilentListener
 from topotune.tracking.dashboard import search_page, serve_dashboard, trials_page
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
@@ -116,7 +118,7 @@ def _status(folder: SearchFolder) -> SearchStatus:
         folder=folder,
         config=config,
         board=leaderboard(folder, config),
-        holder=lease_holder(folder.lock),
+        holder=holder(folder, config),
         wall_seconds=read_ledger(folder.ledger)["wall_seconds"],
     )
 
@@ -136,6 +138,12 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
     """
     if not 0 <= port < 2**16:
         raise ConfigError("--port", f"must be from 0 (any free one) to 65535 (got {port})")
+    if name is None and (address := store_address(results_dir)) is not None:
+        raise ConfigError(
+            f"results address {address}",
+            "has no embedded MLflow store to serve",
+            "Name a search: its tracking server is shown",
+        )
     shown = [SearchFolder.open(results_dir, name)] if name else searches(results_dir)
     if not shown and not embedded_artifacts(results_dir).with_name(DATABASE_FILE).is_file():
         raise SearchFolderError(
@@ -173,7 +181,23 @@ def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
     if not 0 <= timeout < threading.TIMEOUT_MAX:
         raise ConfigError("--timeout", f"must be a number of seconds from 0 on (got {timeout:g})")
     folder = SearchFolder.open(results_dir, name)
-    store = open_store(folder, folder.config())
+    if store_address(results_dir) is not None:
+        return _sync_store(folder, timeout)
+    return _ship(folder, timeout)
+
+
+def _sync_store(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
+    """As :func:`sync`, of a search in an object store: nobody may drive it meanwhile."""
+    with Hold(folder, folder.config(), SilentListener()) as hold:
+        hold.begin()
+        text, complete = _ship(folder, timeout)
+        if unsaved := hold.finish(hurry=False):
+            return f"{text}\n{unsaved}", False
+    return text, complete
+
+
+def _ship(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
+    store, name = open_store(folder, folder.config()), folder.name
     shipper = Shipper(folder.root, store, folder.search_id, name)
     count = shipper.close(timeout)
     status = shipper.status()

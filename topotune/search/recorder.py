@@ -18,6 +18,7 @@ from topotune.records import Outcome, TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import markdown
 from topotune.search.folder import SearchFolder, write_text
+from topotune.search.objects.mirror import AllHere, TrialFiles
 from topotune.search.rows import summaries
 from topotune.tracking.spool import SearchTracker, now_ms
 from topotune.train.trace import (
@@ -57,6 +58,7 @@ class Recorder:
         folder: the search's folder.
         config: the search.
         fence: called before its thread writes; raises if another driver has taken the search over.
+        files: brings trials' files here that are elsewhere, and is told what is deleted.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Recorder:
         folder: SearchFolder,
         config: SearchConfig,
         fence: Callable[[], None] = lambda: None,
+        files: TrialFiles | None = None,
     ) -> None:
         self._folder, self._config, self._fence = folder, config, fence
+        self._files = AllHere() if files is None else files
         self._tracker = SearchTracker(folder.root)
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -100,18 +104,19 @@ class Recorder:
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
-        self._record_end(row)
+        self._record_end(row, fresh=True)
         if self._improves(row):
             self._record_best()
 
-    def _record_end(self, row: TrialSummary) -> None:
+    def _record_end(self, row: TrialSummary, fresh: bool = False) -> None:
         at = now_ms()
         costs = {"device_seconds": row.device_seconds, "epochs_trained": float(row.epochs)}
         self._tracker.trial_metrics(row.number, costs, 0, at)
         self._tracker.trial_tags(row.number, {"topotune.method": self._config.method})
         self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
         chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
-        if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
+        elsewhere = fresh and not isinstance(self._files, AllHere)
+        if elsewhere or any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
             self._work.put(row)
 
     def _improves(self, row: TrialSummary) -> bool:
@@ -180,6 +185,7 @@ class Recorder:
     def _finish_trial(self, row: TrialSummary) -> None:
         from topotune.results.plots import plot_relaxation, plot_trace
 
+        self._files.fetch(row.number)
         trial = self._folder.trial(row.number)
         title = f"{self._config.name}, trial {row.number} ({row.state})"
         for chunks, epochs, joined, plot in (
@@ -197,6 +203,7 @@ class Recorder:
             # Renamed first: a kill half-way through must not leave chunks that look like all.
             used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
+            self._files.forget(row.number, f"{chunks}/")
 
     def _renew(self, board: Leaderboard, final: bool) -> None:
         from topotune.results.plots import plot_curves, plot_history

@@ -37,6 +37,8 @@ from topotune.redaction import brief, redact
 from topotune.search.adapters import PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.guard import Guard
+from topotune.search.objects.address import StoreAddress, store_address
+from topotune.search.objects.courier import Courier
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
 from topotune.tracking.base import Tracker
@@ -47,12 +49,14 @@ ERROR_FILE = "error.txt"
 class TrialActor(tune.Trainable):
     """Runs :class:`topotune.trial.TrialRun` one epoch a step.
 
-    Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``limits``, ``cwd``
-    (where the driver was started, so that a user's modules are found).
+    Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``store`` (the
+    object store that it is kept in, empty for none), ``limits``, ``cwd`` (where the driver was
+    started, so that a user's modules are found).
     """
 
     _slate: Slate | None = None
     _guard: Guard | None = None
+    _courier: Courier | None = None
     _run: Any = None
     _reports: Iterator[EpochReport] | None = None
 
@@ -62,10 +66,16 @@ class TrialActor(tune.Trainable):
         self._spec = TrialSpec.from_json(config["spec"])
         self._number = int(config["number"])
         self._search = Path(config["search"])
+        self._courier = None
+        if config["store"]:
+            address = StoreAddress.parse(config["store"])
+            self._courier = Courier(address, self._search.name, self._number, self._beat)
+            self._search = self._courier.search
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
         limits = Limits.model_validate(config["limits"])
-        self._guard = Guard(self._folder, limits.stall, limits.memory)
+        ending = self._courier.send_note if self._courier is not None else lambda: None
+        self._guard = Guard(self._folder, limits.stall, limits.memory, ending)
         if config["cwd"] not in sys.path:
             sys.path.append(config["cwd"])  # last: a file there stands in for no library
         with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
@@ -90,14 +100,27 @@ class TrialActor(tune.Trainable):
         if self._guard is not None:
             self._guard.close()
         self._guard = None
+        if self._courier is not None:
+            self._courier.close()
+        self._courier = None
 
     def step(self) -> dict[str, Any]:
         """Train one epoch; after a restart, first give all known epochs again."""
         assert self._guard is not None  # setup() makes it
         with self._guard.watching():
-            progress = self._advance()
+            progress = self._stored(self._advance())
         over = progress.outcome is not None or bool(progress.stop)
         return {PAYLOAD: progress.to_json(), "done": over}
+
+    def _stored(self, progress: Progress) -> Progress:
+        """What the step has left behind is in the store before the driver hears of the step."""
+        if self._courier is None:
+            return progress
+        try:
+            self._courier.push()
+        except TopotuneError as error:
+            return Progress((), progress.metrics, stop=progress.stop or str(error))
+        return progress
 
     def _advance(self) -> Progress:
         try:
@@ -141,13 +164,16 @@ class TrialActor(tune.Trainable):
         except OSError as full:
             text += f" (its traceback could not be written: {full.strerror})"
         else:
-            text += f" (traceback: {where})"
+            place = where if self._courier is None else self._courier.place(ERROR_FILE)
+            text += f" (traceback: {place})"
         return Progress((), self._overhead(), Outcome.FAILED, text)
 
     def _next(self) -> Progress:
         if self._reports is None:
             from topotune.trial import open_trial
 
+            if self._courier is not None:
+                self._courier.fetch()
             self._run = open_trial(self._spec, self._tracker(), self._folder, self._beat)
             if self._slate is None:
                 self._slate = Slate()
@@ -209,6 +235,7 @@ def trial_config(number: int, spec: TrialSpec, search: Path, limits: Limits) -> 
         "number": number,
         "spec": json.dumps(spec.to_dict()),
         "search": str(search),
+        "store": str(store_address(search.parent) or ""),
         "limits": limits.model_dump(mode="json"),
         "cwd": str(Path.cwd()),
     }
