@@ -86,9 +86,9 @@ class Cluster:
     def spool(self, trial: int) -> bytes:
         return self.store.read(f"far/trials/{trial:04d}/spool.jsonl") or b""
 
-    def epochs(self, trial: int) -> list[int]:
+    def epochs(self, trial: int) -> list[Any]:
         records = [json.loads(line[18:]) for line in self.spool(trial).splitlines()]
-        return [r["report"]["epoch"] for r in records if r["kind"] == "epoch"]
+        return [record["report"]["epoch"] for record in records if record["kind"] == "epoch"]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 150) -> None:
