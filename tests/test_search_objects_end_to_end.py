@@ -99,10 +99,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 150) -> None:
 
 
 def below(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
+    return found
 
 
-def search_file(folder: Path) -> Path:
+def search_file(folder: Path, **changes: Any) -> Path:
     data = {
         "name": "far",
         "task": {"name": IMPORT_PATH, "options": {"pause": 0.6}},
@@ -115,6 +116,7 @@ def search_file(folder: Path) -> Path:
         "overhead": {"blocks": 0},
         "resources": {"concurrency": 1},
         "keep_checkpoints": 1,
+        **changes,
     }
     path = folder / "far.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
@@ -211,3 +213,46 @@ def _go_on(cluster: Cluster, trained: Path) -> None:
     assert "trained again; its folder" not in out
     assert (trained.parent / "exports").is_dir()
     assert "lr:" in cluster.run("best", "far")
+
+
+def test_a_stop_while_the_store_is_away_says_what_is_not_saved_and_a_resume_saves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    with ObjectServer() as server, Postgres() as database:
+        server.bucket("bucket")
+        tracking = "http://127.0.0.1:9"  # nobody there: the records wait
+        environment = {**CREDENTIALS, STUDY: database.uri, TRACKING: tracking}
+        environment["OMP_NUM_THREADS"] = "1"
+        cluster = Cluster(server.address("bucket/r"), environment, tmp_path)
+        budget = {"trials": 1, "epochs": EPOCHS}
+        driver, log = cluster.start("search", search_file(tmp_path, budget=budget))
+        try:
+            wait_for(lambda: driver.poll() is not None or len(cluster.epochs(0)) >= 1)
+            assert driver.poll() is None, log.read_text()
+            told = len(cluster.epochs(0))
+            server.gate.close()
+            driver.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            # 130 where the machine is too slow for what a stop may take.
+            assert driver.wait(60) in (1, 130), log.read_text()
+            took = time.monotonic() - began
+        finally:
+            driver.kill()
+            driver.wait()
+        text = " ".join(log.read_text().split())
+        assert took < 40, text
+        assert "Traceback" not in text
+        assert "warning: search 'far': not all of it is saved in s3://bucket/r?" in text
+        assert f"wait in {cluster.scratch}/stores/" in text
+        assert "topotune sync far --results-dir 's3://bucket/r?" in text
+        server.gate.open()
+        assert cluster.status()["counts"]["RUNNING"] == 1
+        environment[PAUSE] = "0.02"
+        cluster.run("resume", "far")
+        board = cluster.status()
+        assert board["counts"]["COMPLETE"] == 1
+        assert cluster.epochs(0) == list(range(1, EPOCHS + 1))
+        assert told >= 1
+        assert cluster.store.read("far/leaderboard.json") is not None

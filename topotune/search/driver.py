@@ -215,12 +215,12 @@ def _run(
             failure = failure or error
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
         hurry = bool(book.stopping or failure)
-        lease.gather(hurry)
+        if unsaved := lease.gather(hurry):
+            listener.note(f"warning: {unsaved}")
         tracking = shipping.close(hurry)
         unsaved = lease.finish(hurry)
         store.close()
     if unsaved:
-        listener.note(f"warning: {unsaved}")
         failure = failure or RunError(unsaved)
     if failure:
         raise failure

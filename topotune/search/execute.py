@@ -11,7 +11,7 @@ from topotune.errors import RunError, TopotuneError
 from topotune.redaction import brief
 from topotune.search.book import Book
 from topotune.search.folder import SearchFolder
-from topotune.search.objects.mirror import TrialFiles
+from topotune.search.objects.files import TrialFiles
 from topotune.search.objects.places import Places
 from topotune.search.pulse import Pulse
 from topotune.search.repairs import out_of_memory_is_a_death

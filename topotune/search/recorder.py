@@ -18,7 +18,7 @@ from topotune.records import Outcome, TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import markdown
 from topotune.search.folder import SearchFolder, write_text
-from topotune.search.objects.mirror import AllHere, TrialFiles
+from topotune.search.objects.files import AllHere, TrialFiles
 from topotune.search.rows import summaries
 from topotune.tracking.spool import SearchTracker, now_ms
 from topotune.train.trace import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
 from topotune.search.folder import SearchFolder
-from topotune.search.objects.mirror import AllHere, TrialFiles
+from topotune.search.objects.files import AllHere, TrialFiles
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 
 

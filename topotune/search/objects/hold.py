@@ -13,7 +13,8 @@ from topotune.search.address import study_place, study_uri
 from topotune.search.folder import SearchFolder
 from topotune.search.lease import Lease, lease_holder
 from topotune.search.objects.address import StoreAddress, store_address
-from topotune.search.objects.mirror import AllHere, Mirror, TrialFiles
+from topotune.search.objects.files import AllHere, TrialFiles
+from topotune.search.objects.mirror import Mirror
 from topotune.search.objects.store import READER_SECONDS, ObjectStore
 from topotune.search.objects.tenure import Tenure, tenant
 from topotune.search.patience import Patience
@@ -94,10 +95,10 @@ class Hold:
         if self._mirror is not None:
             self._mirror.begin(live)
 
-    def gather(self, hurry: bool) -> None:
-        """Bring here what the workers have recorded last; within seconds where there is hurry."""
-        if self._mirror is not None:
-            self._mirror.gather(hurry)
+    def gather(self, hurry: bool) -> str:
+        """Bring here what the workers have recorded last; within seconds where there is hurry, and
+        then as :meth:`finish` where the store is away."""
+        return "" if self._mirror is None else self._mirror.gather(hurry)
 
     def finish(self, hurry: bool) -> str:
         """Save what is left; what could not be saved and how to go on, empty if all is.

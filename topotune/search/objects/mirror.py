@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
 
 from topotune.errors import LeaseLostError, TopotuneError
 from topotune.search.guard import CRASH_FILE
@@ -27,30 +26,10 @@ EVERY_SECONDS = 3.0
 own records, all of which a resume makes again from the study."""
 BYTES_PER_SECOND = 256 * 1024
 """A file that grows for days is sent whole each time, but not more often than this on average."""
-FINISH_SECONDS, FINISH_SECONDS_HURRY = 60.0, 5.0
+FINISH_SECONDS, FINISH_SECONDS_HURRY = 60.0, 3.0
 """How long the last sending waits for a store that is away."""
 LOST_FOLDER = "trials.lost"
 _log = logging.getLogger(__name__)
-
-
-class TrialFiles(Protocol):
-    """What the driver asks for where trials' files are not all here."""
-
-    def fetch(self, number: int) -> None:
-        """Bring what the trial's worker has written, checkpoints left out."""
-
-    def forget(self, number: int, *names: str) -> None:
-        """These files of a trial, or folders whose names end with ``/``, are deleted here."""
-
-
-class AllHere:
-    """Trials' files of a search that workers and driver keep in one folder."""
-
-    def fetch(self, number: int) -> None:
-        """Nothing to bring."""
-
-    def forget(self, number: int, *names: str) -> None:
-        """Nothing else to delete."""
 
 
 class Mirror:
@@ -226,11 +205,14 @@ class Mirror:
             with self._changing:
                 self._gone.pop(name, None)
 
-    def gather(self, hurry: bool) -> None:
+    def gather(self, hurry: bool) -> str:
         """The trials have ended: bring what is still to be sent to the tracking server.
 
         Args:
             hurry: the search was told to stop, and its process is soon to be gone.
+
+        Returns:
+            As :meth:`finish`, where that will have no time to wait for a store that is away.
         """
         self._stop(hurry)
 
@@ -238,8 +220,12 @@ class Mirror:
             listing = self._store.objects(f"{self._name}/trials")
             self._catch_up({f"trials/{name}": stat for name, stat in listing.items()})
 
-        if error := self._within(last, hurry):
+        error = self._within(last, hurry)
+        if error and hurry:
+            return self._unsaved(error)
+        if error:
             _log.warning("%s", error)  # it stays in the store, for a sync
+        return ""
 
     def finish(self, hurry: bool) -> str:
         """Send all that is left; what could not be sent and how to go on, empty if all is there.
@@ -258,8 +244,9 @@ class Mirror:
 
         error = self._within(last, hurry)
         self.check()
-        if not error:
-            return ""
+        return self._unsaved(error) if error else ""
+
+    def _unsaved(self, error: str) -> str:
         return (
             f"search {self._name!r}: not all of it is saved in {self.address}: {error}. The study "
             f"has every trial; pages, ledger and records for MLflow wait in {self.root}. When the "
@@ -269,6 +256,8 @@ class Mirror:
 
     def _within(self, call: Callable[[], None], hurry: bool) -> str:
         """Call, for a few seconds at most where there is hurry; what went wrong, else empty."""
+        if hurry and self._store.trouble:  # a stop has no time to wait for it
+            return f"it is away: {self._store.trouble}"
         errors = ["it does not answer"]
 
         def run() -> None:
@@ -282,20 +271,20 @@ class Mirror:
 
         thread = threading.Thread(target=run, name="mirror end", daemon=True)
         thread.start()
-        thread.join(2 * FINISH_SECONDS_HURRY if hurry else None)
+        thread.join(FINISH_SECONDS_HURRY + 1.0 if hurry else None)
         return "".join(errors)
 
     def _stop(self, hurry: bool) -> None:
         self._store.limit = FINISH_SECONDS_HURRY if hurry else FINISH_SECONDS
         self._over.set()
-        if self._thread is not None:
+        if self._thread is not None and not (hurry and self._store.trouble):
             self._thread.join(FINISH_SECONDS_HURRY if hurry else None)
 
     def close(self) -> None:
         """End, whatever is left: nothing more is written."""
         self._store.limit, self._store.stopping = 0.0, lambda: True
         self._over.set()
-        if self._thread is not None:
+        if self._thread is not None and not self._store.trouble:
             self._thread.join(FINISH_SECONDS_HURRY)
 
 

@@ -10,7 +10,7 @@ from topotune.search.folder import SearchFolder
 from topotune.search.guard import CRASH_FILE
 from topotune.search.objects import layout
 from topotune.search.objects.address import store_address, worker_folder
-from topotune.search.objects.mirror import AllHere, TrialFiles
+from topotune.search.objects.files import AllHere, TrialFiles
 
 
 class Places:

@@ -31,7 +31,7 @@ OPENING_SECONDS = 30.0
 READER_SECONDS = 10.0
 """How long ``status`` and its like wait."""
 _CONNECT_SECONDS = 5
-_STILL_SECONDS = 15
+_STILL_SECONDS = 10
 """A transfer in which nothing has moved for this long has failed."""
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 5.0
 _BEAT_SECONDS = 1.0
@@ -63,6 +63,7 @@ class ObjectStore:
 
     Attributes:
         stopping: asked while waiting; true ends it at once.
+        trouble: what the last call met, while it is waited for; empty if all is well.
 
     Raises:
         ResourceError: from every method: the store refuses, or is away for longer than ``limit``.
@@ -77,6 +78,7 @@ class ObjectStore:
     ) -> None:
         self.address, self.note, self.limit, self._beat = address, note, limit, beat
         self.stopping: Callable[[], object] = lambda: False
+        self.trouble = ""
         self._root = address.root
         self._opened: FileSystem | None = None
         self._opening = threading.Lock()
@@ -220,13 +222,14 @@ class ObjectStore:
                 with self._beating():
                     value = call()
             except OSError as error:
-                text = redact(" ".join(str(error).split()))[:300]
+                self.trouble = text = redact(" ".join(str(error).split()))[:300]
                 if _REFUSED.search(text):
                     raise ResourceError(
                         f"object store {self.address}: cannot {verb} {name}: {text}. Check the "
                         "address and the credentials of this machine's environment"
                     ) from error
             else:
+                self.trouble = ""
                 if told:
                     self.note("the object store is back; going on")
                 return value
@@ -299,7 +302,7 @@ def connect(address: StoreAddress) -> FileSystem:
             connect_timeout=_CONNECT_SECONDS,
             request_timeout=_STILL_SECONDS,
             allow_delayed_open=True,  # a small object is one request
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),  # the patience is ours
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # the patience is ours
             **options,
         )
     except (OSError, ValueError, TypeError) as error:
