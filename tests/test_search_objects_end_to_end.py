@@ -235,8 +235,9 @@ def test_a_stop_while_the_store_is_away_says_what_is_not_saved_and_a_resume_save
             server.gate.close()
             driver.send_signal(signal.SIGINT)
             began = time.monotonic()
-            # 130 where the machine is too slow for what a stop may take.
-            assert driver.wait(60) in (1, 130), log.read_text()
+            code = driver.wait(60)
+            # 130 where the machine is too slow for what a stop may take: then as after a kill.
+            assert code in (1, 130), log.read_text()
             took = time.monotonic() - began
         finally:
             driver.kill()
@@ -244,9 +245,11 @@ def test_a_stop_while_the_store_is_away_says_what_is_not_saved_and_a_resume_save
         text = " ".join(log.read_text().split())
         assert took < 40, text
         assert "Traceback" not in text
-        assert "warning: search 'far': not all of it is saved in s3://bucket/r?" in text
-        assert f"wait in {cluster.scratch}/stores/" in text
-        assert "topotune sync far --results-dir 's3://bucket/r?" in text
+        assert f"What is not saved there yet is kept in {cluster.scratch}/stores/" in text
+        if code == 1:
+            assert "error: search 'far': not all of it is saved in s3://bucket/r?" in text
+            assert f"wait in {cluster.scratch}/stores/" in text
+            assert "topotune sync far --results-dir 's3://bucket/r?" in text
         server.gate.open()
         assert cluster.status()["counts"]["RUNNING"] == 1
         environment[PAUSE] = "0.02"

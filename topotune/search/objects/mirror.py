@@ -47,7 +47,8 @@ class Mirror:
     ) -> None:
         self.address, self._name, self._listener = address, name, listener
         self.root, self._results_dir = results_dir / name, results_dir
-        self._store = ObjectStore(address, listener.note)
+        meanwhile = f"What is not saved there yet is kept in {self.root}"
+        self._store = ObjectStore(address, listener.note, meanwhile=meanwhile)
         self._workers = worker_folder(address, name)
         self._replica = driver_replica(results_dir, name, self._store)
         self._live: Callable[[], dict[int, int]] = dict

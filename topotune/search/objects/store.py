@@ -60,6 +60,7 @@ class ObjectStore:
         note: told in a line when waiting for the store begins and when it is over.
         limit: seconds after which the waiting ends in an error.
         beat: called about once a second during long calls, as a sign of life.
+        meanwhile: said when the waiting begins: where things are until the store is back.
 
     Attributes:
         stopping: asked while waiting; true ends it at once.
@@ -75,10 +76,11 @@ class ObjectStore:
         note: Callable[[str], None] = lambda text: None,
         limit: float = LIMIT_SECONDS,
         beat: Callable[[], None] | None = None,
+        meanwhile: str = "",
     ) -> None:
         self.address, self.note, self.limit, self._beat = address, note, limit, beat
         self.stopping: Callable[[], object] = lambda: False
-        self.trouble = ""
+        self.trouble, self._meanwhile = "", f". {meanwhile}" if meanwhile else ""
         self._root = address.root
         self._opened: FileSystem | None = None
         self._opening = threading.Lock()
@@ -241,7 +243,10 @@ class ObjectStore:
                 )
             if not told:
                 told = True
-                self.note(f"the object store {self.address} does not answer, waiting: {text}")
+                self.note(
+                    f"the object store {self.address} does not answer, waiting: {text}"
+                    + self._meanwhile
+                )
             if self._beat is not None:
                 self._beat()
             time.sleep(min(delay, max(self.limit - waited, 0.05)))
