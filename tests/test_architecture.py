@@ -51,6 +51,7 @@ THIRD_PARTY_HOMES = {
     "matplotlib": {"results"},
     "torchdiffeq": {"tcep"},
     "safetensors": {"results"},
+    "pyarrow": {"search"},
 }
 GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "errors", "plugins")
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}

@@ -281,11 +281,13 @@ def package(
     """Send the code that a search was submitted with to whoever asks."""
     from topotune.errors import SearchFolderError
     from topotune.search.folder import SearchFolder
-    from topotune.search.lease import lease_holder
+    from topotune.search.objects.hold import holder
+    from topotune.search.objects.pull import fetch_code
 
     folder = SearchFolder.open(results_dir, name)
-    holder = lease_holder(folder.lock)
-    if holder is not None:
-        raise SearchFolderError(f"search {name!r}: is being driven by {holder}")
+    driver = holder(folder, folder.config())
+    if driver is not None:
+        raise SearchFolderError(f"search {name!r}: is being driven by {driver}")
+    fetch_code(results_dir, name)
     if folder.code.is_dir():
         answer.bring(folder.code)

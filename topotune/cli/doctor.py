@@ -39,9 +39,11 @@ def doctor(
         return
     if on_cluster(context):
         from topotune.search.nodes import Stores, examine_cluster
+        from topotune.search.objects.address import store_address
 
         study, tracking = (os.environ.get(VARIABLES[key]) for key in ("study_uri", "tracking_uri"))
-        findings = examine_cluster(Stores(str(results_dir), study, tracking))
+        storage = str(store_address(results_dir) or results_dir)
+        findings = examine_cluster(Stores(storage, study, tracking))
     else:
         from topotune.search.health import examine
 

@@ -53,6 +53,8 @@ def status(
         print_board(out, report.board, limit=len(report.board.trials))
         print_best(out, report.board)
         return
+    from topotune.search.objects.address import shown as place
+
     reports = reading.all_status(results_dir, lambda text: say(text, err=True))
     if as_json:
         print_json([report.to_dict(trials=False) for report in reports])
@@ -60,7 +62,7 @@ def status(
     for report in reports:
         say(report.line())
     if not reports:
-        say(f"no searches in {results_dir}")
+        say(f"no searches in {place(results_dir)}")
 
 
 def best(

@@ -22,9 +22,31 @@ if TYPE_CHECKING:
 
 DEFAULT_RESULTS = Path("topotune-results")
 
+
+def results_dir(place: str | Path) -> Path:
+    """The folder to work in for a results place: a path, or an object store's address."""
+    from topotune.search.objects.address import results_folder
+
+    return results_folder(str(place))
+
+
+def option_for(results: Path) -> str:
+    """`` --results-dir PLACE`` as a person would add it to a command; empty for the default."""
+    from topotune.search.objects.address import shown
+
+    return "" if results == DEFAULT_RESULTS else f" --results-dir {shown(results)}"
+
+
 ResultsDir = Annotated[
     Path,
-    typer.Option("--results-dir", envvar=STORAGE, help="Where searches lie.", show_default=True),
+    typer.Option(
+        "--results-dir",
+        parser=results_dir,
+        metavar="PLACE",
+        envvar=STORAGE,
+        help="Where searches lie: a folder, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX.",
+        show_default=True,
+    ),
 ]
 Address = Annotated[
     str | None,

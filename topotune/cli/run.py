@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -207,12 +206,15 @@ def _as_data(report: SearchReport) -> dict[str, object]:
 
 def where(results_dir: Path) -> str:
     """The option that the next commands need to find the search, as it is typed."""
-    known = results_dir == DEFAULT_RESULTS or str(results_dir) == os.environ.get(STORAGE)
-    return "" if known else f" --results-dir {shlex.quote(str(results_dir))}"
+    from topotune.search.objects.address import results_folder
+
+    known = os.environ.get(STORAGE)
+    return "" if known and results_folder(known) == results_dir else option_for(results_dir)
 
 
 def _print(report: SearchReport, where: str) -> None:
     from topotune.cli.boards import print_best, print_board
+    from topotune.search.objects.address import shown_search
 
     out = console()
     name = report.config.name
@@ -220,7 +222,7 @@ def _print(report: SearchReport, where: str) -> None:
     print_board(out, report.board, limit=10)
     print_best(out, report.board)
     out.print(shown(report.tracking), markup=False)
-    out.print(f"Results: {report.folder.root}", markup=False)
+    out.print(f"Results: {shown_search(report.folder.root)}", markup=False)
     if not report.finished:
         out.print(f"\nNot finished ({shown(report.reason)}). To go on:", markup=False)
         out.print(f"  topotune resume {name}{where}", markup=False)

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from topotune import __version__
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, LeaseLostError, TopotuneError
+from topotune.errors import ConfigError, LeaseLostError, RunError, TopotuneError
 from topotune.files import make_folder
 from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.search.address import remembered_study, study_place
 from topotune.search.folder import SearchFolder
-from topotune.search.lease import Lease
 from topotune.search.live import LiveFile
+from topotune.search.objects.address import store_address
+from topotune.search.objects.hold import Hold
+from topotune.search.objects.hold import check_stores as check_beside_objects
 from topotune.search.patience import Patience
 from topotune.search.preflight import check_stores, check_writable, fit_resources, preflight
 from topotune.search.session import RaySession
@@ -82,6 +84,8 @@ def start(
     with Interrupts() as interrupts:
         check_addresses(config, results_dir)
         config = remembered_study(remembered(config))
+        if (store := store_address(results_dir)) is not None:
+            check_beside_objects(store, config)
         folder = SearchFolder.check_free(results_dir, config)
         check_writable(results_dir)
         check_study(folder, config, listener.note)
@@ -91,7 +95,7 @@ def start(
             check_stores(config, ray_session.hosts())
             gpus, concurrency = fit_resources(config, ray_session.cluster())
             make_folder(folder.root)
-            with Lease(folder.lock, listener.note) as lease:
+            with Hold(folder, config, listener) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
                 if code is not None:
@@ -123,7 +127,7 @@ def resume(
     """
     listener = SafeListener(listener)
     folder = SearchFolder.open(results_dir, name)
-    with Interrupts() as interrupts, Lease(folder.lock, listener.note) as lease:
+    with Interrupts() as interrupts, Hold(folder, folder.config(), listener) as lease:
         config = folder.config()
         check_addresses(config, results_dir)
         check_writable(results_dir)
@@ -191,7 +195,7 @@ def _run(
     gpus: float,
     concurrency: int,
     interrupts: Interrupts,
-    lease: Lease,
+    lease: Hold,
 ) -> SearchReport:
     """One session of a search on a running Ray."""
     from topotune.search.book import Book
@@ -206,10 +210,10 @@ def _run(
     ledger = Ledger(folder.ledger, gpus or 1.0, lease.check)
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
-    recorder = Recorder(folder, config, lease.check)
+    recorder = Recorder(folder, config, lease.check, lease.files)
     before = store.rows(ledger.trials)
     listener.note(f"{config.name}: {BEGUN}, {concurrency} trials at once")
-    retention = Retention(folder, config, before)
+    retention = Retention(folder, config, before, lease.files)
 
     def ended(row: TrialSummary) -> None:
         recorder.ended(row)
@@ -217,7 +221,9 @@ def _run(
         listener.ended(row)
 
     book = Book(config, store, ledger, concurrency, ended, before)
+    lease.begin(lambda: {number: live.epoch for number, live in list(book.live.items())})
     interrupts.drain(book)
+    patience.fence = lease.check
     patience.stopping = lambda: book.stopping
     patience.waiting = lambda: ledger.tick(book.holding)  # workers hold their devices meanwhile
     with Shipping(folder, config, listener) as shipping:
@@ -236,7 +242,7 @@ def _run(
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
         failure: TopotuneError | None = None
         try:
-            execute(folder, config, book, pulse, gpus, listener.note, concurrency)
+            execute(folder, config, book, pulse, gpus, listener.note, concurrency, lease.files)
         except TopotuneError as error:
             failure = error
         if sharing is not None:
@@ -259,8 +265,14 @@ def _run(
             # What ended the search usually hurts here, too; the first cause is the one to tell.
             failure = failure or error
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
-        tracking = shipping.close(hurry=bool(book.stopping or failure))
+        hurry = bool(book.stopping or failure)
+        if unsaved := lease.gather(hurry):
+            listener.note(f"warning: {unsaved}")
+        tracking = shipping.close(hurry)
+        unsaved = lease.finish(hurry)
         store.close()
+    if unsaved:
+        failure = failure or RunError(unsaved)
     if failure:
         raise failure
     return SearchReport(folder, config, board, done, reason, tracking)

@@ -14,6 +14,8 @@ from topotune.redaction import brief
 from topotune.search.book import Book
 from topotune.search.cluster import needs_of
 from topotune.search.folder import SearchFolder
+from topotune.search.objects.files import TrialFiles
+from topotune.search.objects.places import Places
 from topotune.search.pulse import Pulse
 from topotune.search.repairs import out_of_memory_is_a_death
 
@@ -29,6 +31,7 @@ def execute(
     gpus: float,
     note: Callable[[str], None],
     most_at_once: int = 1,
+    files: TrialFiles | None = None,
 ) -> None:
     """Let Ray Tune execute what the book hands out.
 
@@ -88,7 +91,8 @@ def execute(
     def request(trial: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([whole if trial[ALONE] else shared])
 
-    stalls = Stalls(config.limits.stall, folder.trial)
+    places = Places(folder, files)
+    stalls = Stalls(config.limits.stall, places.signs)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
         tuner = tune.Tuner(
@@ -107,7 +111,7 @@ def execute(
                         alone=handout.alone,
                     ),
                 ),
-                scheduler=StudyScheduler(book, folder.trial, note, request),
+                scheduler=StudyScheduler(book, places.died, note, request),
                 num_samples=-1,
                 reuse_actors=True,
             ),

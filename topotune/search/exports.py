@@ -15,6 +15,7 @@ from topotune.records import EpochReport, OverheadOptions, TrialResult, TrialSpe
 from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
 from topotune.results.leaderboard import top
 from topotune.search.folder import SearchFolder
+from topotune.search.objects.pull import fetch_trial
 from topotune.search.recorder import leaderboard, objectives
 from topotune.search.shipping import open_store
 from topotune.tracking.registry import register_model
@@ -82,6 +83,7 @@ def export_top(
     exported = []
     for rank, row in enumerate(best, start=1):
         spec = parse_spec(row.spec, f"{folder.root}: trial {row.number}", {})
+        fetch_trial(folder.root.parent, folder.name, row.number)
         weights, history = _weights(spec, folder.trial(row.number), note)
         from topotune.weights import evaluate_test
 

@@ -31,6 +31,7 @@ from topotune.configfile import parse_search
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.files import write_atomically
 from topotune.redaction import redact
+from topotune.search.objects.address import shown
 
 
 def write_text(path: Path, text: str) -> None:
@@ -115,6 +116,7 @@ class SearchFolder:
             SearchFolderError: a search of that name, or something else, is there.
         """
         folder = cls(results_dir.absolute() / config.name)
+        _fetch(results_dir, config.name)
         folder._refuse_foreign()
         if folder.meta.exists():
             same = folder.config() == config
@@ -160,6 +162,7 @@ class SearchFolder:
             SearchFolderError: there is none, or its identity is unreadable.
         """
         folder = cls(results_dir.absolute() / name)
+        _fetch(results_dir, name)
         if SAFE_NAME.fullmatch(name) and _is_search(folder.root / "trials", is_folder=True):
             if not _is_search(folder.meta):
                 raise SearchFolderError(
@@ -169,7 +172,7 @@ class SearchFolder:
         elif not SAFE_NAME.fullmatch(name) or not _is_search(folder.meta):
             known = ", ".join(sorted(found.name for found in searches(results_dir))) or "none"
             raise SearchFolderError(
-                f"{results_dir}: no search named {name!r} (there: {known}). Give its "
+                f"{shown(results_dir)}: no search named {name!r} (there: {known}). Give its "
                 "--results-dir if it lies elsewhere"
             )
         folder._refuse_foreign()
@@ -243,14 +246,28 @@ class SearchFolder:
 
 
 def searches(results_dir: Path) -> list[SearchFolder]:
-    """All searches under a results directory, by name."""
+    """All searches under a results directory, by name.
+
+    Raises:
+        ResourceError: it is an object store, and that cannot be asked.
+    """
+    from topotune.search.objects.pull import fetch_searches
+
     if not results_dir.is_dir():
         return []
+    there = fetch_searches(results_dir)
     return [
         SearchFolder(path.absolute())
         for path in sorted(results_dir.iterdir())
-        if _is_search(path / "search.json")
+        if _is_search(path / "search.json") and (there is None or path.name in there)
     ]
+
+
+def _fetch(results_dir: Path, name: str) -> None:
+    """Bring a search's identity from an object store, if it lies in one."""
+    from topotune.search.objects.pull import fetch_search  # it reads folders, too
+
+    fetch_search(results_dir, name)
 
 
 def _is_search(path: Path, is_folder: bool = False) -> bool:

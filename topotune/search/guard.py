@@ -21,7 +21,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -53,11 +53,17 @@ class Guard:
             running in; None for no limit.
         memory: bytes of resident memory, children included, above which it ends; "auto" for most
             of the machine's; None for no limit.
+        ending: called last when the process ends itself.
     """
 
     def __init__(
-        self, folder: Path, stall: float | None, memory: float | Literal["auto"] | None
+        self,
+        folder: Path,
+        stall: float | None,
+        memory: float | Literal["auto"] | None,
+        ending: Callable[[], None] = lambda: None,
     ) -> None:
+        self._ending = ending
         self._stall = stall
         self._memory = AUTO_SHARE * machine_memory() if memory == "auto" else memory
         # Each beat starts a thread in C, so not every one of them.
@@ -152,6 +158,8 @@ class Guard:
         with contextlib.suppress(OSError):
             os.write(self._file, why.encode())
             faulthandler.dump_traceback(self._file)
+        with contextlib.suppress(OSError, RuntimeError):  # no memory for a thread, say
+            self._ending()
         os._exit(EXIT_CODE)
 
 

@@ -6,6 +6,7 @@ database and the tracking server are used from both sides, torch counts the GPUs
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -31,6 +32,8 @@ from topotune.errors import TopotuneError
 from topotune.redaction import brief
 from topotune.search.address import ENVIRONMENT as STUDY
 from topotune.search.findings import MIN_FREE_BYTES, Finding
+from topotune.search.objects.address import StoreAddress, is_address
+from topotune.search.objects.hold import check_store
 from topotune.search.preflight import check_writable
 from topotune.search.session import CONNECT_SECONDS, RaySession
 from topotune.search.shipping import ENVIRONMENT as TRACKING
@@ -179,15 +182,15 @@ def _examine_nodes(stores: Stores) -> list[Finding]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    folder, probe = Path(stores.storage), f".topotune-doctor-{secrets.token_hex(6)}"
+    folder = None if is_address(stores.storage) else Path(stores.storage)
+    probe = f".topotune-doctor-{secrets.token_hex(6)}"
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked: dict[Any, tuple[str, float]] = {}
     findings: list[Finding] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / probe).write_text("driver", encoding="ascii")
-    except OSError:
-        pass  # found and told by the driver's own check
+    with contextlib.suppress(OSError):  # found and told by the driver's own check
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / probe).write_text("driver", encoding="ascii")
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     for node in (node for node in nodes if node["Alive"]):
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -207,7 +210,7 @@ def _examine_nodes(stores: Stores) -> list[Finding]:
         found = [Finding(**one) for one in json.loads(data)]
         found.append(_skew(clock, sent, time.time()))
         findings += [replace(one, place=place) for one in found]
-    for path in folder.glob(f"{probe}*"):
+    for path in folder.glob(f"{probe}*") if folder is not None else ():
         path.unlink(missing_ok=True)
     return findings
 
@@ -233,6 +236,9 @@ def _versions(expected: dict[str, str]) -> Finding:
 
 
 def _storage(storage: str, probe: str) -> str:
+    if is_address(storage):
+        check_store(StoreAddress.parse(storage))
+        return f"{storage} written, read and deleted from"
     folder = Path(storage)
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)

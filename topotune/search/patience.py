@@ -103,6 +103,8 @@ class Patience:
         stopping: asked while waiting: whether the search should end. It then waits for
             ``GRACE_SECONDS`` more and aborts, as a second Ctrl-C would: nothing can be saved.
         waiting: called every few seconds while waiting: what must go on, as workers do.
+        fence: called when it was waited, before the call is made again; raises if another driver
+            has taken the search over meanwhile.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Patience:
         self.place, self.note, self.limit = place, note, limit
         self.stopping: Callable[[], object] = lambda: False
         self.waiting: Callable[[], object] = lambda: None
+        self.fence: Callable[[], object] = lambda: None
 
     def __call__(self, call: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """The call's value, as soon as the database gives it.
@@ -158,6 +161,7 @@ class Patience:
             call = again or call
             self.waiting()
             time.sleep(delay)
+            self.fence()
             delay = min(2 * delay, _LONGEST_DELAY)
 
 

@@ -20,6 +20,8 @@ from topotune.search.address import ENVIRONMENT as STUDY
 from topotune.search.address import study_uri
 from topotune.search.autoscaler import ENVIRONMENT
 from topotune.search.cluster import Cluster, needs_of, told
+from topotune.search.objects.address import store_address
+from topotune.search.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.shipping import ENVIRONMENT as TRACKING
 from topotune.search.shipping import tracking_uri
 from topotune.search.space import corners
@@ -79,12 +81,14 @@ def _first_stable(specs: list[TrialSpec], note: Callable[[str], None]) -> TrialS
 
 def check_writable(results_dir: Path) -> None:
     """Make sure that a results directory can be made and written, and that files in it can be
-    locked, without leaving anything.
+    locked, without leaving anything; so can the object store that it stands for, if it does.
 
     Raises:
         ResourceError: it cannot.
     """
     folder = results_dir.absolute()
+    if (address := store_address(folder)) is not None:
+        ObjectStore(address, limit=OPENING_SECONDS).check()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

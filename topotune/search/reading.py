@@ -14,11 +14,14 @@ from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import clean
 from topotune.search.folder import SearchFolder, searches
-from topotune.search.lease import lease_holder
 from topotune.search.ledger import read_ledger
 from topotune.search.live import Live
+from topotune.search.objects.address import store_address
+from topotune.search.objects.hold import Hold
+from topotune.search.objects.hold import holder as holder_of
 from topotune.search.recorder import leaderboard
 from topotune.search.shipping import default_server, open_store
+from topotune.search.view import SilentListener
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.loopback import check_port
 from topotune.tracking.mlflow import MlflowStore
@@ -119,7 +122,7 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
 
 def _status(folder: SearchFolder) -> SearchStatus:
     config = folder.config()
-    holder = lease_holder(folder.lock)
+    holder = holder_of(folder, config)
     return SearchStatus(
         folder=folder,
         config=config,
@@ -147,6 +150,12 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
         RunError: the server does not start, or a tracking server cannot be reached.
     """
     check_port(port)
+    if name is None and (address := store_address(results_dir)) is not None:
+        raise ConfigError(
+            f"results address {address}",
+            "has no embedded MLflow store to serve",
+            "Name a search: its tracking server is shown",
+        )
     shown = [SearchFolder.open(results_dir, name)] if name else searches(results_dir)
     own = embedded_artifacts(results_dir).with_name(DATABASE_FILE).is_file()
     stores: dict[str, tuple[MlflowStore, list[SearchFolder]]] = {}
@@ -210,7 +219,23 @@ def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
     if not 0 <= timeout < threading.TIMEOUT_MAX:
         raise ConfigError("--timeout", f"must be a number of seconds from 0 on (got {timeout:g})")
     folder = SearchFolder.open(results_dir, name)
-    store = open_store(folder, folder.config())
+    if store_address(results_dir) is not None:
+        return _sync_store(folder, timeout)
+    return _ship(folder, timeout)
+
+
+def _sync_store(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
+    """As :func:`sync`, of a search in an object store: nobody may drive it meanwhile."""
+    with Hold(folder, folder.config(), SilentListener()) as hold:
+        hold.begin()
+        text, complete = _ship(folder, timeout)
+        if unsaved := hold.finish(hurry=False):
+            return f"{text}\n{unsaved}", False
+    return text, complete
+
+
+def _ship(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
+    store, name = open_store(folder, folder.config()), folder.name
     shipper = Shipper(folder.root, store, folder.search_id, name)
     count = shipper.close(timeout)
     status = shipper.status()

@@ -20,6 +20,7 @@ from topotune.records import Outcome, TrialSummary
 from topotune.results.description import describe
 from topotune.results.leaderboard import Leaderboard
 from topotune.search.folder import SearchFolder, write_text
+from topotune.search.objects.files import AllHere, TrialFiles
 from topotune.search.rows import summaries
 from topotune.tracking.entries import RUNNING
 from topotune.tracking.labels import MODEL, SEARCH, USER, title, trial_name
@@ -82,6 +83,7 @@ class Recorder:
         folder: the search's folder.
         config: the search.
         fence: called before its thread writes; raises if another driver has taken the search over.
+        files: brings trials' files here that are elsewhere, and is told what is deleted.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class Recorder:
         folder: SearchFolder,
         config: SearchConfig,
         fence: Callable[[], None] = lambda: None,
+        files: TrialFiles | None = None,
     ) -> None:
         self._folder, self._config, self._fence = folder, config, fence
+        self._files = AllHere() if files is None else files
         self._tracker = SearchTracker(folder.root)
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
@@ -218,6 +222,7 @@ class Recorder:
     def _finish_trial(self, row: TrialSummary) -> None:
         from topotune.results.plots import plot_relaxation, plot_trace
 
+        self._files.fetch(row.number)
         trial = self._folder.trial(row.number)
         title = f"{self._config.name}, trial {row.number} ({row.state})"
         for chunks, epochs, joined, plot in (
@@ -235,6 +240,7 @@ class Recorder:
             # Renamed first: a kill half-way through must not leave chunks that look like all.
             used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
+            self._files.forget(row.number, f"{chunks}/")
 
     def _describe(self, board: Leaderboard, outcome: str) -> None:
         """Tell on the search's page how it stands."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
 from topotune.search.folder import SearchFolder
+from topotune.search.objects.files import AllHere, TrialFiles
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 
 
@@ -17,11 +18,17 @@ class Retention:
         folder: the search's folder.
         config: the search; ``keep_checkpoints`` is how many stay.
         finished: rows of trials that ended before.
+        files: told what is deleted.
     """
 
     def __init__(
-        self, folder: SearchFolder, config: SearchConfig, finished: list[TrialSummary]
+        self,
+        folder: SearchFolder,
+        config: SearchConfig,
+        finished: list[TrialSummary],
+        files: TrialFiles | None = None,
     ) -> None:
+        self._files = AllHere() if files is None else files
         self._folder, self._keep = folder, config.keep_checkpoints
         self._sign = 1.0 if config.objective[0].direction == "maximize" else -1.0
         self._all = len(config.objective) > 1
@@ -50,3 +57,4 @@ class Retention:
     def _delete(self, number: int) -> None:
         for name in (CHECKPOINT_FILE, PREVIOUS_FILE):
             (self._folder.trial(number) / name).unlink(missing_ok=True)
+        self._files.forget(number, CHECKPOINT_FILE, PREVIOUS_FILE)

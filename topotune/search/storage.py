@@ -24,7 +24,7 @@ READER_SECONDS = 10.0
 OPENING_SECONDS = 60.0
 """How long a new search waits for its study database."""
 _BUSY_SECONDS = 1.0  # longer pauses are ours, which Ctrl-C can end
-_POSTGRESQL = {
+POSTGRESQL = {
     "connect_timeout": 5,
     "tcp_user_timeout": 20_000,
     "keepalives_idle": 10,
@@ -82,7 +82,7 @@ def _connect(folder: SearchFolder, url: URL | None) -> RDBStorage:
     try:
         # Optuna formats the address: braces in a password stand for themselves.
         escaped = address.replace("{", "{{").replace("}", "}}")
-        return RDBStorage(escaped, engine_kwargs={"connect_args": dict(_POSTGRESQL)})
+        return RDBStorage(escaped, engine_kwargs={"connect_args": dict(POSTGRESQL)})
     except ImportError:
         raise ConfigError(
             "study.uri",

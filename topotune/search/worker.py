@@ -41,6 +41,8 @@ from topotune.search.adapters import ALONE, PAYLOAD
 from topotune.search.book import Progress
 from topotune.search.folder import SearchFolder
 from topotune.search.guard import Guard
+from topotune.search.objects.address import StoreAddress, store_address
+from topotune.search.objects.courier import Courier
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
 from topotune.shipped import load_env
@@ -52,13 +54,15 @@ ERROR_FILE = "error.txt"
 class TrialActor(tune.Trainable):
     """Runs :class:`topotune.trial.TrialRun` one epoch a step.
 
-    Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``limits``, ``cwd``
-    (where a user's modules are found), ``version`` (the driver's), ``gpus`` (that a trial holds),
-    ``gpu_memory``, ``alone`` (whether it holds at least a whole one, to itself).
+    Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``store`` (the
+    object store that it is kept in, empty for none), ``limits``, ``cwd`` (where a user's modules
+    are found), ``version`` (the driver's), ``gpus`` (that a trial holds), ``gpu_memory``, ``alone``
+    (whether it holds at least a whole one, to itself).
     """
 
     _slate: Slate | None = None
     _guard: Guard | None = None
+    _courier: Courier | None = None
     _run: Any = None
     _reports: Iterator[EpochReport] | None = None
 
@@ -68,12 +72,18 @@ class TrialActor(tune.Trainable):
         self._spec = TrialSpec.from_json(config["spec"])
         self._number = int(config["number"])
         self._search, self._version = Path(config["search"]), config["version"]
+        self._courier = None
+        if config["store"]:
+            address = StoreAddress.parse(config["store"])
+            self._courier = Courier(address, self._search.name, self._number, self._beat)
+            self._search = self._courier.search
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
         self._gpus, self._alone = float(config["gpus"]), bool(config[ALONE])
         self._gpu_memory = config["gpu_memory"]
         limits = Limits.model_validate(config["limits"])
-        self._guard = Guard(self._folder, limits.stall, limits.memory)
+        ending = self._courier.send_note if self._courier is not None else lambda: None
+        self._guard = Guard(self._folder, limits.stall, limits.memory, ending)
         if config["cwd"] not in sys.path:
             sys.path.append(config["cwd"])  # last: a file there stands in for no library
         with contextlib.suppress(OSError):  # on one machine nodes replace each other's package
@@ -100,14 +110,27 @@ class TrialActor(tune.Trainable):
         if self._guard is not None:
             self._guard.close()
         self._guard = None
+        if self._courier is not None:
+            self._courier.close()
+        self._courier = None
 
     def step(self) -> dict[str, Any]:
         """Train one epoch; after a restart, first give all known epochs again."""
         assert self._guard is not None  # setup() makes it
         with self._guard.watching():
-            progress = self._advance()
+            progress = self._stored(self._advance())
         over = progress.outcome is not None or bool(progress.stop)
         return {PAYLOAD: progress.to_json(), "done": over}
+
+    def _stored(self, progress: Progress) -> Progress:
+        """What the step has left behind is in the store before the driver hears of the step."""
+        if self._courier is None:
+            return progress
+        try:
+            self._courier.push()
+        except TopotuneError as error:
+            return Progress((), progress.metrics, stop=progress.stop or str(error))
+        return progress
 
     def _advance(self) -> Progress:
         try:
@@ -156,7 +179,8 @@ class TrialActor(tune.Trainable):
             )
         except OSError as full:
             return f" (its traceback could not be written: {full.strerror})"
-        return f" (traceback: {where})"
+        place = where if self._courier is None else self._courier.place(ERROR_FILE)
+        return f" (traceback: {place})"
 
     def _next(self) -> Progress:
         from topotune.train.devices import lacks_memory, memory_in_words
@@ -181,6 +205,8 @@ class TrialActor(tune.Trainable):
             from topotune.train.devices import cap_memory, check_gpus
             from topotune.trial import open_trial
 
+            if self._courier is not None:
+                self._courier.fetch()
             if self._gpus > 0:
                 check_gpus(self._gpus)
                 cap_memory(self._share())
@@ -205,7 +231,7 @@ class TrialActor(tune.Trainable):
                 f"{here}: has topotune {__version__}, and the driver {self._version}. Install the "
                 "same version on every node, then resume"
             )
-        if not SearchFolder(self._search).meta.is_file():
+        if self._courier is None and not SearchFolder(self._search).meta.is_file():
             raise ResourceError(
                 f"{here}: does not see {self._search}, where the search lies. Put the results "
                 "where all nodes have them under one path (TOPOTUNE_STORAGE, --results-dir): a "
@@ -274,6 +300,7 @@ def trial_config(
         "number": number,
         "spec": json.dumps(spec.to_dict()),
         "search": str(search),
+        "store": str(store_address(search.parent) or ""),
         "limits": limits.model_dump(mode="json"),
         "cwd": str(modules),
         "version": __version__,

@@ -1,0 +1,25 @@
+"""What the driver asks for where trials' files may be elsewhere."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class TrialFiles(Protocol):
+    """What the driver asks for where trials' files are not all here."""
+
+    def fetch(self, number: int) -> None:
+        """Bring what the trial's worker has written, checkpoints left out."""
+
+    def forget(self, number: int, *names: str) -> None:
+        """These files of a trial, or folders whose names end with ``/``, are deleted here."""
+
+
+class AllHere:
+    """Trials' files of a search that workers and driver keep in one folder."""
+
+    def fetch(self, number: int) -> None:
+        """Nothing to bring."""
+
+    def forget(self, number: int, *names: str) -> None:
+        """Nothing else to delete."""

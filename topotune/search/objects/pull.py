@@ -1,0 +1,87 @@
+"""What commands that only look at a search bring from its store: as little as they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from topotune.config import SAFE_NAME
+from topotune.search.objects import layout
+from topotune.search.objects.address import store_address
+from topotune.search.objects.mirror import driver_replica
+from topotune.search.objects.replica import each
+from topotune.search.objects.store import READER_SECONDS, ObjectStore
+from topotune.train.checkpoint import CHECKPOINT_FILE
+
+_IDENTITY = ("search.json", "ledger.json")
+
+
+def fetch_search(results_dir: Path, name: str) -> None:
+    """Bring a search's identity and ledger, if its results are in a store and it is there.
+
+    What this machine itself wrote last is here already, and may be newer.
+
+    Raises:
+        ResourceError: the store cannot be asked.
+    """
+    address = store_address(results_dir)
+    if address is None or not SAFE_NAME.fullmatch(name):
+        return
+    store = ObjectStore(address, limit=READER_SECONDS)
+    if driver_replica(results_dir.absolute(), name, store).ahead:
+        return
+
+    def one(file: str) -> None:
+        path = results_dir.absolute() / name / file
+        if not store.download(f"{name}/{file}", path):
+            path.unlink(missing_ok=True)  # a search that others have removed
+
+    each(one, list(_IDENTITY))
+
+
+def fetch_searches(results_dir: Path) -> set[str] | None:
+    """Bring the identity of every search of a store; their names, None of a mere folder.
+
+    Raises:
+        ResourceError: the store cannot be asked.
+    """
+    address = store_address(results_dir)
+    if address is None:
+        return None
+    store = ObjectStore(address, limit=READER_SECONDS)
+    names = [name for name in store.folders() if SAFE_NAME.fullmatch(name)]
+    each(lambda name: fetch_search(results_dir, name), names)
+    return set(names)
+
+
+def fetch_code(results_dir: Path, name: str) -> None:
+    """Bring the code that a search was submitted with, if its results are in a store.
+
+    Raises:
+        ResourceError: the store cannot be asked.
+    """
+    address = store_address(results_dir)
+    if address is None:
+        return
+    store = ObjectStore(address, limit=READER_SECONDS)
+    files = [file for file in store.objects(f"{name}/code") if layout.belongs(file)]
+
+    def one(file: str) -> None:
+        store.download(f"{name}/code/{file}", results_dir.absolute() / name / "code" / file)
+
+    each(one, files)
+
+
+def fetch_trial(results_dir: Path, name: str, number: int) -> None:
+    """Bring a trial's checkpoint, if its results are in a store.
+
+    Raises:
+        ResourceError: the store cannot be asked.
+    """
+    address = store_address(results_dir)
+    if address is None:
+        return
+    store = ObjectStore(address, limit=READER_SECONDS)
+    file = f"{layout.trial_name(number)}/{CHECKPOINT_FILE}"
+    root = results_dir.absolute() / name
+    if not store.download(f"{name}/{file}", root / file):
+        (root / file).unlink(missing_ok=True)
