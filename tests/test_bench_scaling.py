@@ -134,7 +134,7 @@ def test_it_measures_real_searches_on_real_clusters() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     one, two, full = report["runs"]
-    for run, slots in ((one, 1), (two, 2), (full, 2)):
+    for run, slots in ((one, 1), (two, 2), (full, 4)):
         assert run["plan"]["slots"] == run["workers"] == slots
         assert run["cpu"]["driver"] > 0
         assert run["cpu"]["ray"] > 0

@@ -74,7 +74,7 @@ class Options:
 
 
 QUICK = Options(
-    slots=(1, 2), saturating=(2,), rounds=1, sleep=0.2, trials_a_slot=8, saturating_trials=30
+    slots=(1, 2), saturating=(4,), rounds=1, sleep=0.2, trials_a_slot=8, saturating_trials=48
 )
 
 
@@ -166,6 +166,13 @@ def print_report(report: Report) -> None:
     if report.ceiling:
         out.print(_saturating(report))
     out.print(_projection(report))
+    cost = report.cost
+    measured = f"; measured: {report.ceiling:.1f}" if report.ceiling else ""
+    out.print(
+        f"The driver's CPU time by all runs: {1e3 * cost.second:.0f} ms a second, "
+        f"{1e3 * cost.trial:.0f} ms a trial, {1e3 * cost.epoch:.1f} ms an epoch. One core of it is "
+        f"full at {cost.slots(1.0, 1):.1f} trials of one epoch a second{measured}."
+    )
 
 
 def _table(title: str, headings: Iterable[str]) -> Table:
@@ -228,12 +235,9 @@ def _saturating(report: Report) -> Table:
 
 def _projection(report: Report) -> Table:
     cost = report.cost
-    measured = f"; measured: {report.ceiling:.1f}" if report.ceiling else ""
     table = _table(
-        f"The driver's CPU time by all runs: {1e3 * cost.second:.0f} ms a second, "
-        f"{1e3 * cost.trial:.0f} ms a trial, {1e3 * cost.epoch:.1f} ms an epoch. One core of it is "
-        f"full at {cost.slots(1.0, 1):.1f} trials of one epoch a second{measured}",
-        ("trial, s", "its epochs", "slots that fill one core of the driver"),
+        "Slots that fill one core of the driver, by what all runs cost it",
+        ("trial, s", "its epochs", "slots"),
     )
     for seconds, epochs in LENGTHS:
         table.add_row(f"{seconds:.0f}", str(epochs), f"{cost.slots(seconds, epochs):.0f}")
@@ -250,7 +254,7 @@ def _range(values: Sequence[float], digits: int) -> str:
     spread = Spread.range(values)
     text = f"{spread.median:.{digits}f}"
     if len(values) > 1:
-        text += f" [{spread.low:.{digits}f} to {spread.high:.{digits}f}]"
+        text += f" [{spread.low:.{digits}f}-{spread.high:.{digits}f}]"
     return text
 
 
@@ -260,4 +264,4 @@ def _quartiles(spreads: Sequence[Spread]) -> str:
         return ""
     parts = [(spread.median, spread.low, spread.high) for spread in spreads]
     middle, low, high = (1e3 * Spread.range(part).median for part in zip(*parts, strict=True))
-    return f"{middle:.0f} ({low:.0f} to {high:.0f})"
+    return f"{middle:.0f} ({low:.0f}-{high:.0f})"
