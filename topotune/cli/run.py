@@ -21,6 +21,7 @@ from topotune.cli.options import (
     elsewhere,
     log_to_stderr,
     on_cluster,
+    option_for,
     print_json,
     shown,
 )
