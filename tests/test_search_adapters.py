@@ -39,6 +39,6 @@ def test_a_trial_whose_worker_loads_keeps_it(
     trials: list[tuple[str, str | None]], chosen: str | None, tmp_path: Path
 ) -> None:
     book = Desk(tmp_path, make_config()).book
-    scheduler = StudyScheduler(book, lambda number: tmp_path, lambda text: None)
+    scheduler = StudyScheduler(book, lambda number: tmp_path, lambda text: None, lambda trial: None)
     found: Any = scheduler.choose_trial_to_run(controller(*trials))
     assert (found and found.name) == chosen
