@@ -83,6 +83,8 @@ def test_the_cost_of_a_second_a_trial_and_an_epoch_are_told_apart() -> None:
     assert (cost.second, cost.trial, cost.epoch) == pytest.approx((0.1, 0.2, 0.01))
     # 90 % of a core is left; a trial of 10 epochs takes 0.3 s of it, once in 60 s.
     assert cost.slots(60.0, 10) == pytest.approx(0.9 * 60 / 0.3)
+    # A driver that waits for its study is full earlier.
+    assert cost.slots(60.0, 10, full=0.7) == pytest.approx(0.6 * 60 / 0.3)
 
 
 def test_no_part_of_the_cost_is_below_zero() -> None:

@@ -33,6 +33,8 @@ LENGTHS = ((10.0, 5), (60.0, 20), (600.0, 50), (3600.0, 100))
 EPOCHS, SLEEP, TRIALS_A_SLOT = 4, 0.5, 6
 """Of the paced searches; a slot needs three trials at least for a steady state."""
 SATURATING_TRIALS = 60
+_RUNS_TO_TRUST = 6
+"""Twice as many as the cost has parts."""
 _TRIALS_A_FULL_SLOT = 12
 """At least; the first slots that work have used up many before the last one does."""
 
@@ -102,6 +104,17 @@ class Report:
         """Trials of one epoch a second at the most, as measured."""
         return max((run.window.rate for run in self.runs if not run.plan.sleep), default=0.0)
 
+    @property
+    def full(self) -> float:
+        """Cores that the driver uses where it can do no more: as in the fastest run that saturated
+        it, and one at the most."""
+        saturated = [run for run in self.runs if not run.plan.sleep]
+        return min(1.0, max(saturated, key=lambda run: run.window.rate).cores) if saturated else 1.0
+
+    def slots(self, seconds: float, epochs: int) -> float:
+        """Slots that one driver can feed with trials of this length."""
+        return self.cost.slots(seconds, epochs, self.full)
+
     def groups(self, saturating: bool) -> list[tuple[Plan, list[Run]]]:
         """The runs of each plan."""
         found: dict[Plan, list[Run]] = {}
@@ -124,8 +137,9 @@ class Report:
             "runs": runs,
             "driver_cost": dataclasses.asdict(self.cost),
             "ceiling": self.ceiling,
+            "full_cores": self.full,
             "projection": [
-                {"seconds": seconds, "epochs": epochs, "slots": self.cost.slots(seconds, epochs)}
+                {"seconds": seconds, "epochs": epochs, "slots": self.slots(seconds, epochs)}
                 for seconds, epochs in LENGTHS
             ],
         }
@@ -170,9 +184,15 @@ def print_report(report: Report) -> None:
     measured = f"; measured: {report.ceiling:.1f}" if report.ceiling else ""
     out.print(
         f"The driver's CPU time by all runs: {1e3 * cost.second:.0f} ms a second, "
-        f"{1e3 * cost.trial:.0f} ms a trial, {1e3 * cost.epoch:.1f} ms an epoch. One core of it is "
-        f"full at {cost.slots(1.0, 1):.1f} trials of one epoch a second{measured}."
+        f"{1e3 * cost.trial:.0f} ms a trial, {1e3 * cost.epoch:.1f} ms an epoch. It can do no more "
+        f"at {report.full:.2f} cores: {report.slots(1.0, 1):.1f} trials of one epoch a second"
+        f"{measured}."
     )
+    if len(report.runs) < _RUNS_TO_TRUST:
+        out.print(
+            f"These are {len(report.runs)} runs, too few to tell the three parts of the cost apart "
+            "but roughly: take no figure from them."
+        )
 
 
 def _table(title: str, headings: Iterable[str]) -> Table:
@@ -234,13 +254,12 @@ def _saturating(report: Report) -> Table:
 
 
 def _projection(report: Report) -> Table:
-    cost = report.cost
     table = _table(
-        "Slots that fill one core of the driver, by what all runs cost it",
+        "Slots that one driver can feed, by what all runs cost it",
         ("trial, s", "its epochs", "slots"),
     )
     for seconds, epochs in LENGTHS:
-        table.add_row(f"{seconds:.0f}", str(epochs), f"{cost.slots(seconds, epochs):.0f}")
+        table.add_row(f"{seconds:.0f}", str(epochs), f"{report.slots(seconds, epochs):.0f}")
     return table
 
 

@@ -101,9 +101,16 @@ class Cost:
     trial: float
     epoch: float
 
-    def slots(self, trial_seconds: float, epochs: int) -> float:
-        """Slots that fill one core of the driver with trials of this length."""
-        return (1 - self.second) * trial_seconds / (self.trial + epochs * self.epoch)
+    def slots(self, trial_seconds: float, epochs: int, full: float = 1.0) -> float:
+        """Slots that one driver can feed with trials of this length.
+
+        Args:
+            trial_seconds: of a trial.
+            epochs: of a trial.
+            full: cores that a driver uses that can do no more; below one where it waits for its
+                study and its files.
+        """
+        return (full - self.second) * trial_seconds / (self.trial + epochs * self.epoch)
 
 
 def slot_trials(epochs: Sequence[Epoch], per_trial: int) -> list[SlotTrial]:
