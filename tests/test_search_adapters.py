@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
 from tests.search_cases import Desk, make_config
@@ -38,7 +39,10 @@ def controller(*trials: tuple[str, str | None]) -> Any:
 def test_a_trial_whose_worker_loads_keeps_it(
     trials: list[tuple[str, str | None]], chosen: str | None, tmp_path: Path
 ) -> None:
+    def request(trial: dict[str, Any]) -> PlacementGroupFactory:
+        return PlacementGroupFactory([{"CPU": 1.0}])
+
     book = Desk(tmp_path, make_config()).book
-    scheduler = StudyScheduler(book, lambda number: tmp_path, lambda text: None, lambda trial: None)
+    scheduler = StudyScheduler(book, lambda number: tmp_path, lambda text: None, request)
     found: Any = scheduler.choose_trial_to_run(controller(*trials))
     assert (found and found.name) == chosen
