@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from tests.cluster_files import CLUSTER, documents, printed
+from topotune.search.autoscaler import read_launchers_file
 
 KUBERAY = CLUSTER / "kuberay"
 VERSION = "1.32"
-OWN = {"kustomization.yaml", "images.yaml"}
+OWN = {"kustomization.yaml", "images.yaml", "growth.yaml"}
 RAY = "ray.io/v1"
 
 # The part of KubeRay's CRDs (release 1.6) that the files use; what is not here is refused. Pods are
@@ -243,3 +244,19 @@ def test_every_file_is_in_the_kustomization() -> None:
     listed = documents(KUBERAY / "kustomization.yaml")[0]
     there = {path.name for path in KUBERAY.glob("*.yaml")} - OWN - {"rayjob.yaml"}
     assert set(listed["resources"]) == there  # a search is started on purpose
+
+
+def test_drivers_are_told_what_the_autoscaler_may_add() -> None:
+    (cluster,) = documents(CLUSTER / "kuberay" / "raycluster.yaml")
+    (growth,) = documents(CLUSTER / "kuberay" / "growth.yaml")
+    groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+    assert set(groups) == set(growth["available_node_types"])
+    for name, kind in growth["available_node_types"].items():
+        limits = groups[name]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        has = {"CPU": int(limits["cpu"])}
+        has |= {"GPU": limits["nvidia.com/gpu"]} if "nvidia.com/gpu" in limits else {}
+        assert kind["resources"] == has
+        assert kind["max_workers"] == groups[name]["maxReplicas"]
+    assert growth["max_workers"] == sum(group["maxReplicas"] for group in groups.values())
+    read = read_launchers_file(CLUSTER / "kuberay" / "growth.yaml")
+    assert [kind.most for kind in read.types] == [8, 4]

@@ -39,7 +39,7 @@ def test_blocks_are_sound_shell(block: str) -> None:
 
 
 def test_the_files_it_names_exist() -> None:
-    named = set(re.findall(r"(?<![\w/.])(cluster/[\w./-]+|search_spaces/[\w.]+)", TEXT))
+    named = set(re.findall(r"(?<![\w/.-])(cluster/[\w./-]+|search_spaces/[\w.]+)", TEXT))
     assert len(named) > 8
     for name in named:
         assert (ROOT / name.rstrip(".")).exists(), name
