@@ -235,9 +235,13 @@ def test_kustomize_builds_it() -> None:
     }
     assert images == {"topotune:0.1.0"}
     # The script's map got a name of its own, and the server's volume follows it.
-    (script,) = (item for item in built if item["kind"] == "ConfigMap")
+    maps = {item["metadata"]["name"]: item["data"] for item in built if item["kind"] == "ConfigMap"}
+    (script,) = (name for name, data in maps.items() if "databases.sh" in data)
     (server,) = (item for item in built if item["kind"] == "StatefulSet")
-    assert script["metadata"]["name"] in yaml.safe_dump(server)
+    assert script in yaml.safe_dump(server)
+    volumes = cluster["spec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    (growth,) = (one["configMap"]["name"] for one in volumes if "configMap" in one)
+    assert "growth.yaml" in maps[growth]
 
 
 def test_every_file_is_in_the_kustomization() -> None:
