@@ -29,7 +29,10 @@ client_port="${RAY_CLIENT_PORT:-10001}" agent_port="${AGENT_PORT:-52400}"
 network="${NODE_NETWORK:-127.0.1}"
 secrets="$root/secrets" run="$root/run" logs="$root/logs" postgres="$root/postgres"
 # PostgreSQL refuses to run as root: then it runs as the account of its package, at that one's home.
-if [ "$(id -u)" = 0 ]; then postgres="/var/lib/postgresql/topotune-$postgres_port"; fi
+if [ "$(id -u)" = 0 ]
+then
+  postgres="/var/lib/postgresql/topotune-$(printf %s "$root" | cksum | cut -d' ' -f1)"
+fi
 temp="${TMPDIR:-/tmp}/topotune-$ray_port"   # Ray's sockets: a path of theirs must be short
 
 fail() { echo "one-machine.sh: $*" >&2; exit 2; }
@@ -90,9 +93,16 @@ start_postgres() {
     sort -V | tail -n 1)"
   [ -n "$programs" ] || fail "PostgreSQL's server is not installed (Debian: postgresql)"
   PATH="$(dirname "$programs"):$PATH"
-  if [ ! -s "$root/databases-made" ]
+  # Made is what both sides say is made: databases are never deleted for want of their passwords.
+  if [ -e "$postgres/made" ] && [ ! -e "$root/databases-made" ]
   then
-    rm -rf "$postgres/data"
+    fail "$postgres holds databases whose passwords are not in $secrets. Bring those back, or move \
+the databases away"
+  fi
+  if [ ! -e "$root/databases-made" ]
+  then
+    as_postgres pg_ctl --pgdata="$postgres/data" --mode=immediate stop > /dev/null 2>&1 || true
+    rm -rf "$postgres/data"   # what an interrupted first start left
     as_postgres mkdir -p "$postgres"
     # shellcheck disable=SC2016 # expanded by the inner shell
     secret postgres_password | as_postgres bash -c 'umask 077; cat > "$1"' write "$postgres/password"
@@ -107,12 +117,13 @@ start_postgres() {
       --options="-p $postgres_port -c listen_addresses=127.0.0.1 -c unix_socket_directories=" \
       start > /dev/null || fail "PostgreSQL does not start; its log is $postgres/log"
   fi
-  if [ ! -s "$root/databases-made" ]
+  if [ ! -e "$root/databases-made" ]
   then
     PGHOST=127.0.0.1 PGPORT="$postgres_port" PGPASSWORD="$(secret postgres_password)" \
       MLFLOW_DB_PASSWORD="$(secret mlflow_db_password)" \
       STUDY_DB_PASSWORD="$(secret study_db_password)" bash "$here/kuberay/databases.sh"
-    echo yes > "$root/databases-made"
+    as_postgres touch "$postgres/made"
+    touch "$root/databases-made"
   fi
 }
 
@@ -177,6 +188,8 @@ start_ray() {
 
 up() {
   command -v topotune > /dev/null || fail "activate topotune's environment first"
+  mkdir -p "$temp"
+  [ -O "$temp" ] || fail "$temp belongs to another user; choose another RAY_PORT or TMPDIR"
   mkdir -p "$secrets" "$run" "$logs" "$root/artifacts" "$root/results"
   make_secrets
   start_postgres

@@ -26,6 +26,7 @@ def claim(
         ([claim("a", priority=3), claim("b")], {"CPU": 8}, [6, 2]),
         ([claim("a", wanted=1), claim("b")], {"CPU": 8}, [1, 7]),
         ([claim("a"), claim("b"), claim("c")], {"CPU": 2}, [1, 1, 0]),
+        ([claim("a"), claim("b"), claim("c", priority=100)], {"CPU": 2}, [0, 0, 2]),
         ([claim("a"), claim("b", CPU=4.0)], {"CPU": 8}, [4, 1]),
         ([claim("a", GPU=0.5), claim("b", GPU=1.0)], {"GPU": 4}, [4, 2]),
         ([claim("a", CPU=1.0), claim("b", GPU=1.0)], {"CPU": 4, "GPU": 2}, [4, 2]),
@@ -87,3 +88,16 @@ def test_who_has_less_than_its_share_is_seen_by_the_others() -> None:
     assert claims.claim(claim("a", held=4), capacity, now=2).contested
     claims.claim(replace(claim("b"), held=2), capacity, now=3)
     assert not claims.claim(claim("a", held=2), capacity, now=4).contested
+
+
+def test_more_searches_than_trials_at_once_take_turns() -> None:
+    claims, capacity = Claims(expiry=1e9), {"CPU": 2.0}
+    for name in "abc":
+        claims.claim(claim(name), capacity, now=0)
+    had = {
+        name
+        for turn in range(3)
+        for name in "abc"
+        if claims.claim(claim(name), capacity, now=turn * 600.0).slots
+    }
+    assert had == set("abc")

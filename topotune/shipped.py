@@ -15,12 +15,26 @@ from topotune.settings import read_env_file
 
 SEARCH_FILE = "search.yaml"
 ENV_FILE = ".topotune-env"
-"""Variables of the driver and its workers. They may be secrets, so the file is never kept."""
+"""Variables of the driver and its workers. They may be secrets, so the file is not kept with the
+results. Ray holds the package that it lies in as long as the job, and unpacked on each node until
+it needs the room."""
 
 
 def left_out(folder: str, names: list[str]) -> set[str]:
     """For ``shutil.copytree``: hidden files, which may hold secrets, and what Python compiled."""
     return {name for name in names if name.startswith(".") or name == "__pycache__"}
+
+
+def ship_env(source: Path, package: Path) -> None:
+    """Put a file of variables into a package, for its owner's eyes only.
+
+    Raises:
+        ConfigError: it cannot be read, or a line of it is of another form.
+    """
+    variables = read_env_file(source)
+    handle = os.open(package / ENV_FILE, os.O_WRONLY | os.O_CREAT, 0o600)
+    with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 - of a descriptor
+        file.writelines(f"{name}={value}\n" for name, value in variables.items())
 
 
 def load_env(folder: Path) -> None:
@@ -44,7 +58,7 @@ def own_copy(package: Path) -> None:
         return  # a command without a package
     folder = Path(tempfile.mkdtemp(prefix="topotune-package-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    shutil.copytree(package, folder, dirs_exist_ok=True)
+    shutil.copytree(package, folder, ignore=left_out, dirs_exist_ok=True)
     os.chdir(folder)
 
 

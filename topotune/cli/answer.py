@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.errors import RunError
-from topotune.shipped import to_archive
+from topotune.shipped import load_env, to_archive
 
 MARK = "TOPOTUNE_ANSWER"
 """Variable with the word that marks the line; set by who asks."""
@@ -52,6 +52,7 @@ def bring(folder: Path) -> None:
 def answered(command: Callable[[], None]) -> int:
     """Run a command in an empty folder and print its answer; its exit code."""
     mark, kept, code = os.environ[MARK], io.StringIO(), 0
+    load_env(Path.cwd())  # the package's, which is left here
     with (
         tempfile.TemporaryDirectory(prefix="topotune-job-") as folder,
         contextlib.chdir(folder),

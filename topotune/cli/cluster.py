@@ -158,11 +158,11 @@ def logs(
     allow_open: AllowOpen = False,
 ) -> None:
     """What the newest driver of a search on a cluster prints."""
-    from topotune.redaction import redact
     from topotune.service import searches
 
     def show(text: str) -> None:
-        sys.stdout.write(redact(text))
+        for line in text.splitlines(keepends=True):
+            sys.stdout.write(shown(line.rstrip("\r\n")) + ("\n" if line.endswith("\n") else ""))
         sys.stdout.flush()
 
     searches.logs(connect(context, address, allow_open), name, follow, show)
@@ -181,11 +181,7 @@ def stop(
     if (name is None) != all_of_them:
         raise ConfigError("stop", "takes either a search's name or --all")
     cluster = connect(context, address, allow_open)
-    if name is not None:
-        names = [name]
-    else:
-        names = sorted({job.search for job in cluster.jobs() if not job.over})
-    for job in searches.stop(cluster, names, say):
+    for job in searches.stop(cluster, None if name is None else [name], say):
         say(f"{job.search}: {job.status}; 'topotune resume {job.search}' goes on")
 
 
@@ -264,13 +260,14 @@ def arrive(version: str) -> None:
             f"version {version} sent this job, and the cluster has {__version__}",
             "Install the same version on both sides",
         )
-    own_copy(Path.cwd())
     load_env(Path.cwd())
-    if not os.environ.get(STORAGE):
+    own_copy(Path.cwd())
+    storage = os.environ.get(STORAGE, "")
+    if not storage or not ("://" in storage or Path(storage).is_absolute()):
         raise ConfigError(
             STORAGE,
-            "is not set on the cluster's head, and a search there must lie where all nodes see it",
-            "Set it where Ray is started, or in --env-file, to a shared folder, s3:// or gs://",
+            f"must name where all nodes see a search, and on the cluster's head it is {storage!r}",
+            "Set it where Ray is started to a shared folder's whole path, s3:// or gs://",
         )
 
 

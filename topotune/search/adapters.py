@@ -190,6 +190,9 @@ class StudyScheduler(NotStored, FIFOScheduler):
         Tune gives the chosen one the worker of a trial that has just ended, and would end a worker
         that loads for it.
         """
+        if self._book.shared and self._book.full:
+            # Tune keeps the worker of a trial that was handed back, and its place, for another.
+            tune_controller._cleanup_cached_actors(force_all=True)
         started = tune_controller._actor_manager.is_actor_started
         actors = tune_controller._trial_to_actor
         unplaced: list[Trial] = [

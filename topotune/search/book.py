@@ -106,6 +106,7 @@ class Book:
         live: the trials in flight.
         holding: those of them that hold a device.
         unplaced: how many wait for Ray to give them one.
+        shared: the cluster is used by others, too: a slot that is not to be filled is given back.
         contested: other searches wait for their share of the cluster: trials above
             ``concurrency`` end after their epoch, and go on from there when there is room.
         stopping: why the search drains; empty while it does not.
@@ -129,7 +130,7 @@ class Book:
         self.unplaced = 0
         self.stopping = ""
         self.left_running = 0
-        self.contested = False
+        self.shared = self.contested = False
         self.fatal: TopotuneError | None = None
         self._outlook = Outlook(config, finished)
 
@@ -143,7 +144,7 @@ class Book:
                 self._close(row)
             return Turn.END
         # Trials that share a GPU would never leave it to the one that waits for a whole one.
-        if len(self.live) >= self.concurrency or self.waits_alone:
+        if self.full or self.waits_alone:
             return Turn.WAIT
         handout = self.store.next()
         if handout is None:
@@ -162,6 +163,11 @@ class Book:
         """From now on a trial shares its device with no other."""
         self.live[number].alone = True
         self.ledger.alone.add(number)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more trials are handed out before one ends."""
+        return len(self.live) >= self.concurrency
 
     def stop(self, reason: str) -> None:
         """Hand out nothing more; trials in flight stop after their epoch and stay resumable."""
@@ -200,7 +206,7 @@ class Book:
         if over := self._over_budget():
             live.verdict = (Outcome.PRUNED, over)
             return False
-        kept = sum(not one.handed_back for one in self.live.values())
+        kept = sum(not self.live[one].handed_back for one in self.holding if one in self.live)
         live.handed_back = live.handed_back or (self.contested and kept > self.concurrency)
         return not live.handed_back
 

@@ -20,7 +20,13 @@ from topotune.search.objects.address import store_address
 from topotune.search.objects.hold import Hold
 from topotune.search.objects.hold import check_stores as check_beside_objects
 from topotune.search.patience import Patience
-from topotune.search.preflight import check_stores, check_writable, fit_resources, preflight
+from topotune.search.preflight import (
+    MOST_AT_ONCE,
+    check_stores,
+    check_writable,
+    fit_resources,
+    preflight,
+)
 from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, remembered
 from topotune.search.signals import Interrupts
@@ -92,7 +98,7 @@ def start(
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
-            check_stores(config, ray_session.hosts())
+            check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
             gpus, concurrency = fit_resources(config, ray_session.cluster())
             make_folder(folder.root)
             with Hold(folder, config, listener) as lease:
@@ -135,7 +141,7 @@ def resume(
             config = extended(config, extra_trials)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
-            check_stores(config, ray_session.hosts())
+            check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
             gpus, concurrency = fit_resources(config, ray_session.cluster())
             folder.save(config)
             return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
@@ -153,8 +159,10 @@ def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: fl
     def claim() -> Claim:
         left = book.store.left
         open_trials = math.inf if left is None else left + len(book.live)
-        _, limit = fit_resources(config, ray_session.cluster())
-        wanted = int(min(limit, open_trials))
+        # Nothing may fit now, where a node is gone: then it waits for one.
+        fits = min(ray_session.cluster().most_slots(needs), MOST_AT_ONCE)
+        limit = config.resources.concurrency
+        wanted = int(min(fits if limit == "auto" else min(limit, fits), open_trials))
         held = len(book.holding)
         return Claim(search, config.name, config.resources.priority, needs, wanted, held)
 
@@ -162,7 +170,7 @@ def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: fl
         cluster = ray_session.cluster()
         return {name: min(cluster.most(name), UNLIMITED) for name in needs}
 
-    sharing = Sharing(claim, capacity)
+    sharing = Sharing(search, claim, capacity)
     sharing.wait(FIRST_SHARE_SECONDS)
     return sharing
 

@@ -185,6 +185,9 @@ def _examine_nodes(stores: Stores) -> list[Finding]:
     folder = None if is_address(stores.storage) else Path(stores.storage)
     probe = f".topotune-doctor-{secrets.token_hex(6)}"
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    bare = replace(
+        stores, study=_without_login(stores.study), tracking=_without_login(stores.tracking)
+    )
     asked: dict[Any, tuple[str, float]] = {}
     findings: list[Finding] = []
     with contextlib.suppress(OSError):  # found and told by the driver's own check
@@ -195,9 +198,7 @@ def _examine_nodes(stores: Stores) -> list[Finding]:
     for node in (node for node in nodes if node["Alive"]):
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         gpus = node["Resources"].get("GPU", 0.0)
-        reference = look.options(scheduling_strategy=strategy).remote(
-            stores, versions(), probe, gpus
-        )
+        reference = look.options(scheduling_strategy=strategy).remote(bare, versions(), probe, gpus)
         asked[reference] = (f"{node['NodeManagerAddress']} {node['NodeID'][:6]}", time.time())
     end = time.monotonic() + NODE_SECONDS
     for reference, (place, sent) in asked.items():
@@ -213,6 +214,14 @@ def _examine_nodes(stores: Stores) -> list[Finding]:
     for path in folder.glob(f"{probe}*") if folder is not None else ():
         path.unlink(missing_ok=True)
     return findings
+
+
+def _without_login(address: str | None) -> str | None:
+    """An address with neither user nor password, which no node needs."""
+    if address is None:
+        return None
+    scheme, mark, rest = address.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
 
 
 def _look(stores: Stores, expected: dict[str, str], probe: str, gpus: float) -> tuple[str, float]:
@@ -297,9 +306,13 @@ def _skew(clock: float, sent: float, heard: float) -> Finding:
 def _gpus(promised: float) -> Finding:
     """What torch sees, in a process of its own: Ray hides GPUs from tasks that ask for none."""
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _COUNT_GPUS], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-P", "-c", _COUNT_GPUS]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=NODE_SECONDS / 2
+        )
+    except subprocess.TimeoutExpired:
+        return Finding("gpus", False, "torch does not answer", "Look into the GPU's driver")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return Finding("gpus", False, f"torch fails: {brief(last, 200)}", "Reinstall torch")

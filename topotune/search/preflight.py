@@ -26,6 +26,8 @@ from topotune.search.shipping import ENVIRONMENT as TRACKING
 from topotune.search.shipping import tracking_uri
 from topotune.search.space import corners
 
+MOST_AT_ONCE = 1000
+"""Trials at once that one driver starts, however large a cluster may grow."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -115,20 +117,22 @@ def check_writable(results_dir: Path) -> None:
         ) from error
 
 
-def check_stores(config: SearchConfig, hosts: int) -> None:
+def check_stores(config: SearchConfig, hosts: int, grows: bool) -> None:
     """Refuse files of SQLite on a cluster of several machines: over a network file system they
     are damaged, and on one machine's disk the next driver may not find them.
 
     Args:
         config: the search.
         hosts: machines of the cluster.
+        grows: an autoscaler may add more.
 
     Raises:
         ConfigError: the study or the tracking store would be such a file.
     """
-    if hosts < 2:
+    if hosts < 2 and not grows:
         return
-    beside = f"would be a SQLite file, on a cluster of {hosts} machines"
+    size = "that grows" if grows else f"of {hosts} machines"
+    beside = f"would be a SQLite file, on a cluster {size}"
     if study_uri(config) is None:
         raise ConfigError(
             STUDY,
@@ -165,7 +169,7 @@ def fit_resources(config: SearchConfig, cluster: Cluster) -> tuple[float, int]:
             )
     if refusal := cluster.refusal(needs):
         raise ResourceError(f"resources: {refusal}. A trial runs on one node: ask for less")
-    fits = cluster.most_slots(needs)
+    fits = min(cluster.most_slots(needs), MOST_AT_ONCE)
     concurrency = fits if wanted.concurrency == "auto" else min(wanted.concurrency, fits)
     return gpus, max(concurrency, 1)
 

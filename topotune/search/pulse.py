@@ -74,6 +74,7 @@ class Pulse:
         share = self._sharing.share
         if share is None:
             return ""
+        self._book.shared = bool(share.others)
         self._book.concurrency, self._book.contested = share.slots, share.contested
         if not share.others:
             return ""

@@ -1,16 +1,20 @@
 """How searches on one cluster share it: by weighted dominant-resource fairness.
 
 Every search has a claim: what one trial of it needs, how many it could run at once, and a priority.
-Trials are given out one by one, always to the search whose largest share of any resource, divided
-by its priority, is the smallest (progressive filling; Ghodsi et al., NSDI 2011, "Dominant Resource
-Fairness"). So nobody waits for another's search to end, what one cannot use goes to the others, and
-priority 2 gets twice the trials of priority 1.
+Trials are given out one by one, always to the search whose largest share of any resource would,
+with that trial and divided by its priority, be the smallest (progressive filling; Ghodsi et al.,
+NSDI 2011, "Dominant Resource Fairness"). What one search cannot use goes to the others, and
+priority 2 gets twice the trials of priority 1. Where there are more searches than trials at once,
+those of equal claim take turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+TURN_SECONDS = 600.0
+"""How long a search keeps its turn where there are more searches than trials at once."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def fair_slots(claims: Sequence[Claim], capacity: Mapping[str, float]) -> dict[s
     left = {name: capacity.get(name, 0.0) for claim in claims for name in claim.needs}
     open_claims = [claim for claim in claims if claim.wanted > 0]
     while open_claims:
-        claim = min(open_claims, key=lambda one: slots[one.search] * _weight(one, capacity))
+        claim = min(open_claims, key=lambda one: (slots[one.search] + 1) * _weight(one, capacity))
         if any(left[name] < amount - 1e-9 for name, amount in claim.needs.items()):
             open_claims.remove(claim)
             continue
@@ -98,6 +102,10 @@ class Claims:
         }
         claims = [one for _, one in self._claims.values()]
         slots = fair_slots(claims, capacity)
+        if any(slots[one.search] == 0 < one.wanted for one in claims):
+            # More searches than trials at once: they take turns.
+            turn = int(now // TURN_SECONDS) % len(claims)
+            slots = fair_slots([*claims[turn:], *claims[:turn]], capacity)
         others = [one for one in claims if one.search != claim.search]
         starved = any(one.held < slots[one.search] for one in others)
         return Share(slots[claim.search], starved, tuple(one.name for one in others))

@@ -38,17 +38,18 @@ class ClaimsActor:
 
 
 class Sharing:
-    """A search's part in the sharing; never waits for anybody.
+    """A search's part in the sharing; waits for no answer.
 
     Args:
+        search: its unique id.
         claim: its present claim.
         capacity: resource to amount of the whole cluster, as it is now.
     """
 
     def __init__(
-        self, claim: Callable[[], Claim], capacity: Callable[[], dict[str, float]]
+        self, search: str, claim: Callable[[], Claim], capacity: Callable[[], dict[str, float]]
     ) -> None:
-        self._claim, self._capacity = claim, capacity
+        self._search, self._claim, self._capacity = search, claim, capacity
         self._actor: Any = None
         self._answer: Any = None
         self._asked = 0.0
@@ -87,5 +88,5 @@ class Sharing:
         """Give the share back; others see it at their next claim."""
         if self._actor is not None:
             with contextlib.suppress(RayError, ValueError):
-                ray.get(self._actor.leave.remote(self._claim().search), timeout=2)
+                ray.get(self._actor.leave.remote(self._search), timeout=2)
         self._actor = self._answer = None

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from topotune import __version__
 from topotune.config_budget import Limits
 from topotune.errors import (
     CheckpointError,
+    ConfigError,
     DataUnavailableError,
     DivergedError,
     GpuMemoryError,
@@ -60,6 +62,7 @@ class TrialActor(tune.Trainable):
     (whether it holds at least a whole one, to itself).
     """
 
+    _loaded = False
     _slate: Slate | None = None
     _guard: Guard | None = None
     _courier: Courier | None = None
@@ -86,8 +89,9 @@ class TrialActor(tune.Trainable):
         self._guard = Guard(self._folder, limits.stall, limits.memory, ending)
         if config["cwd"] not in sys.path:
             sys.path.append(config["cwd"])  # last: a file there stands in for no library
-        with contextlib.suppress(OSError):  # on one machine nodes replace each other's package
-            load_env(Path.cwd())
+        if not TrialActor._loaded:
+            _load_shipped_env()
+            TrialActor._loaded = True
         with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
             os.chdir(config["cwd"])
 
@@ -266,6 +270,23 @@ class TrialActor(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing to load."""
+
+
+def _load_shipped_env() -> None:
+    """Take over what was shipped with the search, from the folder that the process started in.
+
+    Once: later that folder is another one. Nodes that share a machine replace each other's package
+    while they unpack it, so that it may be gone for a moment.
+    """
+    for left in range(10, -1, -1):
+        try:
+            load_env(Path.cwd())
+        except (OSError, ConfigError):
+            if not left:
+                raise
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _words(error: BaseException) -> str:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from topotune import __version__
 from topotune.errors import ResourceError, RunError, UserError
 from topotune.service.cluster import Cluster, Job
+from topotune.shipped import ship_env
 
 _BEGUN = "Running entrypoint for job"
+_NONE_THERE = re.compile(
+    r"No module named '?topotune'?$|(?:command )?not found$|No such option: --on-cluster"
+)
 START_SECONDS = 120.0
 _ANSWER_SECONDS = 24 * 3600.0
 
@@ -37,13 +44,16 @@ class RemoteError(RunError):
         self.exit_code = exit_code
 
 
-def ask(cluster: Cluster, arguments: Sequence[str], name: str = "all") -> Answer:
+def ask(
+    cluster: Cluster, arguments: Sequence[str], name: str = "all", env_file: Path | None = None
+) -> Answer:
     """Run ``topotune`` with these arguments on the cluster, and wait for it.
 
     Args:
         cluster: where.
         arguments: the command.
         name: the search that it is about, for whoever looks at the cluster's jobs meanwhile.
+        env_file: variables that it needs besides the cluster's own.
 
     Raises:
         ResourceError: the cluster has no room for a job, or no topotune of this version.
@@ -52,7 +62,12 @@ def ask(cluster: Cluster, arguments: Sequence[str], name: str = "all") -> Answer
     mark = secrets.token_hex(12)
     width = shutil.get_terminal_size((200, 24)).columns
     env = {"TOPOTUNE_ANSWER": mark, "TOPOTUNE_WIDTH": str(width)}
-    job_id = cluster.submit(arguments, {"verb": "question", "search": name}, env=env)
+    labels = {"verb": "question", "search": name}
+    with tempfile.TemporaryDirectory(prefix="topotune-package-") as folder:
+        package = None if env_file is None else Path(folder)
+        if package is not None and env_file is not None:
+            ship_env(env_file, package)
+        job_id = cluster.submit(arguments, labels, package, env)
     try:
         job = cluster.wait(job_id, START_SECONDS)
         if job.status == "PENDING":
@@ -70,8 +85,12 @@ def ask(cluster: Cluster, arguments: Sequence[str], name: str = "all") -> Answer
     before, found, line = log.rpartition(f"\n{mark}")
     if not found:
         raise failure(job, log)
-    data = json.loads(line)
-    return Answer(data["out"], printed(before), int(data["code"]), base64.b64decode(data["files"]))
+    try:
+        data = json.loads(line.partition("\n")[0])  # what an interpreter's end prints comes after
+        files = base64.b64decode(data["files"])
+        return Answer(data["out"], printed(before), int(data["code"]), files)
+    except (ValueError, KeyError, TypeError):
+        raise failure(job, log) from None
 
 
 def printed(log: str) -> str:
@@ -84,15 +103,14 @@ def printed(log: str) -> str:
 def failure(job: Job, log: str) -> RunError | ResourceError:
     """Why a job came to nothing, from what it printed."""
     text = printed(log) or job.message
-    missing = ("No module named topotune", "not found", "No such option: --on-cluster")
-    if job.exit_code in (1, 2, 127) and any(words in text for words in missing):
-        last = text.splitlines()[-1]
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    if lines:
+        return RemoteError(lines[-1].removeprefix("error: "), job.exit_code or 1)
+    last = (text.strip().splitlines() or [""])[-1]
+    if job.exit_code in (1, 2, 127) and _NONE_THERE.search(last):
         return ResourceError(
             f"the cluster has no topotune {__version__} ({last}). Install that version in the "
             "environment that starts Ray on every node; if that is not the 'python' on its path, "
             "set TOPOTUNE_PYTHON there"
         )
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    if lines:
-        return RemoteError(lines[-1].removeprefix("error: "), job.exit_code or 1)
     return RunError(f"job {job.id} {job.status.lower()}: {text[-2000:] or 'it printed nothing'}")

@@ -29,6 +29,8 @@ DRAIN_SECONDS = 60
 """How long Ray waits for a search to drain before it kills the job; a search needs 20 at most."""
 ANSWER_SECONDS = 15.0
 OPEN = "--allow-open"
+DRIVERS = ("search", "resume", "extend")
+"""The verbs of jobs that drive a search."""
 _TOKEN_FILE = Path("~/.ray/auth_token")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _LABELS = {"search": "topotune_search", "verb": "topotune_verb", "user": "topotune_user"}
@@ -239,11 +241,12 @@ class Cluster:
             )
 
     def jobs(self) -> list[Job]:
-        """The jobs that drive searches, the newest first."""
+        """The jobs that drive searches, the newest first; none of those that only ask."""
         with self._told():
             found = self._client.list_jobs()
-        jobs = [_job(details) for details in found if _LABELS["search"] in (details.metadata or {})]
-        return sorted(jobs, key=lambda job: job.started, reverse=True)
+        jobs = [_job(details) for details in found if details.submission_id]
+        drivers = [job for job in jobs if job.verb in DRIVERS]
+        return sorted(drivers, key=lambda job: job.started, reverse=True)
 
     def job(self, job_id: str) -> Job:
         """How a job stands."""

@@ -8,7 +8,6 @@ Nothing is run to find that out. Other files go along when they are named.
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
 import sys
@@ -17,8 +16,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from topotune.errors import ConfigError
-from topotune.settings import read_env_file
-from topotune.shipped import ENV_FILE, SEARCH_FILE, left_out
+from topotune.shipped import ENV_FILE, SEARCH_FILE, left_out, ship_env
 
 MAX_BYTES = 100 * 2**20
 _IMPORT_PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:[A-Za-z_]\w*")
@@ -66,10 +64,7 @@ def pack(
             "Put data where the cluster's nodes see it, and code into a package without it",
         )
     if env_file is not None:
-        variables = read_env_file(env_file)
-        handle = os.open(target / ENV_FILE, os.O_WRONLY | os.O_CREAT, 0o600)
-        with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123 - of a descriptor
-            file.writelines(f"{name}={value}\n" for name, value in variables.items())
+        ship_env(env_file, target)
     return sorted(str(place) for place in parts)
 
 

@@ -14,8 +14,7 @@ from topotune.search.view import BEGUN
 from topotune.service.ask import Answer, RemoteError, ask, failure
 from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
 from topotune.service.package import pack
-from topotune.settings import read_env_file
-from topotune.shipped import ENV_FILE, SEARCH_FILE, from_archive
+from topotune.shipped import SEARCH_FILE, from_archive, ship_env
 
 BEGIN_SECONDS = 180.0
 """How long a command waits for the driver to have checked its search and begun."""
@@ -66,7 +65,7 @@ def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None
         RemoteError: the cluster's storage has no such search.
     """
     _refuse_driven(cluster, name)
-    answer = ask(cluster, ["package", name], name)
+    answer = ask(cluster, ["package", name], name, env_file)
     if answer.code:
         raise refusal(answer)
     verb = "extend" if trials else "resume"
@@ -77,9 +76,7 @@ def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None
             from_archive(answer.files, place)
         (place / SEARCH_FILE).touch()  # a package must not be empty
         if env_file is not None:
-            variables = read_env_file(env_file)
-            (place / ENV_FILE).touch(mode=0o600)
-            (place / ENV_FILE).write_text("".join(f"{k}={v}\n" for k, v in variables.items()))
+            ship_env(env_file, place)
         arguments = [verb, name, *more, "--ray-address", "auto"]
         return cluster.submit(arguments, {"search": name, "verb": verb}, place)
 
@@ -111,18 +108,19 @@ def await_begin(cluster: Cluster, job_id: str, seconds: float = BEGIN_SECONDS) -
         time.sleep(_LOOK_SECONDS)
 
 
-def stop(cluster: Cluster, names: Sequence[str], note: Callable[[str], None]) -> list[Job]:
+def stop(cluster: Cluster, names: Sequence[str] | None, note: Callable[[str], None]) -> list[Job]:
     """Drain searches: trials finish their epoch, all is saved, then their jobs end.
 
-    All are asked first and waited for then, so that they drain at the same time.
+    All are asked first and waited for then, so that they drain at the same time. None stands for
+    all that run.
 
     Raises:
         SearchFolderError: no job drives one of them.
         RunError: a job has not ended in time.
     """
-    jobs = []
-    for name in names:
-        job = driving(cluster, name)
+    jobs, running = [], {job.search: job for job in cluster.jobs() if not job.over}
+    for name in running if names is None else names:
+        job = running.get(name)
         if job is None:
             last = newest(cluster, name)
             how = f"its last job is {last.status}" if last else "no job of that name is known"

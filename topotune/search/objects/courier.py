@@ -55,6 +55,7 @@ class Courier:
             layout.of_worker,
             layout.for_worker,
         )
+        self._alone = False
         self._lock = self._hold()
         self._opened = False
 
@@ -67,6 +68,7 @@ class Courier:
             return None
         with contextlib.suppress(OSError):  # an orphan of a killed driver, say: the claim tells
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._alone = True
         return lock
 
     def fetch(self) -> None:
@@ -109,7 +111,8 @@ class Courier:
     def close(self) -> None:
         """Leave the trial; its folder goes, unless it holds what the store does not."""
         with contextlib.suppress(OSError, TopotuneError):
-            if self._opened and self._replica.clean:
+            # Another worker of this node may have taken the trial over, and use the folder.
+            if self._opened and self._alone and self._replica.clean and self._replica.ours:
                 self._replica.drop_state()
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self._state.with_suffix(".lock").unlink(missing_ok=True)

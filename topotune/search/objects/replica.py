@@ -75,7 +75,12 @@ class Replica:
     @property
     def ahead(self) -> bool:
         """Whether nobody has written there since this machine did, so that the folder here is as
-        new as the store, or newer."""
+        new as the store, or newer; not one that others have deleted."""
+        return self.ours and all((self.folder / name).exists() for name in self._sent)
+
+    @property
+    def ours(self) -> bool:
+        """Whether what was written there last was written by this."""
         return bool(self._mine) and self.store.read(self._claim) == self._mine.encode()
 
     def open(self) -> bool:
