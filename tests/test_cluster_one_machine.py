@@ -12,9 +12,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -167,3 +168,39 @@ def test_the_same_suggestions_as_on_a_laptop(machine: Machine, tmp_path: Path) -
 
     assert len(told(here)) == 14
     assert told(there) == told(here)
+
+
+def test_a_search_that_comes_later_gets_its_share(machine: Machine, tmp_path: Path) -> None:
+    """Two workers, both held by a search of long trials: one is handed over after an epoch."""
+    machine.shell("cluster/one-machine.sh up")
+    text = (ROOT / "search_spaces" / "topological_adam_digits.yaml").read_text(encoding="utf-8")
+    data = yaml.safe_load(text)
+    data |= {"budget": {"trials": 6, "epochs": 5000}, "overhead": {"blocks": 0}, "pruner": "none"}
+
+    def epochs(name: str) -> int:
+        rows = machine.json(f"topotune status {name}")["trials"]
+        assert isinstance(rows, list)
+        return sum(row["epochs"] for row in rows)
+
+    def wait(condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + 180
+        while not condition():
+            assert time.monotonic() < end, what
+
+    for name in ("early", "late"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**data, "name": name}), "utf-8")
+    machine.shell(f"topotune submit {tmp_path}/early.yaml")
+
+    def both_slots() -> bool:
+        live = machine.json("topotune status early")["live"]
+        return isinstance(live, dict) and len(live["running"]) == 2
+
+    wait(both_slots, "the first search has not taken both workers")
+    machine.shell(f"topotune submit {tmp_path}/late.yaml")
+    wait(lambda: epochs("late") > 1, "the second search never trains")
+    before = epochs("early")
+    wait(lambda: epochs("early") > before, "the first one does not go on beside it")
+    assert "shares the cluster with late: 1 at once" in machine.shell("topotune logs early")
+    stopped = machine.shell("topotune stop --all")
+    assert "early: STOPPED" in stopped
+    assert "late: STOPPED" in stopped
