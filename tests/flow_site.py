@@ -129,7 +129,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 240.0) -> str:
     except subprocess.TimeoutExpired:
         process.kill()
         output, _ = process.communicate()
-        raise AssertionError(f"{process.args} still ran: {output[-3000:]}") from None
+        raise AssertionError(f"it still ran: {output[-3000:]}") from None
     assert process.returncode == 0, output[-3000:]
     return output
 
