@@ -139,12 +139,12 @@ def test_what_is_wrong_on_the_cluster_only_is_told_here(
 ) -> None:
     user = client(cluster, tmp_path, "user")
     text = (user.folder / user.search("unread", 1, 1, 0.1)).read_text(encoding="utf-8")
-    task = 'task: {name: mnist5k, data_dir: "/nowhere/at-all"}'
+    task = 'task: {name: cifar10, data_dir: "/proc/nowhere"}'  # that nobody can make
     lines = [task if line.startswith("task:") else line for line in text.splitlines()]
     (user.folder / "unread.yaml").write_text("\n".join(lines), encoding="utf-8")
     code, line = user.fails("submit", "unread.yaml")
     assert code == 2
-    assert "/nowhere/at-all" in line
+    assert "data folder /proc/nowhere: cannot be written" in line
     file = user.search("taken", 1, 1, 0.1)
     user.run("submit", file)
     until(lambda: user.list()["taken"]["job_status"] == "SUCCEEDED", 120, "it has ended")

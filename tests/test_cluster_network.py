@@ -75,7 +75,7 @@ class Network:
         if not self._made(("netns", "add", space), ("netns", "del", space)):
             self._stack.close()
             pytest.skip("network namespaces cannot be made here")
-        self._stack.callback(self._end, space)
+        self._stack.callback(self.end, number)
         self._do("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
         self._do("link", "set", link, "master", self._name, "up")
         address = f"{self.prefix}.{number}/24"
@@ -87,6 +87,13 @@ class Network:
         """Take the link of a namespace down."""
         self._do("link", "set", self._link(number), "down")
 
+    def end(self, number: int) -> None:
+        """Kill all processes in a namespace: those of a node without a link end late by
+        themselves."""
+        for pid in ip("netns", "pids", self._space(number)).stdout.split():
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(int(pid)).kill()
+
     def inside(self, number: int) -> list[str]:
         """What stands before a command that runs in a namespace."""
         return ["ip", "netns", "exec", self._space(number)]
@@ -96,11 +103,6 @@ class Network:
 
     def _link(self, number: int) -> str:
         return f"{self._name}v{number}"
-
-    def _end(self, space: str) -> None:
-        for pid in ip("netns", "pids", space).stdout.split():
-            with suppress(psutil.NoSuchProcess):
-                psutil.Process(int(pid)).kill()
 
 
 class Site:
@@ -156,6 +158,7 @@ class Site:
             RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=self.token, TOPOTUNE_STORAGE=str(self.results),
             **environment,
         )  # fmt: skip
+        self.stack.callback(self.network.end, number)
         started = f"node {number} is up"
         until(lambda: "block forever" in self.log(f"node-{number}"), 120, started)
 
