@@ -22,7 +22,7 @@ from topotune.bench.faults.postgres import Postgres, installed
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-TRIALS, EPOCHS, SECONDS = 4, 8, 2.0
+TRIALS, EPOCHS, SECONDS = 3, 6, 2.0
 HEAD, WORKERS = 2, (3, 4)
 """Last numbers of the nodes' addresses; the machine itself, which has the stores, is 1."""
 
