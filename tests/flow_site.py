@@ -27,7 +27,7 @@ from topotune.tracking.tails import read_all
 
 SEARCH = """
 name: {name}
-task: {{name: "paced_rings:Paced", options: {{pause: {pause}}}}}
+task: {{name: "paced_rings:Paced", options: {{pause: {pause}, hurry: "{hurry}"}}}}
 method: adam
 space: {{lr: {{type: float, low: 1.0e-4, high: 1.0e-1, log: true}}}}
 objective: {{metric: val_accuracy, direction: maximize}}
@@ -71,14 +71,16 @@ class Client:
         # Two modules, one of which imports the other; no node has them.
         tests = ROOT / "tests"
         shutil.copy(tests / "user_task.py", folder / "plain_rings.py")
-        paced = (tests / "paced_task.py").read_text(encoding="utf-8")
+        paced = (tests / "flow_task.py").read_text(encoding="utf-8")
         (folder / "paced_rings.py").write_text(paced.replace("tests.user_task", "plain_rings"))
 
-    def search(self, name: str, trials: int, epochs: int, seconds: float) -> str:
-        """Write a search file, whose epochs take so many seconds; its name."""
-        text = SEARCH.format(
-            name=name, trials=trials, epochs=epochs, pause=round(seconds / BATCHES, 4)
-        )
+    def search(
+        self, name: str, trials: int, epochs: int, seconds: float, hurry: Path | str = ""
+    ) -> str:
+        """Write a search file, whose epochs take so many seconds until there is a file ``hurry``;
+        its name."""
+        pause = round(seconds / BATCHES, 4)
+        text = SEARCH.format(name=name, trials=trials, epochs=epochs, pause=pause, hurry=hurry)
         (self.folder / f"{name}.yaml").write_text(text, encoding="utf-8")
         return f"{name}.yaml"
 

@@ -21,7 +21,7 @@ from topotune.configfile import load_spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-TRIALS, EPOCHS, SECONDS = 6, 6, 2.0
+TRIALS, EPOCHS, SECONDS = 6, 6, 4.0
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,9 @@ def test_two_searches_of_two_users_a_lost_node_a_stop_and_a_resume(
 ) -> None:
     ada, bob = client(cluster, tmp_path, "ada"), client(cluster, tmp_path, "bob")
     eve = client(cluster, tmp_path, "eve")  # submits nothing, looks on
+    hurry = cluster.root / "hurry"
     begun = [
-        one.start("submit", one.search(f"of-{one.user}", TRIALS, EPOCHS, SECONDS))
+        one.start("submit", one.search(f"of-{one.user}", TRIALS, EPOCHS, SECONDS, hurry))
         for one in (ada, bob)
     ]
     for process in begun:
@@ -121,7 +122,8 @@ def test_two_searches_of_two_users_a_lost_node_a_stop_and_a_resume(
     assert (stopped["state"], stopped["job_status"]) == ("stopped", "STOPPED")
     after = recorded(cluster, "of-bob")
     assert all(now[: len(then)] == then for now, then in zip(after, kept, strict=True))
-    assert eve.list()["of-ada"]["state"] != "stopped"
+    assert eve.list()["of-ada"]["state"] == "running"
+    hurry.touch()
     assert "begun" in eve.run("resume", "of-bob")
     assert recorded(cluster, "of-bob")[0][: len(after[0])] == after[0]
 
