@@ -21,7 +21,7 @@ from topotune.configfile import load_spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-TRIALS, EPOCHS, SECONDS = 6, 6, 4.0
+TRIALS, EPOCHS, SECONDS = 6, 6, 6.0
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_two_searches_of_two_users_a_lost_node_a_stop_and_a_resume(
         print(states)  # for whoever reads a failure
         return all(live and live["running"] for live in states)
 
-    until(sharing, 60, "trials of both at once")
+    until(sharing, 120, "trials of both at once")
     seen = eve.list()
     assert {name: row["user"] for name, row in seen.items()} == {"of-ada": "ada", "of-bob": "bob"}
     assert {row["state"] for row in seen.values()} == {"running"}
