@@ -37,7 +37,7 @@ overhead: {{blocks: 0}}
 budget: {{trials: {trials}, epochs: {epochs}}}
 """
 BATCHES = 13
-"""Of an epoch: 800 points, 64 each."""
+"""Of an epoch at most: 800 points, 64 each."""
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:

@@ -21,7 +21,7 @@ from topotune.configfile import load_spec
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-TRIALS, EPOCHS, SECONDS = 6, 6, 6.0
+TRIALS, EPOCHS, SECONDS = 6, 6, 10.0
 
 
 @pytest.fixture(scope="module")
