@@ -77,6 +77,8 @@ class Network:
             pytest.skip("network namespaces cannot be made here")
         self._stack.callback(self.end, number)
         self._do("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
+        # By itself it goes once the kernel has given up the last connection in there.
+        self._stack.callback(ip, "link", "del", link)
         self._do("link", "set", link, "master", self._name, "up")
         address = f"{self.prefix}.{number}/24"
         self._do("-n", space, "address", "add", address, "dev", "eth0")
