@@ -1,4 +1,4 @@
-"""A PostgreSQL server of a row's own, with a password, on 127.0.0.1."""
+"""A PostgreSQL server of a row's own, with a password, on 127.0.0.1 or an address that is given."""
 
 from __future__ import annotations
 
@@ -35,12 +35,16 @@ def installed() -> bool:
 class Postgres:
     """A server with an empty data folder, which goes with it.
 
+    Args:
+        host: the address of this machine that it listens at, for that one's whole network.
+
     Attributes:
         port: where it listens.
         password: of its one user, ``tester``; random.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
         self.port = free_port()
         self.password = f"planted-{secrets.token_hex(8)}"
         self._server: subprocess.Popen[bytes] | None = None
@@ -52,7 +56,7 @@ class Postgres:
     @property
     def uri(self) -> str:
         """Its address, password and all."""
-        return f"postgresql://tester:{self.password}@127.0.0.1:{self.port}/postgres"
+        return f"postgresql://tester:{self.password}@{self._host}:{self.port}/postgres"
 
     def __enter__(self) -> Self:
         expect(installed(), "PostgreSQL's server (initdb, postgres) is not installed")
@@ -81,6 +85,8 @@ class Postgres:
             **self._as,
         )
         expect(done.returncode == 0, f"initdb failed: {done.stderr[-500:]}")
+        with (self._folder / "data" / "pg_hba.conf").open("a", encoding="ascii") as file:
+            file.write("host all all samenet scram-sha-256\n")
 
     def __exit__(self, *_: object) -> None:
         self.stop(signal.SIGQUIT)
@@ -89,7 +95,7 @@ class Postgres:
     def start(self) -> None:
         """Start it, and wait until it listens."""
         options = ["-D", str(self._folder / "data"), "-p", str(self.port)]
-        options += ["-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="]
+        options += ["-c", f"listen_addresses={self._host}", "-c", "unix_socket_directories="]
         with (self._folder / "log").open("ab") as log:
             self._server = subprocess.Popen(
                 [str(program("postgres")), *options],
@@ -101,7 +107,7 @@ class Postgres:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self._server.poll() is None:
             with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                if probe.connect_ex((self._host, self.port)) == 0:
                     return
             time.sleep(0.1)
         text = (self._folder / "log").read_text(encoding="utf-8", errors="replace")
