@@ -116,7 +116,7 @@ def test_the_walk_through(machine: Machine) -> None:
     assert said["topotune doctor"].count("storage") == 4  # the driver, the head, two workers
     export = machine.home / "out"
     machine.shell("cluster/one-machine.sh up")  # down is the last line; all is still there
-    for name, trials in (("topological_adam_mnist5k", 8), ("adam_mnist5k", 10)):
+    for name, trials in (("topological_adam_mnist5k", 8), ("adam_mnist5k", 42)):
         status = machine.json(f"topotune status {name}")
         rows = status["trials"]
         assert isinstance(rows, list)

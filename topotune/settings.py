@@ -71,7 +71,7 @@ def read_settings(text: str, path: Path) -> dict[str, str]:
         if name not in VARIABLES:
             raise ConfigError(str(path), f"unknown key {name!r}{did_you_mean(name, VARIABLES)}")
         if not isinstance(value, str) or not value or "\0" in value:
-            raise ConfigError(f"{path}: {name}", f"must be a text (got {type(value).__name__})")
+            raise ConfigError(f"{path}: {name}", "must be a text that is not empty")
         if redact(value) != value:
             raise ConfigError(
                 f"{path}: {name}",

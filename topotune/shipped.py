@@ -8,9 +8,10 @@ import os
 import shutil
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
-from topotune.errors import RunError
+from topotune.errors import ConfigError, RunError
 from topotune.settings import read_env_file
 
 SEARCH_FILE = "search.yaml"
@@ -46,6 +47,23 @@ def load_env(folder: Path) -> None:
     path = folder / ENV_FILE
     if path.is_file():
         os.environ.update(read_env_file(path))
+
+
+def await_env() -> None:
+    """Take over what was shipped with the search, from the folder that the process started in.
+
+    Once: later that folder is another one. Nodes that share a machine replace each other's package
+    while they unpack it, so that it may be gone for a moment.
+    """
+    for left in range(10, -1, -1):
+        try:
+            load_env(Path.cwd())
+        except (OSError, ConfigError):
+            if not left:
+                raise
+            time.sleep(0.2)
+        else:
+            return
 
 
 def own_copy(package: Path) -> None:

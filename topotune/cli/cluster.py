@@ -53,6 +53,7 @@ def submit(
     ] = None,
     wait: Wait = True,
     allow_open: AllowOpen = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a new search on a cluster, which needs this machine no longer once it has begun."""
     from topotune.configfile import parse_search, read_yaml
@@ -77,17 +78,27 @@ def submit(
     cluster = connect(context, address, allow_open)
     text = file.read_text(encoding="utf-8")
     job_id = searches.submit(cluster, config, text, data, options, include or (), env_file)
-    begun(cluster, config.name, job_id, wait)
+    begun(cluster, config.name, job_id, wait, as_json)
 
 
-def begun(cluster: Cluster, name: str, job_id: str, wait: bool) -> None:
+def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = False) -> None:
     """Wait for a driver that was started, and say what one can do with it."""
     from topotune.service import searches
 
-    say(f"{name}: job {job_id} on {cluster.address}")
+    say(f"{name}: job {job_id} on {cluster.address}", err=as_json)
     if wait:
-        searches.check_begun(searches.await_begin(cluster, job_id), name)
-        say(f"{name}: begun. This machine is no longer needed.")
+        try:
+            searches.check_begun(searches.await_begin(cluster, job_id), name)
+        except KeyboardInterrupt:
+            say(
+                f"{name}: goes on without being waited for; 'topotune stop {name}' ends it",
+                err=True,
+            )
+            raise
+        say(f"{name}: begun. This machine is no longer needed.", err=as_json)
+    if as_json:
+        print_json({"search": name, "job": job_id, "address": cluster.address})
+        return
     typer.echo(
         f"  topotune logs {name} -f     # follow it\n"
         f"  topotune status {name}      # its trials\n"
@@ -182,7 +193,10 @@ def stop(
         raise ConfigError("stop", "takes either a search's name or --all")
     cluster = connect(context, address, allow_open)
     for job in searches.stop(cluster, None if name is None else [name], say):
-        say(f"{job.search}: {job.status}; 'topotune resume {job.search}' goes on")
+        again = f"'topotune resume {job.search}' goes on"
+        if not searches.has_begun(cluster, job):
+            again = "before it began: nothing is kept"
+        say(f"{job.search}: {job.status}; {again}")
 
 
 def connect(context: typer.Context, address: str | None, allow_open: bool) -> Cluster:

@@ -102,7 +102,7 @@ def resume(
 ) -> None:
     """Continue a search that was stopped or killed; finished epochs are not repeated."""
     if cluster := elsewhere(context, address):
-        _again_there(context, cluster, name, 0, env_file, allow_open)
+        _again_there(context, cluster, name, 0, env_file, allow_open, as_json)
     else:
         _again(context, name, results_dir, 0, ray_address, as_json)
 
@@ -120,7 +120,7 @@ def extend(
 ) -> None:
     """Add trials to a search, finished or not."""
     if cluster := elsewhere(context, address):
-        _again_there(context, cluster, name, trials, env_file, allow_open)
+        _again_there(context, cluster, name, trials, env_file, allow_open, as_json)
     else:
         _again(context, name, results_dir, trials, ray_address, as_json)
 
@@ -132,13 +132,14 @@ def _again_there(
     trials: int,
     env_file: Path | None,
     allow_open: bool,
+    as_json: bool,
 ) -> None:
     """Start a driver on the cluster, and wait until it has begun."""
     from topotune.cli.cluster import begun, connect
     from topotune.service import searches
 
     cluster = connect(context, address, allow_open)
-    begun(cluster, name, searches.again(cluster, name, trials, env_file), wait=True)
+    begun(cluster, name, searches.again(cluster, name, trials, env_file), True, as_json)
 
 
 def _again(

@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from topotune import __version__
 from topotune.config_budget import Limits
 from topotune.errors import (
     CheckpointError,
-    ConfigError,
     DataUnavailableError,
     DivergedError,
     GpuMemoryError,
@@ -47,7 +45,7 @@ from topotune.search.objects.address import StoreAddress, store_address
 from topotune.search.objects.courier import Courier
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
-from topotune.shipped import load_env
+from topotune.shipped import await_env
 from topotune.tracking.base import Tracker
 
 ERROR_FILE = "error.txt"
@@ -90,7 +88,7 @@ class TrialActor(tune.Trainable):
         if config["cwd"] not in sys.path:
             sys.path.append(config["cwd"])  # last: a file there stands in for no library
         if not TrialActor._loaded:
-            _load_shipped_env()
+            await_env()
             TrialActor._loaded = True
         with contextlib.suppress(OSError):  # a node without that folder imports from elsewhere
             os.chdir(config["cwd"])
@@ -270,23 +268,6 @@ class TrialActor(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing to load."""
-
-
-def _load_shipped_env() -> None:
-    """Take over what was shipped with the search, from the folder that the process started in.
-
-    Once: later that folder is another one. Nodes that share a machine replace each other's package
-    while they unpack it, so that it may be gone for a moment.
-    """
-    for left in range(10, -1, -1):
-        try:
-            load_env(Path.cwd())
-        except (OSError, ConfigError):
-            if not left:
-                raise
-            time.sleep(0.2)
-        else:
-            return
 
 
 def _words(error: BaseException) -> str:

@@ -122,6 +122,13 @@ def _imported(file: Path) -> Iterator[str]:
 
 
 def _copy(path: Path, target: Path) -> None:
+    for one in (path, *path.rglob("*")):
+        if one.is_symlink():
+            raise ConfigError(
+                str(one),
+                f"is a link to {one.readlink()}, which would be shipped and kept with the results",
+                "Put the file itself there, or name what it points to by --include",
+            )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():

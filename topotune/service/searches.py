@@ -141,6 +141,11 @@ def stop(cluster: Cluster, names: Sequence[str] | None, note: Callable[[str], No
     return ended
 
 
+def has_begun(cluster: Cluster, job: Job) -> bool:
+    """Whether a driver had checked its search, so that this is on disk."""
+    return BEGUN in cluster.logs(job.id)
+
+
 def driving(cluster: Cluster, name: str) -> Job | None:
     """The job that drives a search now."""
     return next((job for job in cluster.jobs() if job.search == name and not job.over), None)
