@@ -16,6 +16,7 @@ from tests.search_cases import make_config
 from topotune.errors import LeaseLostError, ResourceError, SearchFolderError
 from topotune.search import driver
 from topotune.search import lease as module
+from topotune.search.cluster import Cluster, Node
 from topotune.search.folder import SearchFolder
 from topotune.search.lease import Lease, lease_holder
 from topotune.search.reading import all_status
@@ -196,8 +197,11 @@ class NoRay:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def size(self) -> tuple[float, float]:
-        return 2.0, 0.0
+    def hosts(self) -> int:
+        return 1
+
+    def cluster(self) -> Cluster:
+        return Cluster((Node({"CPU": 2.0}, {"CPU": 2.0}),))
 
 
 class Deaf:
