@@ -100,12 +100,17 @@ def printed(log: str) -> str:
     return "\n".join(lines[starts[0] + 1 :] if starts else lines).strip()
 
 
+def last_error(text: str) -> str:
+    """The error that a command printed last; empty for none."""
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    return lines[-1].removeprefix("error: ") if lines else ""
+
+
 def failure(job: Job, log: str) -> RunError | ResourceError:
     """Why a job came to nothing, from what it printed."""
     text = printed(log) or job.message
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    if lines:
-        return RemoteError(lines[-1].removeprefix("error: "), job.exit_code or 1)
+    if error := last_error(text):
+        return RemoteError(error, job.exit_code or 1)
     last = (text.strip().splitlines() or [""])[-1]
     if job.exit_code in (1, 2, 127) and _NONE_THERE.search(last):
         return ResourceError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from topotune.config import SearchConfig
 from topotune.errors import ResourceError, RunError, SearchFolderError
 from topotune.search.view import BEGUN
-from topotune.service.ask import Answer, RemoteError, ask, failure
+from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
 from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
 from topotune.service.package import pack
 from topotune.shipped import SEARCH_FILE, from_archive, ship_env
@@ -83,9 +83,7 @@ def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None
 
 def refusal(answer: Answer) -> RemoteError:
     """The error that a question ended with."""
-    lines = [line for line in answer.notes.splitlines() if line.startswith("error: ")]
-    text = lines[-1].removeprefix("error: ") if lines else answer.notes[-1000:]
-    return RemoteError(text, answer.code)
+    return RemoteError(last_error(answer.notes) or answer.notes[-1000:], answer.code)
 
 
 def await_begin(cluster: Cluster, job_id: str, seconds: float = BEGIN_SECONDS) -> bool:
