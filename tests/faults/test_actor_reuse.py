@@ -98,6 +98,8 @@ def test_first_fifth_and_alone_are_equal_bit_for_bit(
     one = spec(task)
     litter = ("torch", "python", "process", "model")
 
+    (tmp_path / "search.json").touch()  # a node that does not see the search trains nothing
+
     def config(number: int, what: TrialSpec) -> dict[str, Any]:
         return trial_config(number, what, tmp_path, Limits(), Path.cwd())
 

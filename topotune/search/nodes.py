@@ -31,10 +31,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from topotune.errors import TopotuneError
 from topotune.redaction import brief
 from topotune.search.address import ENVIRONMENT as STUDY
+from topotune.search.cluster import Cluster
 from topotune.search.findings import MIN_FREE_BYTES, Finding
 from topotune.search.objects.address import StoreAddress, is_address
 from topotune.search.objects.hold import check_store
-from topotune.search.preflight import check_writable
+from topotune.search.preflight import check_writable, sqlite_refusals
 from topotune.search.session import CONNECT_SECONDS, RaySession
 from topotune.search.shipping import ENVIRONMENT as TRACKING
 from topotune.search.view import SilentListener
@@ -69,9 +70,11 @@ def examine_cluster(stores: Stores, address: str = "auto") -> list[Finding]:
     findings = [replace(one, place="driver") for one in findings]
     try:
         with RaySession(address, SilentListener()) as session:
-            hosts = session.hosts()
-            findings.append(_cluster(session))
-            findings += _one_database(stores, hosts)
+            cluster, hosts = session.cluster(), session.hosts()
+            findings.append(_cluster(cluster, hosts))
+            for error in sqlite_refusals(stores.study, stores.tracking, hosts, cluster.grows):
+                text_ = f"{error.place} {error.problem}"
+                findings.append(Finding("sqlite", False, text_, error.fix, "driver"))
             findings += _examine_nodes(stores)
     except (TopotuneError, RuntimeError, OSError) as error:
         findings.append(Finding("ray", False, brief(str(error), 300), "Is it still up?", "driver"))
@@ -149,32 +152,11 @@ def _authentication() -> Finding:
     )
 
 
-def _cluster(session: RaySession) -> Finding:
-    amounts = session.capacity()
-    shown = {name: amounts.get(name, 0.0) for name in ("CPU", "GPU")}
-    shown |= {
-        name: amount
-        for name, amount in amounts.items()
-        if ":" not in name and name not in (*shown, "memory", "object_store_memory")
-    }
-    text_ = ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items()))
-    return Finding("cluster", True, f"{session.hosts()} machines, {text_}", "", "driver")
-
-
-def _one_database(stores: Stores, hosts: int) -> list[Finding]:
-    """SQLite is for one machine."""
-    if hosts < 2:
-        return []
-    found = []
-    for name, variable, value, good in (
-        ("study", STUDY, stores.study, ("postgresql",)),
-        ("tracking", TRACKING, stores.tracking, ("http://", "https://")),
-    ):
-        if not (value or "").startswith(good):
-            text_ = f"{variable} is not set: SQLite files cannot serve {hosts} machines"
-            fix = "Set it to a PostgreSQL database" if name == "study" else "Set it to a server"
-            found.append(Finding(name, False, text_, fix, "driver"))
-    return found
+def _cluster(cluster: Cluster, hosts: int) -> Finding:
+    own = {name for node in cluster.nodes for name in node.total if ":" not in name}
+    names = {"CPU", "GPU", *own} - {"memory", "object_store_memory"}
+    text_ = ", ".join(f"{cluster.total(name):g} {name}" for name in sorted(names))
+    return Finding("cluster", True, f"{hosts} machines, {text_}", "", "driver")
 
 
 def _examine_nodes(stores: Stores) -> list[Finding]:

@@ -118,35 +118,51 @@ def check_writable(results_dir: Path) -> None:
 
 
 def check_stores(config: SearchConfig, hosts: int, grows: bool) -> None:
-    """Refuse files of SQLite on a cluster of several machines: over a network file system they
-    are damaged, and on one machine's disk the next driver may not find them.
-
-    Args:
-        config: the search.
-        hosts: machines of the cluster.
-        grows: an autoscaler may add more.
+    """Refuse files of SQLite on a cluster of several machines.
 
     Raises:
-        ConfigError: the study or the tracking store would be such a file.
+        ConfigError: as :func:`sqlite_refusals` gives it.
+    """
+    study = None if study_uri(config) is None else "postgresql"
+    for refusal in sqlite_refusals(study, tracking_uri(config), hosts, grows):
+        raise refusal
+
+
+def sqlite_refusals(
+    study: str | None, tracking: str | None, hosts: int, grows: bool
+) -> list[ConfigError]:
+    """Why these stores do not serve a cluster: over a network file system files of SQLite are
+    damaged, and on one machine's disk the next driver may not find them.
+
+    Args:
+        study: address of the study's database; None for a file beside the search.
+        tracking: address of the tracking store; None for the embedded one.
+        hosts: machines of the cluster.
+        grows: an autoscaler may add more.
     """
     if hosts < 2 and not grows:
-        return
+        return []
     size = "that grows" if grows else f"of {hosts} machines"
     beside = f"would be a SQLite file, on a cluster {size}"
-    if study_uri(config) is None:
-        raise ConfigError(
-            STUDY,
-            f"is not set, so that the study {beside}",
-            "Set it to a PostgreSQL database, postgresql://USER@HOST/DATABASE (a new search needs "
-            "that: an existing study does not move by itself)",
+    refusals = []
+    if not (study or "").startswith("postgresql"):
+        refusals.append(
+            ConfigError(
+                STUDY,
+                f"is not set, so that the study {beside}",
+                "Set it to a PostgreSQL database, postgresql://USER@HOST/DATABASE (a new search "
+                "needs that: an existing study does not move by itself)",
+            )
         )
-    tracking = tracking_uri(config)
-    if tracking is None or not tracking.startswith(("http://", "https://")):
-        raise ConfigError(
-            TRACKING,
-            f"names no server, so that the MLflow store {beside}",
-            "Start 'mlflow server' and set it to http://HOST:5000",
+    if not (tracking or "").startswith(("http://", "https://")):
+        refusals.append(
+            ConfigError(
+                TRACKING,
+                f"names no server, so that the MLflow store {beside}",
+                "Start 'mlflow server' and set it to http://HOST:5000",
+            )
         )
+    return refusals
 
 
 def fit_resources(config: SearchConfig, cluster: Cluster) -> tuple[float, int]:

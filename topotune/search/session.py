@@ -176,13 +176,6 @@ class RaySession:
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return len({node["NodeManagerAddress"] for node in nodes if node["Alive"]})
 
-    def capacity(self) -> dict[str, float]:
-        """Amount of every resource of the whole cluster."""
-        import ray
-
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return total
-
     def probe(self) -> str:
         """Run a task on a worker process; what it said."""
         import ray
