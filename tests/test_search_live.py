@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.search_cases import Desk, make_config
+from topotune.errors import LeaseLostError
 from topotune.search import live as module
 from topotune.search.book import Book
 from topotune.search.cluster import Cluster, Node
@@ -140,3 +141,17 @@ def test_what_starts_is_told_from_what_waits(tmp_path: Path) -> None:
     desk.book.holding |= {0, 1}
     assert reason(pulse_of(desk, site, 0.5)) == ""
     desk.store.close()
+
+
+def test_a_driver_that_was_replaced_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "live.json"
+    path.write_text("the other driver's", encoding="utf-8")
+
+    def lost() -> None:
+        raise LeaseLostError("taken over")
+
+    file = LiveFile(path, lost)
+    with pytest.raises(LeaseLostError):
+        file.show(view())
+    file.remove()
+    assert path.read_text(encoding="utf-8") == "the other driver's"

@@ -246,7 +246,7 @@ def _run(
         recorder.recover(before)
         del before  # of thousands of trials, for days
         sharing = None if ray_session.local else _sharing(folder, book, ray_session, gpus)
-        live = LiveFile(folder.live)
+        live = LiveFile(folder.live, lease.check)
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
         failure: TopotuneError | None = None
         try:

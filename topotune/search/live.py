@@ -12,12 +12,14 @@ import math
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from topotune.errors import TopotuneError
 from topotune.results.text import clean
-from topotune.search.folder import write_text
+from topotune.search.folder import write_bytes
 from topotune.search.view import SearchView
 
 WRITE_EVERY = 3.0
@@ -31,10 +33,11 @@ class LiveFile:
 
     Args:
         path: the file.
+        fence: called before each change; raises if another driver has taken the search over.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, fence: Callable[[], None] = lambda: None) -> None:
+        self._path, self._fence = path, fence
         self._shown: dict[str, Any] = {}
         self._next = -math.inf
 
@@ -43,6 +46,7 @@ class LiveFile:
 
         Raises:
             ResourceError: the disk is full or the folder cannot be written.
+            LeaseLostError: another driver has taken the search over.
         """
         now = time.monotonic()
         if now < self._next:
@@ -60,11 +64,13 @@ class LiveFile:
         if shown == self._shown:
             return
         self._shown, self._next = shown, now + WRITE_EVERY
-        write_text(self._path, json.dumps({**shown, "at": round(time.time(), 3)}) + "\n")
+        text = json.dumps({**shown, "at": round(time.time(), 3)}) + "\n"
+        write_bytes(self._path, text.encode(), fence=self._fence)
 
     def remove(self) -> None:
         """The driver ends."""
-        with contextlib.suppress(OSError):  # nobody reads it without its driver
+        with contextlib.suppress(OSError, TopotuneError):  # nobody reads it without its driver
+            self._fence()
             self._path.unlink()
 
 
