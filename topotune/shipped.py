@@ -85,6 +85,12 @@ def keep_code(source: Path, target: Path) -> None:
     shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def to_archive(folder: Path) -> bytes:
     """A folder's content as a compressed tar file."""
     buffer = io.BytesIO()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.errors import RunError
-from topotune.shipped import load_env, to_archive
+from topotune.shipped import load_env, size_of, to_archive
 
 MARK = "TOPOTUNE_ANSWER"
 """Variable with the word that marks the line; set by who asks."""
@@ -39,7 +39,7 @@ def bring(folder: Path) -> None:
     """
     if not asked():
         return
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = size_of(folder)
     if size > MAX_BYTES:
         raise RunError(
             f"{folder}: {size / 2**20:.0f} MiB are too much to be sent through the cluster's Jobs "

@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from topotune.errors import ConfigError
-from topotune.shipped import ENV_FILE, SEARCH_FILE, left_out, ship_env
+from topotune.shipped import ENV_FILE, SEARCH_FILE, left_out, ship_env, size_of
 
 MAX_BYTES = 100 * 2**20
 _IMPORT_PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:[A-Za-z_]\w*")
@@ -54,9 +54,9 @@ def pack(
         if str(place) in (SEARCH_FILE, ENV_FILE, "."):
             raise ConfigError("--include", f"{path} would replace the search file or the package")
         _copy(path, target / place)
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    size = size_of(target)
     if size > MAX_BYTES:
-        large = max(parts, key=lambda place: _size(target / place))
+        large = max(parts, key=lambda place: size_of(target / place))
         raise ConfigError(
             "submit",
             f"what would be shipped has {size / 2**20:.0f} MiB ({MAX_BYTES >> 20} allowed), most "
@@ -137,8 +137,3 @@ def _copy(path: Path, target: Path) -> None:
             shutil.copyfile(path, target)
     except (OSError, shutil.Error) as error:
         raise ConfigError(str(path), f"cannot be packed: {error}") from None
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
