@@ -58,6 +58,7 @@ def test_a_cluster_that_asks_nobody_is_refused_unless_that_is_accepted(tmp_path:
              f"--dashboard-agent-listen-port={free_port()}", "--dashboard-host=127.0.0.1",
              f"--dashboard-port={jobs}", "--num-cpus=1"],
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": folder,
+                 "TOPOTUNE_PYTHON": sys.executable,
                  "RAY_AUTH_MODE": "disabled", "TOPOTUNE_STORAGE": str(tmp_path / "results")},
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip

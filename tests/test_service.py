@@ -265,6 +265,7 @@ def test_what_a_job_printed_is_without_rays_own_lines() -> None:
     ("code", "log"),
     [
         (1, "/usr/bin/python: No module named topotune"),
+        (1, "ModuleNotFoundError: No module named 'typer'"),
         (127, "bash: line 1: python: not found"),
         (2, "No such option: --on-cluster"),
     ],

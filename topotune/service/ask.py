@@ -20,7 +20,7 @@ from topotune.shipped import ship_env
 
 _BEGUN = "Running entrypoint for job"
 _NONE_THERE = re.compile(
-    r"No module named '?topotune'?$|(?:command )?not found$|No such option: --on-cluster"
+    r"No module named '?[\w.]+'?$|(?:command )?not found$|No such option: --on-cluster"
 )
 START_SECONDS = 120.0
 _ANSWER_SECONDS = 24 * 3600.0
@@ -114,8 +114,8 @@ def failure(job: Job, log: str) -> RunError | ResourceError:
     last = (text.strip().splitlines() or [""])[-1]
     if job.exit_code in (1, 2, 127) and _NONE_THERE.search(last):
         return ResourceError(
-            f"the cluster has no topotune {__version__} ({last}). Install that version in the "
-            "environment that starts Ray on every node; if that is not the 'python' on its path, "
-            "set TOPOTUNE_PYTHON there"
+            f"the cluster has no topotune {__version__}, or not all that it needs ({last}). "
+            "Install that version in the environment that starts Ray on every node; if its Python "
+            "is not the 'python' on Ray's path, start Ray with TOPOTUNE_PYTHON=PATH"
         )
     return RunError(f"job {job.id} {job.status.lower()}: {text[-2000:] or 'it printed nothing'}")
