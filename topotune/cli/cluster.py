@@ -25,6 +25,7 @@ from topotune.cli.options import (
     print_json,
     say,
     shown,
+    waiting,
 )
 from topotune.errors import ConfigError
 from topotune.settings import ADDRESS, STORAGE
@@ -88,7 +89,9 @@ def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = 
     say(f"{name}: job {job_id} on {cluster.address}", err=as_json)
     if wait:
         try:
-            searches.check_begun(searches.await_begin(cluster, job_id), name)
+            with waiting(f"{name}: until its driver begins"):
+                has_begun = searches.await_begin(cluster, job_id)
+            searches.check_begun(has_begun, name)
         except KeyboardInterrupt:
             say(
                 f"{name}: goes on without being waited for; 'topotune stop {name}' ends it",
@@ -118,7 +121,8 @@ def list_searches(
     from topotune.service.ask import ask
 
     cluster = connect(context, address, allow_open)
-    found = ask(cluster, ["status", "--json"])
+    with waiting(f"asking {cluster.address}"):
+        found = ask(cluster, ["status", "--json"])
     if found.code:
         pass_on(found.notes)
         raise typer.Exit(found.code)
@@ -241,7 +245,8 @@ def forward(
     command = [str(context.info_name), *([name] if name else []), *arguments]
     command += ["--json"] if as_json else []
     cluster = connect(context, address, bool(context.params.get("allow_open")))
-    found = ask(cluster, command, name or "all")
+    with waiting(f"asking {cluster.address}"):
+        found = ask(cluster, command, name or "all")
     pass_on(found.notes)
     out = found.out
     if found.files and files is not None:

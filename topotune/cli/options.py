@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,6 +146,14 @@ def console() -> Console:
     out = Console(highlight=False)
     width = os.environ.get("TOPOTUNE_WIDTH", "")
     return out if out.is_terminal else Console(highlight=False, width=int(width or 200))
+
+
+def waiting(text: str) -> AbstractContextManager[object]:
+    """Says on a terminal's standard error what is waited for, while it is; nothing elsewhere."""
+    from rich.console import Console
+
+    err = Console(stderr=True, highlight=False)
+    return err.status(shown(text).replace("[", "\\[")) if err.is_terminal else nullcontext()
 
 
 def changed(data: object, changes: Mapping[tuple[str, ...], object]) -> object:
