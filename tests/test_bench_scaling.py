@@ -123,8 +123,7 @@ def test_slots_that_are_no_numbers_are_refused(slots: str) -> None:
     assert "--slots: expected numbers from 1" in str(done.exception)
 
 
-@pytest.mark.heavy
-@pytest.mark.ray
+@pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_it_measures_real_searches_on_real_clusters() -> None:
     done = subprocess.run(

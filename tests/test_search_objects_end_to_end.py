@@ -31,7 +31,7 @@ from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
 
 pytestmark = [
-    pytest.mark.ray,
+    pytest.mark.cluster,
     pytest.mark.timeout(580),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's use of SQLAlchemy
 ]
