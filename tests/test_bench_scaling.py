@@ -123,6 +123,14 @@ def test_slots_that_are_no_numbers_are_refused(slots: str) -> None:
     assert "--slots: expected numbers from 1" in str(done.exception)
 
 
+def test_runs_too_alike_to_tell_the_costs_apart_are_refused_before_any() -> None:
+    words = ["bench", "scaling", "--slots", "4", "--saturating", "4,4", "--rounds", "5"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code != 0
+    assert done.stdout == ""
+    assert "two kinds of runs" in str(done.exception)
+
+
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 def test_it_measures_real_searches_on_real_clusters() -> None:
@@ -138,6 +146,7 @@ def test_it_measures_real_searches_on_real_clusters() -> None:
     for run, slots in ((one, 1), (two, 2), (full, 4)):
         assert run["plan"]["slots"] == run["workers"] == slots
         assert run["cpu"]["driver"] > 0
+        assert run["cpu"]["plots"] > 0
         assert run["cpu"]["ray"] > 0
         assert run["cpu"]["workers"] > 0
         assert run["start"] + run["close"] < run["whole"]

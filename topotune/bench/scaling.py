@@ -211,7 +211,8 @@ def _paced(report: Report) -> Table:
         "(quartiles)",
         (
             *("slots", "trials/h", "ideal", "of ideal, %", "between trials, ms"),
-            *("between epochs, ms", "driver CPU, ms a trial", "Ray", "its helpers", "workers"),
+            *("between epochs, ms", "driver CPU, ms a trial", "plots", "Ray", "its helpers"),
+            "workers",
             *("trials/h, all told", "start, s", "close, s", "machine's load"),
         ),
     )
@@ -237,7 +238,8 @@ def _saturating(report: Report) -> Table:
         "Trials of one epoch that does not sleep: all that driver and machine can do",
         (
             *("slots", "trials/s", "driver's cores", "all cores", "between trials, ms"),
-            *("driver CPU, ms a trial", "Ray", "its helpers", "workers", "machine's load"),
+            *("driver CPU, ms a trial", "plots", "Ray", "its helpers", "workers"),
+            "machine's load",
         ),
     )
     for plan, runs in report.groups(saturating=True):

@@ -189,6 +189,13 @@ def scaling(
         trials_a_slot=trials,
     )
     chosen = dataclasses.replace(QUICK if quick else options, postgres=postgres)
+    if len(set(chosen.plans())) < 3:
+        raise ConfigError(
+            "--slots, --saturating",
+            f"{slots} and {saturating} are two kinds of runs, which cannot tell apart what a "
+            "second, a trial and an epoch cost the driver",
+            "Give a second number of slots to one of them",
+        )
     report = run(chosen, _tell)
     if as_json:
         print_json(report.to_dict())

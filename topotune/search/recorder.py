@@ -1,7 +1,7 @@
 """Everything that is written about a search besides the study: MLflow's records and the pages.
 
-A trial's end is recorded at once; its trace file, plot and the leaderboard are made by a thread
-of their own, so that the driver's loop never waits for a plot.
+A trial's end is recorded at once; its trace file and the leaderboard are made by a thread of their
+own, its plots by a process, so that the driver's loop never waits for them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
 from topotune.results.description import describe
 from topotune.results.leaderboard import Leaderboard
+from topotune.results.plot_process import Kind, PlotProcess
 from topotune.search.folder import SearchFolder, write_text
 from topotune.search.objects.files import AllHere, TrialFiles
 from topotune.search.rows import summaries
@@ -31,6 +33,7 @@ from topotune.train.trace import (
     RELAXATION_FOLDER,
     TRACE_FILE,
     TRACE_FOLDER,
+    EpochFolder,
     relaxations,
     step_traces,
 )
@@ -96,6 +99,7 @@ class Recorder:
         self._folder, self._config, self._fence = folder, config, fence
         self._files = AllHere() if files is None else files
         self._tracker = SearchTracker(folder.root)
+        self._plots = PlotProcess()
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._ended = self._filed = 0
@@ -176,8 +180,7 @@ class Recorder:
     def drop(self) -> None:
         """Finish what the thread is at and leave the rest: another driver records from here on."""
         self._dropped = True
-        self._work.put(None)
-        self._thread.join()
+        self._join()
 
     def close(self, board: Leaderboard, outcome: str, reason: str) -> None:
         """Finish the files, renew the leaderboard and record how the search ended.
@@ -195,8 +198,7 @@ class Recorder:
         """
         done = outcome == Outcome.COMPLETE
         self._dropped = not done
-        self._work.put(None)
-        self._thread.join()
+        self._join()
         try:
             self._renew(board, outcome)
         except Exception as error:  # noqa: BLE001 - the numbers are in the study and the spools
@@ -205,6 +207,12 @@ class Recorder:
         spent = {"device_seconds": board.device_seconds}
         self._tracker.metrics(spent, self._ended, now_ms())
         self._tracker.end(outcome, reason)
+
+    def _join(self) -> None:
+        """Wait until the thread has ended, and end its process."""
+        self._work.put(None)
+        self._thread.join()
+        self._plots.close()
 
     def _run(self) -> None:
         again = 0.0
@@ -220,20 +228,19 @@ class Recorder:
                 _log.warning("trial %d: its plot or files are missing: %s", row.number, error)
 
     def _finish_trial(self, row: TrialSummary) -> None:
-        from topotune.results.plots import plot_relaxation, plot_trace
-
         self._files.fetch(row.number)
         trial = self._folder.trial(row.number)
         title = f"{self._config.name}, trial {row.number} ({row.state})"
-        for chunks, epochs, joined, plot in (
-            (TRACE_FOLDER, step_traces(trial), trial / TRACE_FILE, plot_trace),
-            (RELAXATION_FOLDER, relaxations(trial), trial / RELAXATION_FILE, plot_relaxation),
-        ):
+        kinds: tuple[tuple[Kind, str, EpochFolder, Path], ...] = (
+            ("trace", TRACE_FOLDER, step_traces(trial), trial / TRACE_FILE),
+            ("relaxation", RELAXATION_FOLDER, relaxations(trial), trial / RELAXATION_FILE),
+        )
+        for kind, chunks, epochs, joined in kinds:
             last = epochs.last
             if not (last and epochs.join(last, joined)):
                 continue
             picture = joined.with_suffix(".png")
-            plot(joined, picture, title)
+            self._plots.draw(kind, joined, picture, title)
             self._fence()
             self._tracker.trial_artifact(row.number, joined)
             self._tracker.trial_artifact(row.number, picture)
