@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,9 +90,60 @@ def test_one_that_stands_still_is_not_waited_for_for_ever(
     (process,) = (child for child in children() if child.pid not in known)
     process.suspend()
     monkeypatch.setattr(plot_process, "DRAW_SECONDS", 0.5)
-    with pytest.raises(RunError, match="the process that draws has ended"):
+    with pytest.raises(RunError, match=r"did not answer for 0\.5 s"):
         plots.draw("trace", source, picture, "t")
     assert not process.is_running()
+
+
+def test_waits_in_vain_end(
+    tmp_path: Path, plots: PlotProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, picture = trace(tmp_path), tmp_path / "a.png"
+    monkeypatch.setattr(plot_process, "START_SECONDS", 0.0)
+    for _ in range(2):
+        with pytest.raises(RunError, match="did not answer for 0 s"):
+            plots.draw("trace", source, picture, "t")
+    before = len(children())
+    with pytest.raises(RunError, match="too often"):
+        plots.draw("trace", source, picture, "t")
+    assert len(children()) == before
+
+
+def test_an_abort_ends_a_wait_and_is_the_last_word(tmp_path: Path, plots: PlotProcess) -> None:
+    source, picture = trace(tmp_path), tmp_path / "a.png"
+    known = {child.pid for child in children()}
+    plots.draw("trace", source, picture, "t")
+    (process,) = (child for child in children() if child.pid not in known)
+    process.suspend()
+    timer = threading.Timer(0.5, plots.abort)
+    timer.start()
+    for reason in ("has ended", "not drawn any more"):
+        with pytest.raises(RunError, match=reason):
+            plots.draw("trace", source, picture, "t")
+    timer.join()
+    assert {child.pid for child in children()} == known
+
+
+def test_many_open_files_and_output_of_libraries_are_in_nobodys_way(
+    tmp_path: Path, plots: PlotProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"no process may open more than {hard} files here")
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("print('hello')\n", encoding="ascii")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        plots.draw("trace", trace(tmp_path), tmp_path / "a.png", "t")
+    finally:
+        for one in opened:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (tmp_path / "a.png").exists()
 
 
 OWNER = """

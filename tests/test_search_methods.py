@@ -21,6 +21,8 @@ from topotune.config_budget import Limits
 from topotune.errors import CheckpointError, ConfigError, LeaseLostError, UnstableError
 from topotune.files import disk_fault, write_atomically
 from topotune.records import EpochReport, Outcome, TrialSpec
+from topotune.results import plot_process
+from topotune.search import recorder as recorder_module
 from topotune.search.book import Progress, Turn
 from topotune.search.folder import SearchFolder
 from topotune.search.preflight import preflight
@@ -184,7 +186,9 @@ def test_other_mistakes_at_a_corner_are_refused_although_some_are_unstable() -> 
         preflight(config)
 
 
-def test_the_files_of_a_trial_are_joined_drawn_and_recorded(tmp_path: Path) -> None:
+def test_the_files_of_a_trial_are_joined_drawn_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     config = search(0.0, 0.5)
     desk = Desk(tmp_path, config)
     handout = handed(desk.book.next())
@@ -196,9 +200,14 @@ def test_the_files_of_a_trial_are_joined_drawn_and_recorded(tmp_path: Path) -> N
     assert row is not None
     recorder = Recorder(desk.folder, config)
     recorder.start({})
-    recorder.ended(row)
-    recorder.close(leaderboard(desk.folder, config), "INTERRUPTED", "")
+    with monkeypatch.context() as stuck:
+        stuck.setattr(recorder_module, "STOP_SECONDS", 0.5)
+        stuck.setattr(plot_process, "_PROGRAM", "import time; time.sleep(200)")
+        recorder.ended(row)
+        recorder.close(leaderboard(desk.folder, config), "INTERRUPTED", "")
     assert not (desk.folder.root / "history.png").exists()  # a stop waits for no plot
+    assert not list(desk.folder.trial(row.number).glob("*.png"))
+    assert "plot or files" not in caplog.text  # they are not missing: the next session draws them
     recorder = Recorder(desk.folder, config)
     recorder.start({})
     recorder.recover([row])

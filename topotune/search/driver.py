@@ -272,6 +272,7 @@ def _run(
         except TopotuneError as error:
             # What ended the search usually hurts here, too; the first cause is the one to tell.
             failure = failure or error
+            recorder.drop()
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
         hurry = bool(book.stopping or failure)
         if unsaved := lease.gather(hurry):

@@ -44,6 +44,8 @@ LEADERBOARD_EVERY = 10
 """Trials between two renewals of the leaderboard while a search runs; the end always renews it."""
 LEADERBOARD_SHARE = 0.05
 """The largest part of the time that renewals may take: each reads all trials."""
+STOP_SECONDS = 3.0
+"""How long a stop waits for the figure that is being drawn."""
 
 
 def objectives(config: SearchConfig) -> dict[str, str]:
@@ -103,7 +105,7 @@ class Recorder:
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._ended = self._filed = 0
-        self._dropped = False
+        self._dropped = threading.Event()
         self._best: float | None = None
 
     def start(self, tags: dict[str, str]) -> None:
@@ -179,7 +181,7 @@ class Recorder:
 
     def drop(self) -> None:
         """Finish what the thread is at and leave the rest: another driver records from here on."""
-        self._dropped = True
+        self._dropped.set()
         self._join()
 
     def close(self, board: Leaderboard, outcome: str, reason: str) -> None:
@@ -196,8 +198,8 @@ class Recorder:
         Raises:
             TopotuneError: the spool cannot be written.
         """
-        done = outcome == Outcome.COMPLETE
-        self._dropped = not done
+        if outcome != Outcome.COMPLETE:
+            self._dropped.set()
         self._join()
         try:
             self._renew(board, outcome)
@@ -209,14 +211,17 @@ class Recorder:
         self._tracker.end(outcome, reason)
 
     def _join(self) -> None:
-        """Wait until the thread has ended, and end its process."""
+        """Wait until the thread has ended, and end its process; a stop waits for no late figure."""
         self._work.put(None)
+        if self._dropped.is_set():
+            self._thread.join(STOP_SECONDS)
+            self._plots.abort()
         self._thread.join()
         self._plots.close()
 
     def _run(self) -> None:
         again = 0.0
-        while (row := self._work.get()) is not None and not self._dropped:
+        while (row := self._work.get()) is not None and not self._dropped.is_set():
             try:
                 self._finish_trial(row)
                 self._filed += 1
@@ -225,6 +230,8 @@ class Recorder:
                     now = time.monotonic()
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search
+                if self._dropped.is_set():
+                    break  # left to the resume, which finds it missing
                 _log.warning("trial %d: its plot or files are missing: %s", row.number, error)
 
     def _finish_trial(self, row: TrialSummary) -> None:
@@ -237,7 +244,7 @@ class Recorder:
         )
         for kind, chunks, epochs, joined in kinds:
             last = epochs.last
-            if not (last and epochs.join(last, joined)):
+            if self._dropped.is_set() or not (last and epochs.join(last, joined)):
                 continue
             picture = joined.with_suffix(".png")
             self._plots.draw(kind, joined, picture, title)
