@@ -180,3 +180,4 @@ def test_files_named_like_libraries_are_not_run(
     source = trace(tmp_path)
     monkeypatch.chdir(tmp_path)
     plots.draw("trace", source, tmp_path / "a.png", "t")
+    assert (tmp_path / "a.png").exists()
