@@ -33,6 +33,7 @@ from topotune.settings import ADDRESS, STORAGE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from topotune.service.ask import Answer
     from topotune.service.cluster import Cluster
 
 Wait = Annotated[
@@ -118,11 +119,8 @@ def list_searches(
     """The searches on a cluster: state, trials, best, who runs them."""
     import json
 
-    from topotune.service.ask import ask
-
     cluster = connect(context, address, allow_open)
-    with waiting(f"asking {cluster.address}"):
-        found = ask(cluster, ["status", "--json"])
+    found = _asked(cluster, ["status", "--json"])
     if found.code:
         pass_on(found.notes)
         raise typer.Exit(found.code)
@@ -239,14 +237,12 @@ def forward(
         as_json: whether JSON is asked for.
         files: the folder that it makes there, and where its content goes here.
     """
-    from topotune.service.ask import ask
     from topotune.shipped import from_archive
 
     command = [str(context.info_name), *([name] if name else []), *arguments]
     command += ["--json"] if as_json else []
     cluster = connect(context, address, bool(context.params.get("allow_open")))
-    with waiting(f"asking {cluster.address}"):
-        found = ask(cluster, command, name or "all")
+    found = _asked(cluster, command, name)
     pass_on(found.notes)
     out = found.out
     if found.files and files is not None:
@@ -257,6 +253,14 @@ def forward(
     sys.stdout.write(out)
     if found.code:
         raise typer.Exit(found.code)
+
+
+def _asked(cluster: Cluster, command: Sequence[str], name: str | None = None) -> Answer:
+    """Run a command there, of one search or of all, while a terminal says what is waited for."""
+    from topotune.service.ask import ask
+
+    with waiting(f"asking {cluster.address}"):
+        return ask(cluster, command, name or "all")
 
 
 def pass_on(notes: str) -> None:
