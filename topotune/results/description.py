@@ -10,7 +10,8 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import markdown
 
 LINKED_TRIALS = 10
-"""Rows of the table whose trial is a link: each takes from the length that MLflow allows."""
+"""Trials of the front and of the table that are links: each takes from the length that MLflow
+allows."""
 _TABLE = 5000
 _ABOUT = 800
 _LINKS = (
@@ -29,13 +30,18 @@ def describe(board: Leaderboard, outcome: str, about: str = "", next_command: st
         about: what the search file says of the search.
         next_command: what to type next; empty for nothing.
     """
-    winner = board.best
-    best = "no trial has finished within the constraints"
-    if winner is not None:
-        link = f"[trial {winner.number}](topotune:trial/{winner.number})"
-        best = f"best: {link}, {markdown(board.figures(winner))}"
+    several = len(board.objectives) > 1
+    best = [
+        f"[trial {trial.number}](topotune:trial/{trial.number}), {markdown(board.figures(trial))}"
+        for trial in board.front
+    ]
+    said = "no trial has finished within the constraints"
+    if several and best:
+        said = f"front of {len(best)}, listed below"
+    elif best:
+        said = f"best: {best[0]}"
     lines = [
-        f"**{outcome}**, {best}. {markdown(board.summary)}.",
+        f"**{outcome}**, {said}. {markdown(board.summary)}.",
         " · ".join(_LINKS),
     ]
     if about.strip():
@@ -43,10 +49,17 @@ def describe(board: Leaderboard, outcome: str, about: str = "", next_command: st
     if next_command:
         lines.append(f"To go on: `{next_command}`")
 
+    front = [f"- {one}" for one in best[:LINKED_TRIALS]] if several else []
+    if front:
+        rest = [f"- {len(best) - len(front)} more"] if len(best) > len(front) else []
+        lines += ["### Front", "\n".join(front + rest)]
+
     def cell(place: int, number: str) -> str:
-        linked = place < LINKED_TRIALS and number.isdecimal()
+        linked = place < LINKED_TRIALS - len(front) and number.isdecimal()
         return f"[{number}](topotune:trial/{number})" if linked else number
 
     if board.trials:
-        lines += ["### Leaderboard", board.markdown_table(_TABLE, cell)]
+        legend = board.markdown_legend()
+        room = _TABLE - len(legend) - sum(map(len, front))
+        lines += ["### Leaderboard", legend, board.markdown_table(room, cell)]
     return "\n\n".join(lines)
