@@ -220,7 +220,7 @@ def test_infinite_metrics_are_diverged_and_the_view_counts(tmp_path: Path) -> No
     desk.run(explode)
     view = desk.book.view("done")
     assert view.counts["DIVERGED"] == 2
-    assert view.best is None
+    assert view.front == ()
     assert all(row.curve == {1: accuracy(TrialSpec.from_dict(row.spec), 1)} for row in desk.rows())
 
 

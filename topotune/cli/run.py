@@ -23,6 +23,8 @@ from topotune.cli.options import (
     on_cluster,
     option_for,
     print_json,
+    say_commands,
+    say_whole,
     shown,
 )
 from topotune.errors import ConfigError, RunError
@@ -176,7 +178,7 @@ def _finish(
         with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
             report = work(SilentListener())
     else:
-        with listener_for(config.objective[0].metric) as listener:
+        with listener_for([objective.metric for objective in config.objective]) as listener:
             report = work(listener)
     try:
         if as_json:
@@ -221,20 +223,24 @@ def _print(report: SearchReport, where: str) -> None:
     out = console()
     name = report.config.name
     out.print()
-    print_board(out, report.board, limit=10)
+    print_board(out, report.board, 10, where)
     print_best(out, report.board)
-    out.print(shown(report.tracking), markup=False)
-    out.print(f"Results: {shown_search(report.folder.root)}", markup=False)
+    say_whole(out, shown(report.tracking))
+    say_whole(out, f"Results: {shown_search(report.folder.root)}")
     if not report.finished:
-        out.print(f"\nNot finished ({shown(report.reason)}). To go on:", markup=False)
-        out.print(f"  topotune resume {name}{where}", markup=False)
+        out.print()
+        say_whole(out, f"Not finished ({shown(report.reason)}). To go on:")
+        say_commands(out, {f"topotune resume {name}{where}": ""})
         return
     if report.board.best is None:
         return
+    chosen = "--top 3" if len(report.board.objectives) == 1 else "--front"
     out.print("\nNext:")
-    out.print(f"  topotune dashboard {name}{where}        # look at it in MLflow", markup=False)
-    out.print(
-        f"  topotune export {name} --top 3 --verify{where}  # configs, weights, model cards",
-        markup=False,
+    say_commands(
+        out,
+        {
+            f"topotune dashboard {name}{where}": "look at it in MLflow",
+            f"topotune export {name} {chosen} --verify{where}": "configs, weights, model cards",
+            f"topotune extend {name} --trials 20{where}": "search on",
+        },
     )
-    out.print(f"  topotune extend {name} --trials 20{where}       # search on", markup=False)

@@ -83,7 +83,6 @@ class _Live:
     spec: TrialSpec
     params: Mapping[str, Any]
     epoch: int = 0
-    value: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
     verdict: tuple[Outcome, str] | None = None
     left_running: bool = False
@@ -237,7 +236,6 @@ class Book:
                 reason = f"{objective.metric} is {value} after epoch {report.epoch}"
                 live.verdict = (Outcome.DIVERGED, reason)
                 return
-        live.value = live.metrics[self.config.objective[0].metric]
         known = self.store.report(number, report)
         if known or not judged:
             return  # judged when it was new; the study has moved on since

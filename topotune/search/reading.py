@@ -11,8 +11,7 @@ from typing import Any
 
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
-from topotune.results.leaderboard import Leaderboard
-from topotune.results.text import clean
+from topotune.results.leaderboard import Leaderboard, standing
 from topotune.search.folder import SearchFolder, searches
 from topotune.search.ledger import read_ledger
 from topotune.search.live import Live
@@ -70,11 +69,8 @@ class SearchStatus:
 
     def line(self) -> str:
         """One line for a person."""
-        best = self.board.best
-        shown = ""
-        if best is not None:
-            metric = self.config.objective[0].metric
-            shown = f"; best {clean(metric)} {best.values[0]:.4f} (trial {best.number})"
+        best = standing(self.board.front, self.board.objectives)
+        shown = f"; {best}" if best else ""
         driven = f" by {self.holder}" if self.holder else ""
         again = f"; go on: topotune resume {self.config.name}" if self.state == "stopped" else ""
         return f"{self.config.name}: {self.state}{driven}; {self.board.summary}{shown}{again}"

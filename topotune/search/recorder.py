@@ -263,12 +263,12 @@ class Recorder:
         go_on = f"topotune resume {name}" if outcome not in (RUNNING, Outcome.COMPLETE) else ""
         note = describe(board, outcome, self._config.description or "", go_on)
         counts = [f"{n} {state.lower()}" for state, n in board.counts.items() if n]
-        best = "none" if board.best is None else str(board.best.number)
+        best = ", ".join(str(trial.number) for trial in board.front) or "none"
         known = {"topotune.counts": ", ".join(counts), "topotune.best_trial": best}
         self._tracker.tags({NOTE_TAG: note, **known})
 
     def _renew(self, board: Leaderboard, outcome: str) -> None:
-        from topotune.results.plots import plot_curves, plot_history
+        from topotune.results.plots import plot_curves, plot_front, plot_history
 
         self._fence()
         root = self._folder.root
@@ -278,7 +278,8 @@ class Recorder:
         self._tracker.artifact(root / "leaderboard.md")
         self._describe(board, outcome)
         if outcome == Outcome.COMPLETE and board.trials:
-            plot_history(board.trials, root / "history.png", objectives(self._config))
-            plot_curves(board.trials, root / "curves.png", objectives(self._config))
-            self._tracker.artifact(root / "history.png")
-            self._tracker.artifact(root / "curves.png")
+            plots = {"history.png": plot_history, "curves.png": plot_curves}
+            plots |= {"front.png": plot_front} if len(board.objectives) > 1 else {}
+            for name, plot in plots.items():
+                plot(board.trials, root / name, board.objectives)
+                self._tracker.artifact(root / name)
