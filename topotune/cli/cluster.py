@@ -27,7 +27,7 @@ from topotune.cli.options import (
     shown,
     waiting,
 )
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, InterruptError
 from topotune.settings import ADDRESS, STORAGE
 
 if TYPE_CHECKING:
@@ -93,12 +93,9 @@ def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = 
             with waiting(f"{name}: until its driver begins"):
                 has_begun = searches.await_begin(cluster, job_id)
             searches.check_begun(has_begun, name)
-        except KeyboardInterrupt:
-            say(
-                f"{name}: goes on without being waited for; 'topotune stop {name}' ends it",
-                err=True,
-            )
-            raise
+        except KeyboardInterrupt as error:
+            rest = f". {name} goes on without being waited for; 'topotune stop {name}' ends it"
+            raise InterruptError(error, rest) from None
         say(f"{name}: begun. This machine is no longer needed.", err=as_json)
     if as_json:
         print_json({"search": name, "job": job_id, "address": cluster.address})

@@ -25,7 +25,7 @@ from topotune.cli.options import (
     print_json,
     shown,
 )
-from topotune.errors import ConfigError, RunError
+from topotune.errors import ConfigError, InterruptError, RunError
 from topotune.settings import STORAGE
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def search(
             ray_address,
             Path.cwd() if on_cluster(context) else None,
         ),
+        results_dir,
         "" if on_cluster(context) else where(results_dir),
         as_json,
     )
@@ -152,6 +153,7 @@ def _again(
     _finish(
         config,
         lambda listener: driver.resume(results_dir, name, listener, trials, address),
+        results_dir,
         "" if on_cluster(context) else where(results_dir),
         as_json,
     )
@@ -160,6 +162,7 @@ def _again(
 def _finish(
     config: SearchConfig,
     work: Callable[[Listener], SearchReport],
+    results_dir: Path,
     place: str,
     as_json: bool,
 ) -> None:
@@ -172,12 +175,19 @@ def _finish(
     from topotune.search.view import SilentListener
 
     log_to_stderr()
-    if as_json:
-        with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
-            report = work(SilentListener())
-    else:
-        with listener_for(config.objective[0].metric) as listener:
-            report = work(listener)
+    try:
+        if as_json:
+            with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
+                report = work(SilentListener())
+        else:
+            with listener_for(config.objective[0].metric) as listener:
+                report = work(listener)
+    except KeyboardInterrupt as error:
+        if (results_dir / config.name / "search.json").is_file():
+            kept = f"every finished epoch is kept. To go on: topotune resume {config.name}{place}"
+        else:
+            kept = "the search has not begun and nothing is kept. To begin it: the same command"
+        raise InterruptError(error, f"; {kept}") from None
     try:
         if as_json:
             print_json(_as_data(report))

@@ -88,6 +88,7 @@ def start(
     """
     listener = SafeListener(listener)
     with Interrupts() as interrupts:
+        interrupts.kept = "nothing is kept; the same command begins the search"
         check_addresses(config, results_dir)
         config = remembered_study(remembered(config))
         if (store := store_address(results_dir)) is not None:
@@ -104,6 +105,7 @@ def start(
             with Hold(folder, config, listener) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
+                interrupts.kept = _on_disk(config)
                 if code is not None:
                     keep_code(code, folder.code)
                 return _run(
@@ -135,6 +137,7 @@ def resume(
     folder = SearchFolder.open(results_dir, name)
     with Interrupts() as interrupts, Hold(folder, folder.config(), listener) as lease:
         config = folder.config()
+        interrupts.kept = _on_disk(config)
         check_addresses(config, results_dir)
         check_writable(results_dir)
         if extra_trials:
@@ -145,6 +148,10 @@ def resume(
             gpus, concurrency = fit_resources(config, ray_session.cluster())
             folder.save(config)
             return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
+
+
+def _on_disk(config: SearchConfig) -> str:
+    return f"every finished epoch is kept; 'topotune resume {config.name}' goes on"
 
 
 def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: float) -> Sharing:
