@@ -140,7 +140,11 @@ def _again_there(
     from topotune.service import searches
 
     cluster = connect(context, address, allow_open)
-    begun(cluster, name, searches.again(cluster, name, trials, env_file), True, as_json)
+    job_id, results = searches.again(cluster, name, trials, env_file, as_json)
+    if job_id:
+        begun(cluster, name, job_id, True, as_json)
+    else:
+        typer.echo(results, nl=False)
 
 
 def _again(
@@ -239,6 +243,8 @@ def _print(report: SearchReport, where: str) -> None:
         out.print(f"\nNot finished ({shown(report.reason)}). To go on:", markup=False)
         out.print(f"  topotune resume {name}{where}", markup=False)
         return
+    if report.reason:
+        out.print(f"\nFinished: {shown(report.reason)}", markup=False)
     if report.board.best is None:
         return
     out.print("\nNext:")
@@ -247,4 +253,19 @@ def _print(report: SearchReport, where: str) -> None:
         f"  topotune export {name} --top 3 --verify{where}  # configs, weights, model cards",
         markup=False,
     )
-    out.print(f"  topotune extend {name} --trials 20{where}       # search on", markup=False)
+    more = _more_trials(report.config)
+    if more:
+        line = f"  topotune extend {name} --trials {more}{where}"
+        out.print(f"{line}       # search on", markup=False)
+
+
+def _more_trials(config: SearchConfig) -> int:
+    """With how many trials a finished search may be extended, 20 at most; 0 where it cannot be."""
+    from topotune.config_rules import planned_trials
+    from topotune.search.driver import extended
+
+    try:
+        after = extended(config, 20).budget.trials
+    except ConfigError:
+        return 0
+    return (after or 0) - (planned_trials(config) or 0)
