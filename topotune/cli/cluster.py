@@ -19,7 +19,10 @@ from topotune.cli.options import (
     AsJson,
     EnvFile,
     ResultsDir,
+    SearchFile,
+    SearchName,
     changed,
+    complete_name,
     console,
     elsewhere,
     print_json,
@@ -43,7 +46,7 @@ Wait = Annotated[
 
 def submit(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
+    file: SearchFile,
     address: Address = None,
     name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
     trials: Annotated[int | None, typer.Option(help="Another number of trials.")] = None,
@@ -162,7 +165,7 @@ def list_searches(
 
 def logs(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
     address: Address = None,
     allow_open: AllowOpen = False,
@@ -180,7 +183,9 @@ def logs(
 
 def stop(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="The search's name.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The search's name.", autocompletion=complete_name)
+    ] = None,
     all_of_them: Annotated[bool, typer.Option("--all", help="All that run there.")] = False,
     address: Address = None,
     allow_open: AllowOpen = False,
@@ -292,7 +297,7 @@ def arrive(version: str) -> None:
 
 
 def package(
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     unfinished: Annotated[bool, typer.Option(help="Show a finished search instead.")] = False,
     as_json: AsJson = False,

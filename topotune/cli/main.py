@@ -38,7 +38,6 @@ app = typer.Typer(
     help="Distributed hyperparameter search for physics-inspired training.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -49,7 +48,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     *(inspect.status, inspect.best, inspect.dashboard, inspect.sync),
     *(deliver.export, deliver.train),
     *(cluster.submit, cluster.logs, cluster.stop),
-    *(validate.check, validate.schema, validate.tasks, doctor.doctor),
+    *(validate.check, validate.schema, validate.spaces, validate.tasks, doctor.doctor),
 )
 for _command in _COMMANDS:
     app.command()(_command)

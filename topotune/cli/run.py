@@ -16,6 +16,8 @@ from topotune.cli.options import (
     EnvFile,
     RayAddress,
     ResultsDir,
+    SearchFile,
+    SearchName,
     changed,
     console,
     elsewhere,
@@ -42,7 +44,7 @@ INTERRUPTED = 130
 
 def search(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
+    file: SearchFile,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
     trials: Annotated[int | None, typer.Option(help="Another number of trials.")] = None,
@@ -95,7 +97,7 @@ def search(
 
 def resume(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     ray_address: RayAddress = "local",
     address: Address = None,
@@ -112,7 +114,7 @@ def resume(
 
 def extend(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     trials: Annotated[int, typer.Option(min=1, help="How many trials more.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
     ray_address: RayAddress = "local",
