@@ -17,7 +17,9 @@ CLASSES = 4
 
 def dynamics(**changes: Any) -> Dynamics:
     """Dynamics of a test; solver settings among the changes go to the solver."""
-    inner = {k: changes.pop(k) for k in ("name", "steps", "tolerance", "step") if k in changes}
+    inner = {
+        k: changes.pop(k) for k in ("name", "steps", "tolerance", "step", "fixed") if k in changes
+    }
     settings = {"steps": 400, "tolerance": 1e-6, **inner}
     return Dynamics(**changes, solver=Solver(**settings))
 

@@ -23,7 +23,7 @@ from topotune.tcep.options import GRADIENTS, RECIRCULATIONS, TIMED, Learning
 
 def saved_bytes(gradient: str, steps: int) -> int:
     """All that one batch saves for backward passes."""
-    network = small_network(torch.float32, gamma=0.2, name="euler", steps=steps, tolerance=1e-30)
+    network = small_network(torch.float32, gamma=0.2, name="euler", steps=steps, fixed=True)
     total = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def test_one_batch_of_every_combination(kind: str, gradient: str, field: str) ->
         gamma=gamma,
         period=2,
         damping=1.5,
-        steps=10,
+        steps=10 if gradient == "adjoint" else 100,  # it fails on a long way back
         tolerance=1e-3,
     )
     learner = EquilibriumLearner(Learning(gradient=gradient))

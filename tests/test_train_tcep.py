@@ -110,6 +110,7 @@ def test_a_trial_trains_and_leaves_its_columns_its_curves_and_its_weights(tmp_pa
     both = {f"{name}_{p}" for name in ("energy", "residual", "nfe") for p in ("free", "nudged")}
     assert both | {"unconverged_share", "diverged_share"} <= trace.keys()
     last = result.history[-1].metrics
+    assert last["skipped_steps"] == 0.0
     for name in both:
         assert np.isfinite(trace[name]).all()
         assert last[name] == pytest.approx(float(np.mean(trace[name][3:])), rel=1e-6)
@@ -252,6 +253,12 @@ def test_epochs_that_do_not_converge_are_marked_and_then_no_further_one_starts(
     assert len(result.history) == PATIENCE
     assert [r.metrics["unconverged_marked"] for r in result.history] == [1.0] * PATIENCE
     assert all(r.metrics["unconverged_share"] > TOLERATED for r in result.history)
+    # None of the three batches of an epoch settled, so that no step was taken.
+    assert [r.metrics["skipped_steps"] for r in result.history] == [3.0] * PATIENCE
+    assert [r.metrics["grad_norm"] for r in result.history] == [0.0] * PATIENCE
+    fresh = built(TcepMethod(spec)).state_dict()
+    for name, value in load_weights(spec, tmp_path).items():
+        assert name.startswith("caps.") or torch.equal(value, fresh[name]), name
     assert result.reason == (
         "unconverged: at least 100.0% of the samples did not reach tolerance 1e-05 within 1 steps "
         "in each of the last 3 epochs; raise steps or lambda, lower gamma or the caps"

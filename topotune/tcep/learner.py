@@ -101,14 +101,24 @@ class EquilibriumLearner:
     def gradients(self, network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
         """Write the gradient of the batch's mean cross-entropy into ``.grad``.
 
+        Of eqprop, implicit and head it is the mean over the samples that settled, and where none
+        did no parameter gets one: there is no step to take. bptt and adjoint differentiate what
+        was computed, settled or not.
+
         Args:
             network: in training mode, its gradients cleared.
             inputs: images, (B, C, side, side).
             targets: (B,) int64 class numbers.
 
         Raises:
-            ConfigError: the inputs have a wrong shape or are not finite.
+            ConfigError: the inputs have a wrong shape, are not finite, or are no samples at all.
         """
+        if not len(inputs):
+            raise ConfigError(
+                "model input",
+                "must be at least one sample, for a gradient (got an empty batch)",
+                "Leave empty batches out",
+            )
         learning = self.learning
         noise = self._noise(inputs.device)
         if learning.gradient == "bptt":

@@ -38,12 +38,15 @@ class Solver:
         steps: iterations at most.
         tolerance: a sample has converged when the root mean square of its flow is below this.
         step: step size in units of the fastest decay time; dt = step / max(1, lambda + |gain|).
+        fixed: take all steps and count every sample, settled or not. No parameter of a search
+            file: it is for measuring what steps cost, not for learning.
     """
 
     name: str = "auto"
     steps: int = 60
     tolerance: float = 1e-4
     step: float = 0.8
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         _one_of("solver", self.name, SOLVERS)
