@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tcep_cases import turn
 from topotune.errors import ConfigError, UnstableError
 from topotune.tcep.options import RECIRCULATIONS, TIMED, Dynamics
 from topotune.tcep.recirculation import Memory, Recirculation, build_recirculation
@@ -25,7 +26,7 @@ def build(
     damping: float = 2.0,
     tokens: int = TOKENS,
 ) -> Recirculation:
-    dynamics = Dynamics(damping=damping, recirculation=kind, kappa=kappa, period=period)
+    dynamics = Dynamics(damping=damping, recirculation=kind, kappa=kappa, **turn(kind, period))
     return build_recirculation(dynamics, tokens, gamma)
 
 
@@ -298,7 +299,9 @@ def test_what_cannot_settle_is_refused(
     with pytest.raises(UnstableError) as caught:
         build(kind, 2, gamma=sign * unstable, kappa=kappa, damping=1.0)
     assert caught.value.place == "lambda"
-    for part in (f"gamma {sign * unstable:g}", f"kappa {kappa:g}", "T 2", "gain", "Raise lambda"):
+    unit = "T_time" if kind in TIMED else "T"
+    parts = (f"gamma {sign * unstable:g}", f"kappa {kappa:g}", f"{unit} 2", "gain", "Raise lambda")
+    for part in parts:
         assert part in str(caught.value)
 
 
@@ -329,4 +332,4 @@ def test_no_past_where_none_acts(kind: str) -> None:
 def test_a_past_has_a_size_limit() -> None:
     with pytest.raises(ConfigError, match=r"at most 10000 steps") as caught:
         build("delay", 1e9).time_step(0.5)
-    assert caught.value.place == "T"
+    assert caught.value.place == "T_time"

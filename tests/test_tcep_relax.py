@@ -411,7 +411,7 @@ def test_energy_falls_along_the_flow_that_descends_it(name: str) -> None:
 def recirculating(
     kind: str, period: float, gamma: float = 0.8, kappa: float = 0.1, damping: float = 1.0
 ) -> Recirculation:
-    dynamics = Dynamics(damping=damping, recirculation=kind, kappa=kappa, period=period)
+    dynamics = Dynamics(damping=damping, recirculation=kind, kappa=kappa, time=period)
     return build_recirculation(dynamics, 2, gamma)
 
 

@@ -134,6 +134,10 @@ def test_the_table_of_parameters_says_what_the_dynamics_came_to() -> None:
     assert params["gamma_fraction"] == 0.5
     assert params["resolved.gamma"] == model.resolved()["resolved.gamma"]
     assert model.resolved().items() <= params.items()
+    assert params["resolved.T"] == 8
+    timed = built(tcep_method(recirculation="delay", T_time=2.5)).resolved()
+    assert timed["resolved.T_time"] == 2.5
+    assert "resolved.T" not in timed
 
 
 def test_parameters_go_to_tcep_or_to_its_optimizer() -> None:
@@ -181,6 +185,8 @@ def test_any_optimizer_can_take_the_gradients(name: str | None, kind: type) -> N
         ({"field": "enrgy"}, UnknownNameError, "did you mean 'energy'?"),
         ({"gamma": 5.0}, UnstableError, "gamma"),
         ({"recirculation": "delay", "gradient": "adjoint"}, ConfigError, "not defined with"),
+        ({"recirculation": "delay", "T": 4}, ConfigError, "Write T_time: 4"),
+        ({"recirculation": "ring", "T_time": 4.0}, ConfigError, "Write T: 4"),
     ],
 )
 def test_bad_parameters_are_refused_before_and_at_the_start(

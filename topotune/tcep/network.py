@@ -131,7 +131,7 @@ class TCEPNetwork(nn.Module):
             gamma, self.reference_mu = stable_gamma(self)
         self.recirculation = build_recirculation(self.dynamics, self.field.tokens, gamma)
         if self.recirculation.timed:
-            self.recirculation.time_step(self.time_step)  # refuses a T of too many steps
+            self.recirculation.time_step(self.time_step)  # refuses a T_time of too many steps
 
     @property
     def time_step(self) -> float:
@@ -250,7 +250,7 @@ class TCEPNetwork(nn.Module):
         return {
             "resolved.recirculation": known.kind,
             "resolved.gamma": known.gamma,
-            "resolved.T": known.period,
+            f"resolved.{known.period_name}": known.period,
             "resolved.recirculation_gain": known.gain,
             "resolved.time_step": self.time_step,
             "resolved.mu_at_caps": self.reference_mu,
