@@ -24,6 +24,7 @@ from topotune.tcep.gradients import (
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.nudging import COARSEST_SHARE
 from topotune.tcep.options import LEARNED, TIMED, Learning
+from topotune.tcep.precision import full_precision
 from topotune.tcep.relax import Noise
 
 ADAPT_EVERY = 5
@@ -98,6 +99,7 @@ class EquilibriumLearner:
                 "Give beta a number",
             )
 
+    @full_precision
     def gradients(self, network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
         """Write the gradient of the batch's mean cross-entropy into ``.grad``.
 
@@ -111,7 +113,8 @@ class EquilibriumLearner:
             targets: (B,) int64 class numbers.
 
         Raises:
-            ConfigError: the inputs have a wrong shape, are not finite, or are no samples at all.
+            ConfigError: the inputs have a wrong shape, are not finite, or are no samples at all,
+                or a parameter has less than 32 bits.
         """
         if not len(inputs):
             raise ConfigError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topotune.tcep.fields import Field
 from topotune.tcep.jacobian import Jacobian
+from topotune.tcep.precision import full_precision
 from topotune.tcep.spectral import largest_eigenvalue
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def one_sided_lipschitz(field: Field, drive: Tensor, state: Tensor) -> Tensor:
         return largest_eigenvalue(product, start.to(h.device))
 
 
+@full_precision
 def stable_gamma(network: TCEPNetwork) -> tuple[float, float]:
     """The strength of the recirculation that a fraction of the stable range stands for.
 

@@ -15,6 +15,7 @@ from topotune.tcep.batch import Batch, Orbit, check_batch
 from topotune.tcep.memory import Memory
 from topotune.tcep.ode import Dopri5
 from topotune.tcep.options import Solver
+from topotune.tcep.precision import full_precision
 from topotune.tcep.stepping import DIVERGENCE, Explicit, Flow, Noise, Stepper, row_norm
 
 __all__ = ["Equilibrium", "Flow", "Noise", "Status", "relax", "unroll"]
@@ -85,6 +86,7 @@ class Equilibrium:
         return (self.status == Status.DIVERGED).float().mean()
 
 
+@full_precision
 def relax(
     flow: Flow,
     start: Tensor,
@@ -97,7 +99,7 @@ def relax(
     memory: Memory | None = None,
     noise: Noise | None = None,
 ) -> Equilibrium:
-    """Follow the flow until each sample rests; records no gradients.
+    """Follow the flow until each sample rests, in full precision; records no gradients.
 
     Never raises for a sample that does not converge: its status says so. A sample that is done,
     converged or diverged, is frozen and soon no longer evaluated.
@@ -153,6 +155,7 @@ def relax(
         )
 
 
+@full_precision
 def unroll(
     flow: Flow,
     start: Tensor,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from topotune.tcep.fields import Capped
+from topotune.tcep.precision import full_precision
 
 WARM_UP = 50
 """Power iterations when the vectors are fresh; afterwards one a step follows the weights."""
@@ -39,6 +40,7 @@ class SpectralCaps(nn.Module):
             self.norms()
         self()
 
+    @full_precision
     @torch.no_grad()
     def norms(self) -> list[Tensor]:
         """The norms, one tensor a matrix: 0-d, or (heads,)."""
