@@ -215,13 +215,13 @@ def test_a_network_that_was_trained_can_be_copied() -> None:
         network(inputs)
     twin = copy.deepcopy(network)
     with torch.no_grad():
-        for weight, _ in twin.field.capped():
+        for weight, _, _ in twin.field.capped():
             weight.mul_(5)
-        before = [w.clone() for w, _ in network.field.capped()]
+        before = [c.weight.clone() for c in network.field.capped()]
         twin.caps()
         norm = torch.linalg.matrix_norm(twin.field.capped()[-1].weight, ord=2)
     assert float(norm) == pytest.approx(network.dynamics.caps.hidden, rel=0.05)
-    for (weight, _), old in zip(network.field.capped(), before, strict=True):
+    for (weight, _, _), old in zip(network.field.capped(), before, strict=True):
         assert torch.equal(weight, old)
 
 

@@ -64,7 +64,7 @@ def test_all_else_is_the_same_under_autocast() -> None:
         unrolled = made(inputs)
         with torch.no_grad():
             logits = made.eval()(inputs)
-            for weight, _ in made.field.capped():
+            for weight, _, _ in made.field.capped():
                 weight.mul_(3)
         learner.after_step(made)
         return {
