@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -200,15 +201,34 @@ def test_gain_memory_repeats_its_coefficients() -> None:
     for _ in range(9):
         seen.append(float(memory.term()[0, 0]))
         memory.push(h)
-    one = [0.7 * math.exp(-0.4 * 0.5 * phase) for phase in range(4)]
-    assert seen == pytest.approx([*one, *one, one[0]], rel=1e-14)
+    # of each of five steps, the mean of gamma exp(-kappa t) over it
+    edges = [0.7 / 0.4 * math.exp(-0.4 * 0.4 * phase) for phase in range(6)]
+    one = [(a - b) / 0.4 for a, b in itertools.pairwise(edges)]
+    assert seen == pytest.approx([*one, *one[:4]], rel=1e-13)
 
 
-def test_ahead_of_gain_stays_before_the_jump() -> None:
+@pytest.mark.parametrize("kappa", [0.0, 0.4, 3.0])
+@pytest.mark.parametrize("dt", [0.1, 0.7, 5.0])
+def test_the_mean_of_gain_does_not_depend_on_the_step(dt: float, kappa: float) -> None:
+    found = build("gain", 2.0, kappa=kappa)
+    count, step = found.time_step(dt)
+    assert count % 2 == 1
+    assert count * step == pytest.approx(2.0)
+    assert step <= dt
+    h = torch.ones(1, 2, dtype=torch.float64)
+    memory, seen = found.memory(h, dt), []
+    for _ in range(count):
+        seen.append(float(memory.term()[0, 0]))
+        memory.push(h)
+    assert sum(seen) / count == pytest.approx(found.gain, rel=1e-13)
+
+
+def test_ahead_of_gain_is_of_the_same_step() -> None:
     h = torch.ones(1, 2, dtype=torch.float64)
     memory = build("gain", 2.0).memory(h, 1.0)
-    memory.push(h)
-    assert float(memory.ahead(h)[0, 0]) == pytest.approx(0.7 * math.exp(-0.4 * 2.0), rel=1e-14)
+    for _ in range(memory.count):
+        assert torch.equal(memory.ahead(h), memory.term())
+        memory.push(h)
 
 
 @pytest.mark.parametrize("kind", TIMED)

@@ -128,7 +128,7 @@ def test_a_sample_that_never_settles_has_no_weight(learning: Learning, field: ty
     assert float(measured["diverged_share"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["shift", "delay"])
+@pytest.mark.parametrize("kind", ["shift", "delay", "gain"])
 def test_nor_with_any_recirculation(kind: str) -> None:
     made = network(recirculation=kind, tolerance=1e-6, steps=300)
     inputs, targets = images()
