@@ -18,6 +18,8 @@ _OVERHEADS = {
     "overhead_vs_bptt": "BPTT",
 }
 """What a training step was timed against."""
+_MOST_PLACES = 10
+"""Paths of tracebacks that are listed below a table."""
 
 
 def print_board(out: Console, board: Leaderboard, limit: int) -> None:
@@ -33,6 +35,13 @@ def print_board(out: Console, board: Leaderboard, limit: int) -> None:
     rest = len(board.trials) - limit
     more = f" ({rest} more rows: topotune status {clean(board.search)})" if rest > 0 else ""
     out.print(f"{board.summary}{more}", markup=False)
+    shown = {trial.number for trial in board.trials[:limit]}
+    places = [item for item in board.tracebacks.items() if item[0] in shown]
+    for number, place in places[:_MOST_PLACES]:
+        out.print(f"Traceback of trial {number}: {clean(place)}", markup=False, soft_wrap=True)
+    if len(places) > _MOST_PLACES:
+        again = f"topotune logs {clean(board.search)} --trial NUMBER"
+        out.print(f"{len(places) - _MOST_PLACES} more tracebacks: {again}", markup=False)
 
 
 def print_best(out: Console, board: Leaderboard) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -23,6 +24,7 @@ from topotune.results.text import clean, markdown, number, parameter, rich_text,
 
 __all__ = ["Leaderboard", "best", "counts", "rank", "top"]
 
+_TRACEBACK = re.compile(r" \(traceback: (.+?)\)(?=\)?$)")
 _OVERHEADS = {"overhead_vs_adam": "vs adam", "overhead_vs_bptt": "vs bptt"}
 """What a training step costs over another way to train, and its column's title."""
 
@@ -136,9 +138,16 @@ class Leaderboard:
                 ratio = trial.metrics.get(name)
                 row.append("" if ratio is None else f"{ratio:.2f}")
             broken = "breaks " + "; ".join(trial.violated) if trial.violated else ""
-            reason = ". ".join(part for part in (broken, trial.reason) if part)
+            reason = ". ".join(part for part in (broken, _TRACEBACK.sub("", trial.reason)) if part)
             rows.append([*row, f"{trial.device_seconds:.1f}", clean(reason, width)])
         return rows
+
+    @property
+    def tracebacks(self) -> dict[int, str]:
+        """Where the traceback of a trial is, of those that have one; no row of the table has room
+        for a path."""
+        found = {trial.number: _TRACEBACK.search(trial.reason) for trial in self.trials}
+        return {number: match[1] for number, match in found.items() if match}
 
     def _titles(self) -> list[str]:
         front = ["front"] if len(self.objectives) > 1 else []
@@ -186,7 +195,8 @@ class Leaderboard:
         if (winner := self.best) is not None:
             best_line = f"Best: trial {winner.number}, {self.figures(winner)}."
         head = [f"# Leaderboard of {markdown(self.search)}", markdown(self.summary) + "."]
-        return "\n\n".join([*head, markdown(best_line), self.markdown_table()])
+        places = [f"Traceback of trial {n}: {markdown(p)}" for n, p in self.tracebacks.items()]
+        return "\n\n".join([*head, markdown(best_line), self.markdown_table(), *places])
 
     def figures(self, trial: TrialSummary) -> str:
         """A finished trial's objectives in words."""
