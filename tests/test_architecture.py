@@ -15,7 +15,7 @@ PACKAGE = Path(topotune.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ROOM_ORDER = (
     ("__init__", "errors", "records", "plugins", "seeding", "files", "redaction"),
-    ("settings", "shipped"),
+    ("settings", "shipped", "usercode", "repository"),
     (
         "config_space",
         "config_budget",

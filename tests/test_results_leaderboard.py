@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -13,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from rich.console import Console
 
+from topotune.cli.boards import print_board
 from topotune.errors import ConfigError
 from topotune.records import TrialSummary
 from topotune.results.description import describe
@@ -369,3 +372,26 @@ def test_an_empty_search_has_a_leaderboard() -> None:
     assert board.summary == "0 trials; 0.0 device-seconds"
     assert json.loads(board.to_json())["trials"] == []
     assert markdown_cells(board.to_markdown()) == [titles_of(board)]
+
+
+def test_the_path_of_a_traceback_is_whole_below_the_table_at_any_width() -> None:
+    place = "/a/results/folder/" + "deep/" * 30 + "trials/0001/error.txt"
+    failed = trial(1, state="FAILED", reason=f"ValueError: no [red] (traceback: {place})")
+    board = Leaderboard.of([trial(0, 0.5), failed], "demo", {"m": UP})
+    assert board.tracebacks == {1: place}
+    assert board.columns()[-1].cells == ("", "ValueError: no [red]")
+    assert board.to_dict()["trials"][1]["reason"] == failed.reason
+    assert f"Traceback of trial 1: {place}" in board.to_markdown().replace("\\", "")
+    for width in (80, 120):
+        out = io.StringIO()
+        print_board(Console(file=out, width=width), board, limit=2)
+        assert f"Traceback of trial 1: {place}" in out.getvalue()
+    last = f"its GPU ran out of memory 2 times (last: alone (traceback: {place}))"
+    twice = Leaderboard.of([trial(2, state="FAILED", reason=last)], "demo", {"m": UP})
+    assert twice.tracebacks == {2: place}
+    assert twice.columns()[-1].cells == ("its GPU ran out of memory 2 times (last: alone)",)
+    many = [trial(n, state="FAILED", reason=failed.reason) for n in range(13)]
+    out = io.StringIO()
+    print_board(Console(file=out, width=80), Leaderboard.of(many, "demo", {"m": UP}), limit=12)
+    assert out.getvalue().count(place) == 10
+    assert out.getvalue().endswith("2 more tracebacks: topotune logs demo --trial NUMBER\n")

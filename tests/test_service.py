@@ -18,9 +18,10 @@ from topotune.errors import ConfigError, ResourceError, RunError
 from topotune.service import package
 from topotune.service.ask import RemoteError, failure, printed
 from topotune.service.cluster import Job
-from topotune.service.package import import_paths, own_modules, pack
+from topotune.service.package import pack
 from topotune.settings import VARIABLES, apply_settings, read_env_file
 from topotune.shipped import ENV_FILE, SEARCH_FILE, from_archive, to_archive
+from topotune.usercode import import_paths, own_modules
 
 
 @pytest.fixture

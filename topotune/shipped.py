@@ -15,6 +15,8 @@ from topotune.errors import ConfigError, RunError
 from topotune.settings import read_env_file
 
 SEARCH_FILE = "search.yaml"
+REPOSITORY_FILE = "topotune-repository.json"
+"""How the git repository stood that the search was submitted from."""
 ENV_FILE = ".topotune-env"
 """Variables of the driver and its workers. They may be secrets, so the file is not kept with the
 results. Ray holds the package that it lies in as long as the job, and unpacked on each node until

@@ -27,6 +27,8 @@ _OVERHEADS = {
 """What a training step was timed against."""
 _GAP = 2
 """Characters between two columns."""
+_MOST_PLACES = 10
+"""Paths of tracebacks that are listed below a table."""
 
 
 def print_board(out: Console, board: Leaderboard, limit: int, where: str = "") -> None:
@@ -59,6 +61,17 @@ def print_board(out: Console, board: Leaderboard, limit: int, where: str = "") -
     say_whole(out, board.summary)
     if (rest := len(board.trials) - limit) > 0:
         say_whole(out, f"{rest} more rows: topotune status {clean(board.search)}{where}")
+    _print_tracebacks(out, board, limit, where)
+
+
+def _print_tracebacks(out: Console, board: Leaderboard, limit: int, where: str) -> None:
+    shown = {trial.number for trial in board.trials[:limit]}
+    places = [item for item in board.tracebacks.items() if item[0] in shown]
+    for number, place in places[:_MOST_PLACES]:
+        say_whole(out, f"Traceback of trial {number}: {clean(place)}")
+    if len(places) > _MOST_PLACES:
+        again = f"topotune logs {clean(board.search)} --trial NUMBER{where}"
+        say_whole(out, f"{len(places) - _MOST_PLACES} more tracebacks: {again}")
 
 
 def _fitting(columns: Sequence[Column], width: int) -> list[Column] | None:

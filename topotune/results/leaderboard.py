@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -23,6 +24,7 @@ from topotune.results.text import clean, markdown, number, parameter, spread, st
 
 __all__ = ["Column", "Leaderboard", "best", "counts", "legend", "rank", "standing", "top", "valued"]
 
+_TRACEBACK = re.compile(r" \(traceback: (.+?)\)(?=\)?$)")
 _OVERHEADS = {
     "overhead_vs_adam": ("vs adam", "fused Adam's"),
     "overhead_vs_bptt": ("vs bptt", "the same network's by backpropagation through its relaxation"),
@@ -219,6 +221,13 @@ class Leaderboard:
                 meaning[_UNFINISHED] = None
         return Column(name, tuple(cells), legend=tuple(meaning))
 
+    @property
+    def tracebacks(self) -> dict[int, str]:
+        """Where the traceback of a trial is, of those that have one; no row of the table has room
+        for a path."""
+        found = {trial.number: _TRACEBACK.search(trial.reason) for trial in self.trials}
+        return {number: match[1] for number, match in found.items() if match}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, in order, with the rank of each trial; strict JSON types only."""
         winner = self.best
@@ -254,7 +263,9 @@ class Leaderboard:
             head.append("\n".join(f"- {markdown(line)}" for line in lines))
         else:
             head.append("No trial finished within the constraints.")
-        return "\n\n".join([*head, self.markdown_table(), self.markdown_legend()]) + "\n"
+        places = [f"Traceback of trial {n}: {markdown(p)}" for n, p in self.tracebacks.items()]
+        tail = [self.markdown_table(), self.markdown_legend(), *places]
+        return "\n\n".join([*head, *tail]) + "\n"
 
     def markdown_legend(self) -> str:
         """How to read the table, as a list."""
@@ -306,7 +317,7 @@ def _ratio(trial: TrialSummary, name: str) -> str:
 
 def _reason(trial: TrialSummary) -> str:
     broken = "breaks " + "; ".join(trial.violated) if trial.violated else ""
-    return ". ".join(part for part in (broken, trial.reason) if part)
+    return ". ".join(part for part in (broken, _TRACEBACK.sub("", trial.reason)) if part)
 
 
 def _line(cells: Sequence[str], raw: bool = False) -> str:

@@ -7,19 +7,17 @@ Nothing is run to find that out. Other files go along when they are named.
 
 from __future__ import annotations
 
-import ast
-import re
+import json
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
-from importlib.machinery import PathFinder
+from collections.abc import Iterable
 from pathlib import Path
 
 from topotune.errors import ConfigError
-from topotune.shipped import ENV_FILE, SEARCH_FILE, left_out, ship_env, size_of
+from topotune.repository import Repository
+from topotune.shipped import ENV_FILE, REPOSITORY_FILE, SEARCH_FILE, left_out, ship_env, size_of
+from topotune.usercode import import_paths, own_modules
 
 MAX_BYTES = 100 * 2**20
-_IMPORT_PATH = re.compile(r"([A-Za-z_]\w*)(?:\.\w+)*:[A-Za-z_]\w*")
 
 
 def pack(
@@ -51,9 +49,12 @@ def pack(
             raise ConfigError("--include", f"there is no {path}")
         parts[whole.relative_to(root) if whole.is_relative_to(root) else Path(whole.name)] = whole
     for place, path in parts.items():
-        if str(place) in (SEARCH_FILE, ENV_FILE, "."):
+        if str(place) in (SEARCH_FILE, ENV_FILE, REPOSITORY_FILE, "."):
             raise ConfigError("--include", f"{path} would replace the search file or the package")
         _copy(path, target / place)
+    if (repository := Repository.of(root)) is not None:  # which there is none of on the cluster
+        text = json.dumps(repository.to_dict(), indent=1)
+        (target / REPOSITORY_FILE).write_text(text, encoding="utf-8")
     size = size_of(target)
     if size > MAX_BYTES:
         large = max(parts, key=lambda place: size_of(target / place))
@@ -66,59 +67,6 @@ def pack(
     if env_file is not None:
         ship_env(env_file, target)
     return sorted(str(place) for place in parts)
-
-
-def import_paths(data: object) -> set[str]:
-    """The top-level modules of all import paths ``package.module:Name`` in plain data."""
-    if isinstance(data, str):
-        found = _IMPORT_PATH.fullmatch(data)
-        return {found[1]} if found else set()
-    if isinstance(data, dict):
-        return set().union(*map(import_paths, data.values()))
-    if isinstance(data, list | tuple):
-        return set().union(*map(import_paths, data))
-    return set()
-
-
-def own_modules(names: Iterable[str], root: Path) -> list[Path]:
-    """Files and folders of ``root`` that these top-level modules are, with what they import."""
-    found: dict[str, Path] = {}
-    queue = list(names)
-    while queue:
-        name = queue.pop()
-        if name in found or (path := _own(name, root)) is None:
-            continue
-        found[name] = path
-        files = [path] if path.is_file() else sorted(path.rglob("*.py"))
-        for file in files:
-            queue += _imported(file)
-    return sorted(found.values())
-
-
-def _own(name: str, root: Path) -> Path | None:
-    """A module of the user's folder; None for one that is installed, as an import would find it."""
-    if name == "topotune" or name in sys.stdlib_module_names:
-        return None
-    elsewhere = [path for path in sys.path if path and Path(path).absolute() != root]
-    if PathFinder.find_spec(name, elsewhere) is not None:
-        return None
-    package, file = root / name, root / f"{name}.py"
-    if package.is_dir() and any(package.rglob("*.py")):
-        return package
-    return file if file.is_file() else None
-
-
-def _imported(file: Path) -> Iterator[str]:
-    """Top-level names that a file imports; none of a file that is no Python."""
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError, RecursionError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
 
 
 def _copy(path: Path, target: Path) -> None:
