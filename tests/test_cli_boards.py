@@ -99,7 +99,7 @@ def test_no_value_is_cut_and_no_line_too_long(width: int, objectives: int) -> No
             for name in (*board.objectives, *board.varied, "rank", "trial"):
                 assert name in words
             for trial in board.trials[:limit]:
-                assert not trial.reason or trial.reason.split()[-1] in text
+                assert not trial.reason or trial.reason.split()[-1].rstrip(")") in text
                 if trial in board.front:
                     lines = text.partition("Front of" if objectives > 1 else "Best:")[2]
                     assert f"trial {trial.number}" in " ".join(lines.split())
@@ -141,7 +141,7 @@ def test_the_table_gives_up_columns_says_which_and_is_then_transposed() -> None:
     ):
         text = " ".join(seen[head])
         assert (f" columns: {gone}; --json has them" in text) == bool(gone)
-        assert ("FAILED trial 2: ValueError: no. 2 (traceback: /home" in text) == (
+        assert ("FAILED trial 2: ValueError: no. 2 " in text) == (
             "reason" not in head
         )
     assert "left out" not in " ".join(seen["rank 1 2"])

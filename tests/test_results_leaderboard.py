@@ -385,7 +385,7 @@ def test_the_path_of_a_traceback_is_whole_below_the_table_at_any_width() -> None
     for width in (80, 120):
         out = io.StringIO()
         print_board(Console(file=out, width=width), board, limit=2)
-        assert f"Traceback of trial 1: {place}" in out.getvalue()
+        assert f"Traceback of trial 1: {place}" in " ".join(out.getvalue().split())
     last = f"its GPU ran out of memory 2 times (last: alone (traceback: {place}))"
     twice = Leaderboard.of([trial(2, state="FAILED", reason=last)], "demo", {"m": UP})
     assert twice.tracebacks == {2: place}
