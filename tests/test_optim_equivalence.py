@@ -105,7 +105,7 @@ def test_the_path_of_other_devices_equals_the_twin(
     monkeypatch.setattr(_fields, "host_readable", lambda device: False)
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         found = compare(dtype, 1.0, steps=80, coupling=coupling, energy_control=control)
-        assert not found.fast._plans[0].batches[0].fields.on_cpu  # type: ignore[union-attr]
+        assert not next(iter(found.fast._plans.values())).batches[0].fields.on_cpu  # type: ignore[union-attr]
         assert found.error <= bound
 
 
@@ -124,7 +124,7 @@ def test_correction_of_large_tensors_is_tanh_of_the_fields(
     tensors = parameters(values, dtype)
     optimizer = TopologicalAdam(tensors, coupling=coupling)
     replay(optimizer, tensors, [[1e-3 * torch.sin(9 * value) for value in values]])
-    fields = optimizer._plans[0].batches[0].fields
+    fields = next(iter(optimizer._plans.values())).batches[0].fields
     assert fields is not None
     fields.coefficient_rows[0] *= factor
     moved = [torch.zeros_like(value, dtype=dtype) for value in values]

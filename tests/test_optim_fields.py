@@ -281,7 +281,7 @@ def test_low_precision_parameters_move() -> None:
 def test_coefficients_that_vanish_cost_no_denormal_products() -> None:
     """Thousands of float32 elements times 1e-40 would be hundred times as slow, and invisible."""
     optimizer = stepped(torch.float32)
-    fields = optimizer._plans[0].batches[0].fields
+    fields = next(iter(optimizer._plans.values())).batches[0].fields
     assert fields is not None
     fields.coefficient_rows[0] = 1e-36
     assert fields.weights(fields.coefficient_rows)[0] == [0.0, 0.0, 0.0]

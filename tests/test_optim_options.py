@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,7 +29,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("lr", math.inf, "finite"),
     ("lr", "0.1", ">= 0"),
     ("lr", True, ">= 0"),
-    ("lr", torch.tensor(0.1), ">= 0"),
+    ("lr", torch.tensor(-0.1), ">= 0"),
+    ("lr", torch.tensor([0.1, 0.1]), ">= 0"),
+    ("lr", np.float32(-0.1), ">= 0"),
+    ("zero_gradient", "stay", "move, hold"),
+    ("decoupled_weight_decay", None, "True or False"),
     ("eps", -1e-9, ">= 0"),
     ("eta", 1.0, r"\[0, 1\)"),
     ("eta", -0.1, r"\[0, 1\)"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topotune.errors import ConfigError, UnknownNameError, did_you_mean
+from topotune.optim._state import FUSED_KERNELS
 from topotune.optim._trace import EnergyTrace
 from topotune.optim.topological_adam import TopologicalAdam
 from topotune.plugins import is_import_path, load_class
@@ -133,9 +134,7 @@ def fastest_adam(params: Iterable[Tensor], device: torch.device, lr: float) -> t
     variant.
     """
     tensors = list(params)
-    fused = device.type in ("cpu", "cuda", "mps", "xpu") and all(
-        tensor.is_floating_point() for tensor in tensors
-    )
+    fused = device.type in FUSED_KERNELS and all(tensor.is_floating_point() for tensor in tensors)
     return torch.optim.Adam(tensors, lr=lr, fused=True if fused else None)
 
 

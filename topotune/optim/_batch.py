@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from topotune.optim._fields import FieldBatch, Move, field_dtype, initial_fields
-from topotune.optim._local import LocalFields
-from topotune.optim._lowrank import ExchangeFields, UniformFields
-
-FIELDS: dict[str, type[FieldBatch]] = {
-    "uniform": UniformFields,
-    "exchange": ExchangeFields,
-    "local": LocalFields,
-}
-
-FIELD_ENTRIES = frozenset(name for kind in FIELDS.values() for name in (*kind.tensors, "scalars"))
-"""The entries of a tensor's state that are not Adam's."""
+from topotune.optim._fields import FieldBatch, Move, field_dtype
+from topotune.optim._hyper import CHECKED, check_group
+from topotune.optim._state import ADAM_ENTRIES, FIELDS, complete, laid_out_like
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Where torch's fused Adam kernel is chosen unless the caller says otherwise."""
+
+# Mapped over lists in C: what is looked at in every step costs a tenth of a microsecond a tensor.
+_SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
+_SETTINGS = itemgetter(*(name for name in CHECKED if name != "lr"))
 
 
 def wants_fused(group: Mapping[str, Any], parameter: Tensor) -> bool:
     """Whether a tensor goes through torch's fused Adam kernel."""
     if group["fused"] is None and group["foreach"] is None:
         # The kernel walks memory, so a tensor with gaps in it (a strided view) is not for it.
-        dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+        dense = parameter.is_contiguous() or (
+            torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+        )
         return dense and parameter.device.type in FUSED_DEVICES
     return bool(group["fused"])
-
-
-def laid_out_like(parameter: Tensor, other: Tensor) -> Tensor:
-    """``other`` with the strides that torch gives to a tensor like ``parameter``.
-
-    The fused kernel pairs elements by their place in memory; it does not look at strides.
-    """
-    if other.stride() == parameter.stride():
-        return other
-    return torch.empty_like(parameter, dtype=other.dtype).copy_(other)
 
 
 class Batch:
@@ -54,63 +43,77 @@ class Batch:
 
     Args:
         places: the tensors' places among those of the group that have a gradient.
-        parameters: the tensors.
-        states: their entries in the optimizer's state; missing ones are created.
+        parameters: the tensors; all of them have elements, or none has.
+        states: their entries in the optimizer's state, checked; missing ones are created.
         indices: the tensors' places in the whole optimizer.
         group: the parameter group.
+        fused: whether torch's fused kernel serves them.
     """
 
     def __init__(
         self,
         places: Sequence[int],
         parameters: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
+        states: Sequence[dict[str, Any]],
         indices: Sequence[int],
         group: Mapping[str, Any],
+        fused: bool,
     ) -> None:
-        self.places, self.parameters = list(places), list(parameters)
-        self.fused = wants_fused(group, self.parameters[0])
-        for parameter, state in zip(parameters, states, strict=True):
-            self._start_adam(parameter, state)
+        self.places, self.parameters, self.fused = list(places), list(parameters), fused
+        for parameter, state, index in zip(parameters, states, indices, strict=True):
+            complete(parameter, state, group, index, fused)
+        self.steps = [state["step"] for state in states]
         self.exp_avgs = [state["exp_avg"] for state in states]
         self.exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-        self.steps = [state["step"] for state in states]
         self.fields: FieldBatch | None = None
+        names: tuple[str, ...] = ADAM_ENTRIES
         # An empty tensor has no mean energy, hence no fields; Adam handles it.
-        self.filled = [i for i, parameter in enumerate(parameters) if parameter.numel()]
-        if group["eta"] != 0.0 and self.filled:
+        if group["eta"] != 0.0 and parameters[0].numel():
             kind = FIELDS[group["coupling"]]
-            for i in self.filled:
-                if not all(name in states[i] for name in (*kind.tensors, "scalars")):
-                    # No fields yet, or those of another coupling.
-                    for name in FIELD_ENTRIES & states[i].keys():
-                        del states[i][name]
-                    alpha, beta = initial_fields(
-                        parameters[i],
-                        group["field_init_scale"],
-                        group["field_init"],
-                        group["field_seed"],
-                        indices[i],
-                    )
-                    states[i].update(kind.start(alpha, beta))
-            self.fields = kind([states[i] for i in self.filled])
-        self.targets = [self.parameters[i] for i in self.filled]
+            self.fields = kind(states)
+            names += kind.tensors
         self.field_dtype = field_dtype(self.parameters[0])
+        self._states = list(states)
+        self._entries_of = itemgetter(*names)
+        self._entries = list(chain.from_iterable(map(self._entries_of, states)))
+        self._seen = self._look()
+        self._strides = list(map(Tensor.stride, self.parameters))
 
-    def _start_adam(self, parameter: Tensor, state: dict[str, Tensor]) -> None:
-        """Adam's own state; the counter lies where torch's chosen kernel wants it."""
-        wide = torch.get_default_dtype() is torch.float64 and not self.fused
-        kind = torch.float64 if wide else torch.float32
-        device = parameter.device if self.fused else torch.device("cpu")
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=kind, device=device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["step"] = state["step"].to(device=device, dtype=kind)
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = laid_out_like(parameter, state[name])
+    def _look(self) -> tuple[list[Any], ...]:
+        """What the kernels take for granted of the tensors and their state."""
+        return (
+            list(map(_SHAPE, self.parameters)),
+            list(map(Tensor.stride, self.parameters)),
+            list(map(_DTYPE, self.parameters)),
+            list(map(_DEVICE, self.parameters)),
+            list(map(Tensor.data_ptr, self._entries)),
+        )
 
-    def step(self, gradients: Sequence[Tensor], group: Mapping[str, Any]) -> FieldBatch | None:
+    def fits(self) -> bool:
+        """Whether tensors and state are still those that were checked.
+
+        Compared by identity, layout and address: comparing values would wait for the device.
+        ``p.data`` may have been exchanged, and so may a state's entry or its data.
+        """
+        try:
+            entries = chain.from_iterable(map(self._entries_of, self._states))
+            same = all(map(is_, entries, self._entries))
+        except KeyError:
+            return False
+        same = same and self._look() == self._seen
+        return same and (self.fields is None or self.fields.adopt())
+
+    def takes(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether gradients have their parameters' shapes, types and devices, and are dense."""
+        shapes, _, dtypes, devices, _ = self._seen
+        return (
+            list(map(_SHAPE, gradients)) == shapes
+            and list(map(_DTYPE, gradients)) == dtypes
+            and list(map(_DEVICE, gradients)) == devices
+            and list(map(_LAYOUT, gradients)).count(torch.strided) == len(shapes)
+        )
+
+    def step(self, gradients: list[Tensor], group: Mapping[str, Any]) -> FieldBatch | None:
         """Update the tensors in place.
 
         Returns:
@@ -128,17 +131,18 @@ class Batch:
             exact=group["energy_control"] == "exact",
         )
         kind = self.field_dtype
-        flat = []
-        for i in self.filled:
-            gradient = gradients[i] if gradients[i].dtype is kind else gradients[i].to(kind)
-            flat.append(gradient if gradient.dim() == 1 else gradient.reshape(-1))
+        if self.parameters[0].dtype is not kind:
+            flat = [gradient.to(kind).ravel() for gradient in gradients]
+        else:
+            flat = [g if g.dim() == 1 else g.ravel() for g in gradients]
         fields.advance(flat, move)
-        weight = -group["lr"] * group["w_topo"]
+        weight = -float(group["lr"]) * group["w_topo"]
         if weight != 0.0:
-            fields.add_correction(self.targets, weight)
+            held = gradients if group["zero_gradient"] == "hold" else ()
+            fields.add_correction(self.parameters, weight, held)
         return fields
 
-    def _adam_step(self, gradients: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+    def _adam_step(self, gradients: list[Tensor], group: Mapping[str, Any]) -> None:
         """Torch's own Adam, so that no correction means bit for bit torch's result."""
         beta1, beta2 = group["betas"]
         eps = group["eps"]
@@ -147,43 +151,73 @@ class Batch:
             # same kernels serve: what b2 will multiply is raised by (1 - b2) / b2 * eps.
             torch._foreach_add_(self.exp_avg_sqs, (1.0 - beta2) / beta2 * eps)
             eps = 0.0
-        adam(
-            self.parameters,
-            list(map(laid_out_like, self.parameters, gradients)) if self.fused else list(gradients),
-            self.exp_avgs,
-            self.exp_avg_sqs,
-            [],
-            self.steps,
-            foreach=False if self.fused else group["foreach"],
-            fused=True if self.fused else group["fused"],
-            decoupled_weight_decay=group["weight_decay"] != 0.0,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=eps,
-            maximize=group["maximize"],
-        )
+        decoupled = group["decoupled_weight_decay"] and group["weight_decay"] != 0.0
+        numbers = {
+            "amsgrad": False,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": group["weight_decay"],
+            "eps": eps,
+            "maximize": group["maximize"],
+        }
+        if self.fused:
+            if list(map(Tensor.stride, gradients)) != self._strides:
+                gradients = list(map(laid_out_like, self.parameters, gradients))
+            # What torch's adam() calls in the end, without sorting by device and type once more.
+            kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+            torch._foreach_add_(self.steps, 1)
+            kernel(
+                self.parameters,
+                gradients,
+                self.exp_avgs,
+                self.exp_avg_sqs,
+                [],
+                self.steps,
+                lr=float(group["lr"]),
+                **numbers,
+            )
+        else:
+            adam(
+                self.parameters,
+                gradients,
+                self.exp_avgs,
+                self.exp_avg_sqs,
+                [],
+                self.steps,
+                foreach=group["foreach"],
+                fused=group["fused"],
+                decoupled_weight_decay=decoupled,
+                lr=group["lr"],
+                **numbers,
+            )
 
 
 class Plan:
-    """The batches of a parameter group for one set of tensors that have a gradient."""
+    """The batches of a parameter group for one set of tensors that have a gradient.
+
+    Args:
+        group: the checked parameter group.
+        parameters: those of its tensors that have a gradient.
+        states: their entries in the optimizer's state, checked; missing ones are created.
+        indices: the tensors' places in the whole optimizer.
+    """
 
     def __init__(
         self,
-        kind: tuple[object, ...],
         group: Mapping[str, Any],
         parameters: Sequence[Tensor],
-        states: Sequence[dict[str, Tensor]],
+        states: Sequence[dict[str, Any]],
         indices: Sequence[int],
     ) -> None:
-        self.kind, self.parameters = kind, list(parameters)
-        members: dict[tuple[object, ...], list[int]] = {}
+        self._kind, self._states = _kind(group), list(states)
+        # The tensors are kept, so that their ids name them and no others.
+        self.parameters = list(parameters)
+        self._remember(group)
+        members: dict[tuple[Any, ...], list[int]] = {}
         for i, parameter in enumerate(parameters):
             fused = wants_fused(group, parameter)
-            alone = group["foreach"] is False and not fused
-            key = (parameter.device, parameter.dtype, fused, i if alone else -1)
+            alone = i if group["foreach"] is False and not fused else -1
+            key = (fused, parameter.device, parameter.dtype, parameter.numel() > 0, alone)
             members.setdefault(key, []).append(i)
         self.batches = [
             Batch(
@@ -192,26 +226,41 @@ class Plan:
                 [states[i] for i in places],
                 [indices[i] for i in places],
                 group,
+                key[0],
             )
-            for places in members.values()
+            for key, places in members.items()
         ]
-        self._strides = [parameter.stride() for parameter in parameters]
-        self._witness = [state["exp_avg"] for state in states]
 
-    def fits(
-        self,
-        kind: tuple[object, ...],
-        parameters: Sequence[Tensor],
-        states: Sequence[Mapping[str, Tensor]],
-    ) -> bool:
+    def _remember(self, group: Mapping[str, Any]) -> None:
+        self._rate, self._settings, self._keys = group["lr"], _SETTINGS(group), len(group)
+
+    def fits(self, group: Mapping[str, Any], states: Sequence[object]) -> bool:
         """Whether settings, tensors and state are still those that the batches view.
 
-        Compared by identity: comparing values would wait for the device.
+        Hyperparameters that were set since are checked; a new learning rate, which a scheduler
+        sets in every step, quickly.
+
+        Raises:
+            ValueError: a hyperparameter is outside its bounds.
         """
+        rate = group["lr"]
+        known = len(group) == self._keys and all(map(is_, _SETTINGS(group), self._settings))
+        if not known or not (
+            rate is self._rate or (type(rate) is float and 0.0 <= rate < math.inf)
+        ):
+            check_group(group)
+            self._remember(group)
         return (
-            kind == self.kind
-            and len(parameters) == len(self.parameters)
-            and all(map(is_, parameters, self.parameters))
-            and [parameter.stride() for parameter in parameters] == self._strides
-            and all(map(is_, [state.get("exp_avg") for state in states], self._witness))
+            _kind(group) == self._kind
+            and all(map(is_, states, self._states))
+            and all(batch.fits() for batch in self.batches)
         )
+
+    def takes(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether gradients are their parameters': see :meth:`Batch.takes`."""
+        return all(batch.takes([gradients[i] for i in batch.places]) for batch in self.batches)
+
+
+def _kind(group: Mapping[str, Any]) -> tuple[object, ...]:
+    """What decides about the batches and their state."""
+    return group["coupling"], group["eta"] != 0.0, group["foreach"], group["fused"]

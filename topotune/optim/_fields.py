@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -119,20 +120,27 @@ class FieldBatch(ABC):
         tensors: names of the two tensors in the state.
         basis_size: how many of them a step reads.
         coefficients: how many scalars a step moves.
+        scalar_count: length of ``scalars``.
     """
 
     tensors: ClassVar[tuple[str, str]]
     basis_size: ClassVar[int]
     coefficients: ClassVar[int]
+    scalar_count: ClassVar[int]
 
     def __init__(self, states: Sequence[dict[str, Tensor]]) -> None:
         names = self.tensors[: self.basis_size]
         self.shaped = [[state[name] for state in states] for name in names]
         self.basis = [[tensor.view(-1) for tensor in column] for column in self.shaped]
         self.dtype = self.basis[0][0].dtype
+        self.sizes = [tensor.numel() for tensor in self.basis[0]]
+        self.elements = sum(self.sizes)
+        self.large = [i for i, size in enumerate(self.sizes) if size >= LARGE]
+        self._states = list(states)
         rows = torch.stack([state["scalars"] for state in states], dim=1)
-        for state, column in zip(states, rows.unbind(1), strict=True):
-            state["scalars"] = column
+        self._matrix, self._columns = rows, rows.unbind(1)
+        self._addresses = list(map(Tensor.data_ptr, self._columns))
+        self._settle()
         self.device = rows.device
         self.negligible = torch.finfo(self.dtype).tiny * 2.0**24
         self.on_cpu = host_readable(rows.device)
@@ -145,6 +153,37 @@ class FieldBatch(ABC):
         self.report: Array = self.rows[:COMMON]
         self.fresh: Array = self.xp.empty_like(self.live)
         self.bad: Array = self.rows[SKIPPED] != self.rows[SKIPPED]
+        self._read_constants()
+
+    def _settle(self) -> None:
+        """Make the columns of this batch's matrix the states' scalars."""
+        for state, column in zip(self._states, self._columns, strict=True):
+            state["scalars"] = column
+
+    def _read_constants(self) -> None:  # noqa: B027 - not every coupling needs any
+        """Keep what the host needs of the constants, where it can read them."""
+
+    def adopt(self) -> bool:
+        """Take over scalars that lie elsewhere: another batch stepped on some of these tensors.
+
+        Returns:
+            Whether the states' scalars are, or could be made, this batch's.
+        """
+        scalars = [state.get("scalars") for state in self._states]
+        if all(map(is_, scalars, self._columns)) and (
+            list(map(Tensor.data_ptr, self._columns)) == self._addresses
+        ):
+            return True
+        wanted = ((self.scalar_count,), torch.float64, self.device)
+        found = [entry for entry in scalars if isinstance(entry, Tensor)]
+        fitting = [entry for entry in found if (entry.shape, entry.dtype, entry.device) == wanted]
+        if len(fitting) < len(scalars):
+            return False
+        self._matrix.copy_(torch.stack(fitting, dim=1))
+        self._columns = self._matrix.unbind(1)
+        self._settle()
+        self._read_constants()
+        return True
 
     @classmethod
     @abstractmethod
@@ -178,31 +217,54 @@ class FieldBatch(ABC):
         """One step of the fields: current, coupling, energy, control.
 
         Args:
-            gradients: k contiguous 1-d tensors in the fields' type. One with a non-finite entry
-                leaves its fields as they are and is counted.
+            gradients: k contiguous 1-d tensors in the fields' type. One with a non-finite entry,
+                or one that makes the energy overflow, leaves its fields as they are and is
+                counted.
             move: the numbers of the step.
         """
-        xp, fresh = self.xp, self.fresh
+        xp = self.xp
         # Overflow is reported through the energy, not through warnings.
         with np.errstate(all="ignore"):
             coefficients, energy, current = self.move(gradients, move)
             scale = control(xp, energy, move)
-            fresh[0] = energy
-            fresh[1] = energy * scale * scale
-            fresh[2] = abs(current)
-            fresh[3:] = coefficients * scale
-            self.live[:] = xp.where(self.bad, self.live, fresh)
-            self.rows[SKIPPED] += self.bad
+            poisoned = self.bad
+            self.bad = poisoned | ~xp.isfinite(energy)
+            # Where the host can tell that all went well, the step is written in place.
+            clean = self.on_cpu and not self.bad.any()
+            new = self.live if clean else self.fresh
+            new[0] = energy
+            new[1] = energy * scale * scale
+            new[2] = abs(current)
+            new[3:] = coefficients * scale
+            if not clean:
+                # Where the dynamics overflowed, the energy says so and nothing else is written.
+                self.live[0] = xp.where(poisoned, self.live[0], energy)
+                self.live[1:] = xp.where(self.bad, self.live[1:], new[1:])
+                self.rows[SKIPPED] += self.bad
 
-    def add_correction(self, parameters: list[Tensor], weight: float) -> None:
-        """``p += weight * tanh(alpha - beta)`` for each of k tensors, in place."""
-        factor = self.tanh_factor(parameters)
-        self.add_tanh(parameters, self.gaps(factor), weight, factor)
+    def add_correction(
+        self, parameters: list[Tensor], weight: float, held: Sequence[Tensor] = ()
+    ) -> None:
+        """``p += weight * tanh(alpha - beta)`` for each of k tensors, in place.
 
-    def tanh_factor(self, parameters: Sequence[Tensor]) -> float:
-        """2.0 where :meth:`add_tanh` goes by the sigmoid and wants the gaps doubled, else 1.0."""
-        large = self.on_cpu and sum(p.numel() for p in parameters) >= LARGE
-        return 2.0 if large else 1.0
+        Args:
+            parameters: the tensors.
+            weight: of the correction.
+            held: empty, or k gradients: where one is zero, its element is left as it is.
+        """
+        factor = self.tanh_factor(self.elements)
+        gaps = self.gaps(factor)
+        for gap, gradient in zip(gaps, held, strict=bool(held)):
+            gap.masked_fill_(gradient == 0, 0.0)
+        self.add_tanh(parameters, gaps, weight, factor)
+
+    def tanh_factor(self, elements: int) -> float:
+        """2.0 where :meth:`add_tanh` goes by the sigmoid and wants the gaps doubled, else 1.0.
+
+        Args:
+            elements: of all tensors that it gets.
+        """
+        return 2.0 if self.on_cpu and elements >= LARGE else 1.0
 
     def add_tanh(
         self, parameters: list[Tensor], gaps: list[Tensor], weight: float, factor: float
@@ -233,15 +295,9 @@ class FieldBatch(ABC):
         A weight is zero for a tensor whose step was skipped, and zero instead of so small that
         the products would be denormal: processors are slow at those and no step can see them.
         """
-        low = self.negligible
-        if self.on_cpu:
-            dropped = self.bad.tolist()
-            return [
-                [0.0 if bad or -low < x < low else x for x, bad in zip(row, dropped, strict=True)]
-                for row in rows.tolist()
-            ]
-        kept = torch.where(self.bad | (abs(rows) < low), 0.0, rows)
-        return [self.factors(row) for row in kept]
+        xp = self.xp
+        kept = xp.where(self.bad | (abs(rows) < self.negligible), 0.0, rows)
+        return kept.tolist() if self.on_cpu else [self.factors(row) for row in kept]
 
     def factors(self, row: Array) -> Any:
         """A (k,) array as what ``torch._foreach`` operations take: numbers or 0-d tensors."""

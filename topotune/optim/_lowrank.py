@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topotune.optim._fields import COMMON, LARGE, Array, FieldBatch, Move, mean_of_products, scalars
+from topotune.optim._fields import COMMON, Array, FieldBatch, Move, mean_of_products, scalars
 from topotune.optim._tanh import degree_for, polynomial, shifted, taylor
 
 NORM_FLOOR = 1e-12
@@ -36,8 +36,15 @@ class LowRankFields(FieldBatch):
         """(2, k): the two numbers a tensor that combine its constants to ``alpha - beta``."""
 
     @abstractmethod
-    def combine(self, places: Sequence[int], first: list[Any], second: list[Any]) -> list[Tensor]:
-        """``alpha - beta`` of the tensors at ``places``, given their two numbers; fresh."""
+    def combine(
+        self, columns: list[list[Tensor]], first: list[Any], second: list[Any]
+    ) -> list[Tensor]:
+        """``alpha - beta`` of some tensors, fresh.
+
+        Args:
+            columns: their constants, as in ``shaped``.
+            first, second: their two numbers.
+        """
 
     @abstractmethod
     def spread(self, place: int, first: float, second: float) -> tuple[float, float]:
@@ -50,25 +57,26 @@ class LowRankFields(FieldBatch):
     def gaps(self, factor: float) -> list[Tensor]:
         """See :meth:`FieldBatch.gaps`."""
         first, second = self.weights(self.gap_rows() * factor)
-        return self.combine(range(len(first)), first, second)
+        return self.combine(self.shaped, first, second)
 
-    def add_correction(self, parameters: list[Tensor], weight: float) -> None:
+    def add_correction(
+        self, parameters: list[Tensor], weight: float, held: Sequence[Tensor] = ()
+    ) -> None:
         """See :meth:`FieldBatch.add_correction`.
 
         The gap of a tensor spreads little around its middle: with ``tanh_cos`` it is nearly
         constant for weights of usual size, and ``a`` vanishes under large gradients. On the CPU,
         where the spread is known without waiting, tanh is then a polynomial of low degree.
         """
-        if not self.on_cpu or self.dtype is not torch.float32:
-            super().add_correction(parameters, weight)
+        if held or not self.large or not self.on_cpu or self.dtype is not torch.float32:
+            super().add_correction(parameters, weight, held)
             return
         first, second = self.weights(self.gap_rows())
-        others = []
-        for i, parameter in enumerate(parameters):
-            degree = None
-            if parameter.numel() >= LARGE:
-                middle, reach = self.spread(i, first[i], second[i])
-                degree = degree_for(reach)
+        others = [i for i in range(len(parameters)) if i not in self.large]
+        for i in self.large:
+            parameter = parameters[i]
+            middle, reach = self.spread(i, first[i], second[i])
+            degree = degree_for(reach)
             if degree is None:
                 others.append(i)
             elif degree == 0:
@@ -78,9 +86,11 @@ class LowRankFields(FieldBatch):
                 parameter.add_(moved, alpha=weight)
         if others:
             targets = [parameters[i] for i in others]
-            factor = self.tanh_factor(targets)
+            factor = self.tanh_factor(sum(self.sizes[i] for i in others))
             gaps = self.combine(
-                others, [factor * first[i] for i in others], [factor * second[i] for i in others]
+                [[column[i] for i in others] for column in self.shaped],
+                [factor * first[i] for i in others],
+                [factor * second[i] for i in others],
             )
             self.add_tanh(targets, gaps, weight, factor)
 
@@ -97,9 +107,9 @@ class UniformFields(LowRankFields):
     tensors = ("gap0", "alpha0")
     basis_size = 1
     coefficients = 2
+    scalar_count = COMMON + coefficients + 4
 
-    def __init__(self, states: Sequence[dict[str, Tensor]]) -> None:
-        super().__init__(states)
+    def _read_constants(self) -> None:
         self.middles, self.reaches = self.constants[2:].tolist() if self.on_cpu else ([], [])
 
     @classmethod
@@ -120,7 +130,7 @@ class UniformFields(LowRankFields):
     def move(self, gradients: Sequence[Tensor], move: Move) -> tuple[Array, Array, Array]:
         """See :meth:`FieldBatch.move`."""
         measured = list(map(torch.dot, self.basis[0], gradients))
-        measured += [g.sum() for g in gradients]
+        measured += map(Tensor.sum, gradients)
         product, total = self.array(measured, 2)
         self.bad = ~self.xp.isfinite(total)
         a, b = self.coefficient_rows
@@ -139,9 +149,11 @@ class UniformFields(LowRankFields):
         rows[1] *= 2.0
         return rows
 
-    def combine(self, places: Sequence[int], first: list[Any], second: list[Any]) -> list[Tensor]:
+    def combine(
+        self, columns: list[list[Tensor]], first: list[Any], second: list[Any]
+    ) -> list[Tensor]:
         """See :meth:`LowRankFields.combine`: ``a*gap0 + 2b``."""
-        gaps = torch._foreach_mul([self.shaped[0][i] for i in places], first)
+        gaps = torch._foreach_mul(columns[0], first)
         torch._foreach_add_(gaps, second)
         return list(gaps)
 
@@ -167,9 +179,9 @@ class ExchangeFields(LowRankFields):
     tensors = ("alpha0", "beta0")
     basis_size = 2
     coefficients = 4
+    scalar_count = COMMON + coefficients + 7
 
-    def __init__(self, states: Sequence[dict[str, Tensor]]) -> None:
-        super().__init__(states)
+    def _read_constants(self) -> None:
         self.ranges = self.constants[3:].reshape(2, 2, -1).tolist() if self.on_cpu else []
 
     @classmethod
@@ -215,10 +227,12 @@ class ExchangeFields(LowRankFields):
         """See :meth:`LowRankFields.gap_rows`: ``c11 - c21`` and ``c12 - c22``."""
         return self.coefficient_rows[:2] - self.coefficient_rows[2:]
 
-    def combine(self, places: Sequence[int], first: list[Any], second: list[Any]) -> list[Tensor]:
+    def combine(
+        self, columns: list[list[Tensor]], first: list[Any], second: list[Any]
+    ) -> list[Tensor]:
         """See :meth:`LowRankFields.combine`: ``first*alpha0 + second*beta0``."""
-        gaps = torch._foreach_mul([self.shaped[0][i] for i in places], first)
-        rest = torch._foreach_mul([self.shaped[1][i] for i in places], second)
+        gaps = torch._foreach_mul(columns[0], first)
+        rest = torch._foreach_mul(columns[1], second)
         torch._foreach_add_(gaps, rest)
         return list(gaps)
 

@@ -8,17 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topotune.optim._batch import FIELDS
 from topotune.optim._fields import COMMON, CONTROLLED, CURRENT, ENERGY, SKIPPED, FieldBatch
+from topotune.optim._state import coupling_of
 
 
-def kind_of(state: Mapping[str, Tensor]) -> type[FieldBatch]:
-    """The coupling that a tensor's state belongs to, known by its entries."""
-    return next(kind for kind in FIELDS.values() if _matches(kind, state))
-
-
-def _matches(kind: type[FieldBatch], state: Mapping[str, Tensor]) -> bool:
-    return all(name in state for name in kind.tensors)
+def kind_of(state: Mapping[str, Any]) -> type[FieldBatch]:
+    """The coupling that the state of a tensor with fields belongs to."""
+    found = coupling_of(state)
+    assert found is not None
+    return found
 
 
 def common_scalars(states: Sequence[dict[str, Tensor]]) -> Tensor:

@@ -8,6 +8,7 @@ implementation does. It follows the same specification and takes the same argume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ class ReferenceTopologicalAdam(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         eta: float = 0.02,
@@ -41,8 +42,10 @@ class ReferenceTopologicalAdam(Optimizer):
         target_energy: float = 1e-3,
         *,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
         coupling: str = "uniform",
         energy_control: str = "exact",
+        zero_gradient: str = "move",
         eps_inside_sqrt: bool = False,
         field_init: str = "tanh_cos",
         field_seed: int = 0,
@@ -93,8 +96,11 @@ class ReferenceTopologicalAdam(Optimizer):
         lr, eps = group["lr"], group["eps"]
 
         state["step"] += 1
-        m = state["m"] = beta1 * state["m"] + (1 - beta1) * g
-        v = state["v"] = beta2 * state["v"] + (1 - beta2) * g * g
+        # L2 weight decay is part of the gradient that Adam sees, not of the one that fields see.
+        decoupled, decay = group["decoupled_weight_decay"], group["weight_decay"]
+        adam_g = g if decoupled else g + decay * p
+        m = state["m"] = beta1 * state["m"] + (1 - beta1) * adam_g
+        v = state["v"] = beta2 * state["v"] + (1 - beta2) * adam_g * adam_g
         m_hat = m / (1 - beta1 ** state["step"])
         v_hat = v / (1 - beta2 ** state["step"])
         if group["eps_inside_sqrt"]:
@@ -104,18 +110,24 @@ class ReferenceTopologicalAdam(Optimizer):
 
         correction = torch.zeros_like(p)
         if group["eta"] != 0.0 and p.numel():
-            if bool(torch.isfinite(g).all()):
-                move_fields(state, g, group)
+            if bool(torch.isfinite(g).all()) and move_fields(state, g, group):
                 correction = group["w_topo"] * torch.tanh(state["alpha"] - state["beta"])
+                if group["zero_gradient"] == "hold":
+                    correction[g == 0] = 0.0
             else:
                 state["skipped"] += 1
 
-        p.mul_(1 - lr * group["weight_decay"])
+        if decoupled:
+            p.mul_(1 - lr * decay)
         p.sub_(lr * (direction + correction))
 
 
-def move_fields(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
-    """Current, coupling, energy and control of one tensor, in this order."""
+def move_fields(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> bool:
+    """Current, coupling, energy and control of one tensor, in this order.
+
+    Returns:
+        False where the energy overflows: the fields are left as they are, and the energy says so.
+    """
     alpha, beta = state["alpha"], state["beta"]
     eta, target = group["eta"], group["target_energy"]
     rate = eta / group["mu0"]
@@ -134,6 +146,9 @@ def move_fields(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None
     beta = (1 - eta) * beta + rate * to_beta
 
     energy = (0.5 * (alpha * alpha + beta * beta).mean()).item()
+    if not math.isfinite(energy):
+        state["energy"] = energy
+        return False
     if group["energy_control"] == "exact" or energy < target:
         scale = (target / energy) ** 0.5
     elif energy > BAND_WIDTH * target:
@@ -143,3 +158,4 @@ def move_fields(state: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None
     state["alpha"], state["beta"] = scale * alpha, scale * beta
     state["energy"], state["energy_controlled"] = energy, energy * scale**2
     state["current"] = current.abs().mean().item()
+    return True

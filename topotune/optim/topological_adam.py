@@ -7,16 +7,28 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from topotune.optim import _report
-from topotune.optim._batch import FIELD_ENTRIES, Plan
-from topotune.optim._hyper import check_group
+from topotune.optim._batch import Plan
+from topotune.optim._fields import field_dtype
+from topotune.optim._hyper import ADAM_ONLY, check_group
+from topotune.optim._state import (
+    check_gradient,
+    check_parameter,
+    check_state,
+    converted,
+    label,
+)
 from topotune.optim._trace import EnergyTrace, TraceRing
 
 STEPS = "steps_taken"
-"""Key of the first parameter group that counts calls of ``step``."""
+"""Key of every parameter group that counts calls of ``step``."""
+
+PLANS_KEPT = 32
+"""Sets of tensors with a gradient whose plans are kept, for models that change them by turns."""
 
 
 class TopologicalAdam(Optimizer):
@@ -33,15 +45,23 @@ class TopologicalAdam(Optimizer):
     (``coupling="uniform"``, ``energy_control="exact"``); that package's are
     ``coupling="exchange", energy_control="band"``. ``eps`` stands outside the root by default, as
     in Kingma's Adam, torch and that package, because then ``w_topo=0`` or ``eta=0`` *is*
-    ``torch.optim.Adam`` (``AdamW`` with ``weight_decay``), bit for bit, the property that the
-    paper states; its formula has ``eps`` inside (``eps_inside_sqrt=True``).
+    ``torch.optim.Adam`` (``AdamW`` with ``weight_decay``) with the same flags, bit for bit, the
+    property that the paper states; its formula has ``eps`` inside (``eps_inside_sqrt=True``). By
+    default that is ``Adam(params, fused=True)``; ``foreach=False`` gives ``Adam(params)`` as it
+    runs on the CPU.
+
+    Parameters whose gradient is zero drift: the correction does not ask whether an element has a
+    gradient. A padding row of an ``Embedding`` leaves zero (by 3e-5 to 6e-3 in 1000 steps at lr
+    1e-3, depending on coupling and model). That is the method; ``zero_gradient="hold"`` gives
+    such elements no correction.
 
     The update costs one or two reads of the gradient and one elementwise pass over the tensor,
     never writes a field for ``uniform`` and ``exchange``, and never waits for the device.
 
     Args:
         params: tensors, named tensors, or parameter groups with hyperparameters of their own.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0; a number or, as in torch, a tensor of one element (read by the host
+            in every step).
         betas: decay of the two moments, each in [0, 1).
         eps: floor of the denominator, >= 0.
         eta: coupling rate in [0, 1); 0 switches fields and correction off.
@@ -49,12 +69,16 @@ class TopologicalAdam(Optimizer):
         w_topo: weight of the correction, >= 0.
         field_init_scale: size of the fields at the start, > 0.
         target_energy: mean energy that the control aims at, > 0.
-        weight_decay: decoupled weight decay (AdamW), >= 0.
+        weight_decay: >= 0.
+        decoupled_weight_decay: torch's name: True for AdamW's decay, False for Adam's (L2), which
+            is part of the gradient of the moments and not of the fields'.
         coupling: ``uniform`` (J is one number a tensor and shifts the fields), ``exchange`` (J is
             normalised by the gradient and rotates the fields into each other) or ``local``
             (element by element).
         energy_control: ``exact`` rescales to the target in every step; ``band`` amplifies to the
             target from below and multiplies by 0.9 above ten times the target.
+        zero_gradient: ``move`` or ``hold``: whether an element whose gradient is exactly zero gets
+            the correction.
         eps_inside_sqrt: ``m / sqrt(v + eps)`` instead of ``m / (sqrt(v) + eps)``. The state's
             ``exp_avg_sq`` is then the average of ``g^2 + eps``.
         field_init: ``tanh_cos`` of the parameter (deterministic) or seeded ``normal``.
@@ -66,14 +90,16 @@ class TopologicalAdam(Optimizer):
         trace_capacity: steps that :meth:`energy_trace` can hold between two calls.
 
     Raises:
-        ValueError: a hyperparameter is outside its bounds, or a parameter is not real floating
-            point.
+        ValueError: a hyperparameter is outside its bounds, or a parameter is not a plain dense
+            tensor of real floating point (a DTensor is a shard of one).
 
     A gradient with a NaN or an infinity (or one whose sum or norm overflows its type) leaves the
     fields of its tensor as they are and gets no correction; it is counted in
     ``metrics()["skipped_nonfinite"]``. The Adam part treats it as ``torch.optim.Adam`` does, so
     the NaN reaches the moments and the parameter. Nothing is clamped: where the dynamics
-    overflow, the reported energy says so.
+    overflow, the reported energy says so, and that step is skipped in the same way.
+
+    ``torch.compile`` leaves ``step`` as it is; it is not for CUDA graphs.
 
     Fields are float64 for float64 parameters, else float32; the scalars of a tensor are float64
     always. All that determines later steps lies in ``state`` and ``param_groups``; the trace does
@@ -83,7 +109,7 @@ class TopologicalAdam(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         eta: float = 0.02,
@@ -93,8 +119,10 @@ class TopologicalAdam(Optimizer):
         target_energy: float = 1e-3,
         *,
         weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = True,
         coupling: str = "uniform",
         energy_control: str = "exact",
+        zero_gradient: str = "move",
         eps_inside_sqrt: bool = False,
         field_init: str = "tanh_cos",
         field_seed: int = 0,
@@ -113,8 +141,10 @@ class TopologicalAdam(Optimizer):
             "field_init_scale": field_init_scale,
             "target_energy": target_energy,
             "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
             "coupling": coupling,
             "energy_control": energy_control,
+            "zero_gradient": zero_gradient,
             "eps_inside_sqrt": eps_inside_sqrt,
             "field_init": field_init,
             "field_seed": field_seed,
@@ -129,17 +159,26 @@ class TopologicalAdam(Optimizer):
 
     def _reset_caches(self) -> None:
         """Forget everything that is derived from the state."""
-        self._plans: dict[int, Plan] = {}
+        self._plans: dict[tuple[int, ...], Plan] = {}
         self._trace = TraceRing(self.defaults["trace_capacity"])
-        self.param_groups[0].setdefault(STEPS, 0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle or a loaded state dict; newer hyperparameters get defaults."""
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+            self._fill_in(group)
         self._reset_caches()
+
+    def _fill_in(self, group: dict[str, Any]) -> None:
+        """Give a group the keys of this class that it lacks, and none of torch's beside them."""
+        for name in ADAM_ONLY:
+            # Torch adds "differentiable" to the defaults of what it restores.
+            self.defaults.pop(name, None)
+            if not group.get(name):
+                group.pop(name, None)
+        for name, value in self.defaults.items():
+            group.setdefault(name, value)
+        group.setdefault(STEPS, 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its hyperparameters are checked.
@@ -150,12 +189,11 @@ class TopologicalAdam(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            self._fill_in(group)
             check_group(group)
-            for tensor in group["params"]:
-                if not tensor.is_floating_point():
-                    raise ValueError(
-                        f"parameters must be real floating point, got dtype {tensor.dtype}"
-                    )
+            first = sum(len(other["params"]) for other in self.param_groups[:-1])
+            for place, parameter in enumerate(group["params"]):
+                check_parameter(label(group, place, first), parameter, group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -166,6 +204,7 @@ class TopologicalAdam(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # as torch's own methods: what a step keeps would be traced anew
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
@@ -178,70 +217,128 @@ class TopologicalAdam(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse.
+            ValueError: a hyperparameter that was set since is outside its bounds, or the shape,
+                type or device of a gradient or of an entry of the state is not its parameter's.
+                Nothing has moved then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        first = self.param_groups[0]
-        first[STEPS] += 1
+        work = []
         offset = 0
-        for place, group in enumerate(self.param_groups):
-            parameters, gradients = [], []
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                if gradient.is_sparse:
-                    raise RuntimeError(
-                        "TopologicalAdam does not take sparse gradients "
-                        f"(parameter of shape {tuple(parameter.shape)}); build the layer with "
-                        "sparse=False"
-                    )
-                parameters.append(parameter)
-                gradients.append(gradient)
-            if parameters:
-                for batch in self._plan(place, group, parameters, offset).batches:
-                    fields = batch.step([gradients[i] for i in batch.places], group)
-                    if fields is not None:
-                        self._trace.record(first[STEPS], fields)
+        for group in self.param_groups:
+            found = [(p, g) for p in group["params"] if (g := p.grad) is not None]
+            if found:
+                parameters, gradients = map(list, zip(*found, strict=True))
+                work.append((group, self._plan(group, parameters, gradients, offset), gradients))
             offset += len(group["params"])
+        # All checks are done, and nothing has moved yet.
+        count = 1 + max((group[STEPS] for group in self.param_groups), default=0)
+        for group in self.param_groups:
+            group[STEPS] = count
+        for group, plan, gradients in work:
+            for batch in plan.batches:
+                fields = batch.step([gradients[i] for i in batch.places], group)
+                if fields is not None:
+                    self._trace.record(count, fields)
         return loss
 
     def _plan(
-        self, place: int, group: dict[str, Any], parameters: list[Tensor], offset: int
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        offset: int,
     ) -> Plan:
-        """The group's batches, kept from the last step where nothing has changed."""
-        states = [self.state[parameter] for parameter in parameters]
-        kind = (group["coupling"], group["eta"] != 0.0, group["foreach"], group["fused"])
-        plan = self._plans.get(place)
-        if plan is None or not plan.fits(kind, parameters, states):
-            numbers = {id(p): offset + i for i, p in enumerate(group["params"])}
-            indices = [numbers[id(parameter)] for parameter in parameters]
-            plan = self._plans[place] = Plan(kind, group, parameters, states, indices)
+        """The batches of these tensors, kept from an earlier step where nothing has changed.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`step`.
+        """
+        key = tuple(map(id, parameters))
+        states = list(map(self.state.get, parameters))
+        plan = self._plans.get(key)
+        fits = plan is not None and plan.fits(group, states)
+        if plan is not None and fits and plan.takes(gradients):
+            return plan
+        if not fits:
+            check_group(group)
+        places = {id(p): i for i, p in enumerate(group["params"])}
+        for parameter, gradient, state in zip(parameters, gradients, states, strict=True):
+            called = label(group, places[id(parameter)], offset)
+            check_parameter(called, parameter, group)
+            check_gradient(called, parameter, gradient)
+            check_state(called, parameter, {} if state is None else state)
+        # A plan keeps its tensors alive; those that have left the optimizer are let go.
+        alive = {id(p) for each in self.param_groups for p in each["params"]}
+        self._plans = {k: kept for k, kept in self._plans.items() if alive.issuperset(k)}
+        if len(self._plans) >= PLANS_KEPT:
+            del self._plans[next(iter(self._plans))]
+        entries = [self.state[parameter] for parameter in parameters]
+        indices = [offset + places[id(parameter)] for parameter in parameters]
+        plan = self._plans[key] = Plan(group, parameters, entries, indices)
         return plan
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict as a copy, every tensor in the type that it was saved in.
+        """Load a state dict as a copy; everything is checked before anything is changed.
 
-        Torch casts floating-point state to the parameter's type, which would round the float64
-        scalars and, for half precision, the fields.
+        Moments get their parameters' type and device, as torch casts them; fields stay float32 or
+        float64 and the scalars float64. A state dict of ``torch.optim.Adam`` or ``AdamW`` begins
+        new fields where the parameters stand and keeps its kind of weight decay
+        (``decoupled_weight_decay``); one of the published package ``topological-adam`` becomes
+        this class's, fields included. Hyperparameters that it does not name stay as they are
+        constructed: that package's dynamics are ``coupling="exchange"``,
+        ``energy_control="band"``.
+
+        Raises:
+            ValueError: a hyperparameter is outside its bounds or not this class's, or an entry
+                does not fit its parameter; the message names it and both shapes.
         """
-        final: dict[str, Any] = {}
+        exact: list[tuple[Tensor, dict[str, Any]]] = []
         # The last hook sees what any hook of the caller made of the state dict.
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: final.update(loaded))
+        handle = self.register_load_state_dict_pre_hook(
+            lambda _, loaded: self._checked(loaded, exact)
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        saved_ids = [i for group in final["param_groups"] for i in group["params"]]
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        for saved, parameter in zip(saved_ids, tensors, strict=True):
-            loaded = self.state.get(parameter, {})
-            for name, value in final["state"].get(saved, {}).items():
-                exact = value.to(parameter.device) if name in FIELD_ENTRIES else loaded[name]
-                loaded[name] = exact.clone()
+        # Torch has cast every entry to the parameter's type, which rounds scalars and fields.
+        for parameter, entries in exact:
+            self.state[parameter] = entries
+
+    def _checked(
+        self, loaded: dict[str, Any], exact: list[tuple[Tensor, dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """The state dict with its entries converted; ``exact`` gets them a second time.
+
+        Raises:
+            ValueError: as :meth:`load_state_dict`.
+        """
+        saved_groups = loaded["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in saved_groups] != sizes:
+            return loaded  # torch refuses it
+        state, first = dict(loaded["state"]), 0
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            names = {"param_names": group["param_names"]} if "param_names" in group else {}
+            final = self.defaults | names | saved_group | {"params": group["params"]}
+            check_group(final)
+            for place, (parameter, key) in enumerate(
+                zip(group["params"], saved_group["params"], strict=True)
+            ):
+                called = label(final, place, first)
+                check_parameter(called, parameter, final)
+                if key in state:
+                    entries = converted(
+                        called, parameter, state[key], saved_group, final["coupling"]
+                    )
+                    exact.append((parameter, entries))
+                    state[key] = {n: v for n, v in entries.items() if isinstance(v, Tensor)}
+            first += len(group["params"])
+        return {**loaded, "state": state}
 
     def energy(self) -> float:
         """Sum over tensors of the energy before control, at the last step; 0.0 without fields."""
@@ -271,7 +368,8 @@ class TopologicalAdam(Optimizer):
             ``alpha_norm``, ``beta_norm``, ``alpha_beta_cos``: 2-norms of the fields of all
             tensors together and the cosine between them.
             ``topo_ratio``: 2-norm of ``w_topo * tanh(alpha - beta)`` over that of Adam's
-            direction, all tensors together.
+            direction, all tensors together and every element counted, also one that
+            ``zero_gradient="hold"`` leaves.
             ``skipped_nonfinite``: tensor steps skipped since the start.
             All 0.0 without fields.
         """
@@ -304,9 +402,11 @@ class TopologicalAdam(Optimizer):
                 f"no fields for this parameter of shape {tuple(parameter.shape)}: it is not in "
                 "the optimizer, had no step with a gradient, has no elements, or eta is 0"
             )
-        return _report.kind_of(state).materialise(state)
+        # Arithmetic of a 0-d tensor with a float64 scalar gives float64.
+        alpha, beta = _report.kind_of(state).materialise(state)
+        return alpha.to(field_dtype(parameter)), beta.to(field_dtype(parameter))
 
-    def _states(self) -> list[dict[str, Tensor]]:
+    def _states(self) -> list[dict[str, Any]]:
         """The states that have fields, in the order of the parameters."""
         found = (self.state.get(p, {}) for group in self.param_groups for p in group["params"])
         return [state for state in found if "scalars" in state]

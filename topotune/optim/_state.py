@@ -1,0 +1,310 @@
+"""The state of one parameter: what a step needs it to be, and what is converted to that.
+
+Torch's fused kernels walk memory and check no sizes: an entry that disagrees with its parameter
+would be read and written beyond its end. Whatever a kernel gets has passed through here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from topotune.optim._fields import FieldBatch, field_dtype, initial_fields
+from topotune.optim._local import LocalFields
+from topotune.optim._lowrank import ExchangeFields, UniformFields
+
+FIELDS: dict[str, type[FieldBatch]] = {
+    "uniform": UniformFields,
+    "exchange": ExchangeFields,
+    "local": LocalFields,
+}
+
+ADAM_ENTRIES = ("step", "exp_avg", "exp_avg_sq")
+_FIELD_TENSORS = frozenset(name for kind in FIELDS.values() for name in kind.tensors)
+_FIELD_ENTRIES = _FIELD_TENSORS | {"scalars"}
+
+PUBLISHED = {"m": "exp_avg", "v": "exp_avg_sq"}
+"""Names of the moments in a state of the published package; its fields are alpha and beta."""
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+FUSED_KERNELS = ("cpu", "cuda", "mps", "xpu")
+"""Types of device for which torch has a fused Adam kernel."""
+
+
+def label(group: Mapping[str, Any], place: int, first: int) -> str:
+    """What a message calls a parameter: its place in the optimizer, and its name if it has one.
+
+    Args:
+        group: the parameter group.
+        place: the parameter's place in the group.
+        first: the place of the group's first parameter in the optimizer.
+    """
+    names: Sequence[str] = group.get("param_names", ())
+    name = f" ({names[place]!r})" if place < len(names) else ""
+    return f"parameter {first + place}{name}"
+
+
+def check_parameter(called: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    """Check that the method can train this tensor.
+
+    Raises:
+        ValueError: it cannot; the message names the parameter and what it is.
+    """
+    if _is_wrapper(parameter):
+        raise ValueError(
+            f"{called} is a {type(parameter).__name__}: TopologicalAdam takes plain tensors only, "
+            "since its current and energy are sums over a whole tensor; replicate the model "
+            "(DistributedDataParallel) instead of sharding it, or train it with torch.optim.AdamW"
+        )
+    if parameter.layout is not torch.strided:
+        raise ValueError(f"{called} must be a dense tensor, got layout {parameter.layout}")
+    if parameter.dtype not in DTYPES:
+        raise ValueError(
+            f"{called}: parameters must be real floating point of 16, 32 or 64 bits, "
+            f"got dtype {parameter.dtype}"
+        )
+    if group["fused"] and parameter.device.type not in FUSED_KERNELS:
+        raise ValueError(
+            f"{called} lies on {parameter.device}, where torch has no fused kernel: fused=True "
+            f"needs one of {', '.join(FUSED_KERNELS)}"
+        )
+
+
+def check_gradient(called: str, parameter: Tensor, gradient: Tensor) -> None:
+    """Check that a gradient is its parameter's.
+
+    Raises:
+        RuntimeError: it is sparse, as torch's Adam raises.
+        ValueError: its shape, type or device is another.
+    """
+    if gradient.layout is not torch.strided:
+        raise RuntimeError(
+            f"TopologicalAdam does not take sparse gradients ({called} of shape "
+            f"{tuple(parameter.shape)}, gradient of layout {gradient.layout}); build the layer "
+            "with sparse=False"
+        )
+    if gradient.shape != parameter.shape:
+        raise ValueError(
+            f"{called} has shape {tuple(parameter.shape)}, but its gradient has shape "
+            f"{tuple(gradient.shape)}: the parameter's data was exchanged after backward()"
+        )
+    if gradient.dtype is not parameter.dtype or gradient.device != parameter.device:
+        raise ValueError(
+            f"{called} is {parameter.dtype} on {parameter.device}, but its gradient is "
+            f"{gradient.dtype} on {gradient.device}"
+        )
+
+
+def check_state(called: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    """Check that the entries of a state fit their parameter as they are.
+
+    Raises:
+        ValueError: one is missing, or its shape, type or device is another.
+    """
+    check_shapes(called, parameter, state)
+    for name, dtype in _dtypes(parameter).items():
+        entry = state.get(name)
+        if entry is not None and (entry.dtype is not dtype or entry.device != parameter.device):
+            raise ValueError(
+                f"{called} is {parameter.dtype} on {parameter.device}, so that {name!r} in its "
+                f"state must be {dtype} there, got {entry.dtype} on {entry.device}; "
+                "optimizer.load_state_dict(optimizer.state_dict()) converts the state"
+            )
+
+
+def _dtypes(parameter: Tensor) -> dict[str, torch.dtype]:
+    """Entry of a parameter's state to its type."""
+    moments = dict.fromkeys(ADAM_ENTRIES[1:], parameter.dtype)
+    fields = dict.fromkeys(_FIELD_TENSORS, field_dtype(parameter))
+    return moments | fields | {"scalars": torch.float64}
+
+
+def check_shapes(called: str, parameter: Tensor, state: object) -> None:
+    """Check what no conversion could mend: missing entries, shapes, and entries of other kinds.
+
+    Raises:
+        ValueError: the message names the parameter, the entry and both shapes.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of {called} must be a dict, got {type(state).__name__}")
+    present = [name for name in ADAM_ENTRIES if name in state]
+    if present and len(present) < len(ADAM_ENTRIES):
+        (missing, *_) = [name for name in ADAM_ENTRIES if name not in state]
+        raise ValueError(
+            f"the state of {called} has {present[0]!r} but no {missing!r}; delete "
+            "optimizer.state[parameter] to begin anew"
+        )
+    if "step" in state:
+        _check_number(called, state["step"])
+    for name in (*ADAM_ENTRIES[1:], *sorted(_FIELD_TENSORS & state.keys())):
+        if name in state:
+            _check_tensor(called, repr(name), state[name])
+            _check_shape(called, parameter, repr(name), state[name])
+    kind = coupling_of(state)
+    if kind is not None:
+        entry = state["scalars"]
+        _check_tensor(called, "'scalars'", entry)
+        if entry.shape != (kind.scalar_count,):
+            raise ValueError(
+                f"'scalars' in the state of {called} must have shape ({kind.scalar_count},), got "
+                f"{tuple(entry.shape)}; delete it to begin new fields"
+            )
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for others, such as the shards of a DTensor."""
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def _check_number(called: str, step: object) -> None:
+    single = isinstance(step, Tensor) and step.numel() == 1 and step.layout is torch.strided
+    if not single and not isinstance(step, Real):
+        found = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
+        raise ValueError(f"'step' in the state of {called} must be one number, got {found}")
+
+
+def _check_shape(called: str, parameter: Tensor, name: str, entry: Tensor) -> None:
+    if entry.shape != parameter.shape:
+        raise ValueError(
+            f"{called} has shape {tuple(parameter.shape)}, but {name} in its state has shape "
+            f"{tuple(entry.shape)}: give every entry the parameter's shape, or delete "
+            "optimizer.state[parameter] to begin anew"
+        )
+
+
+def _check_tensor(called: str, name: str, entry: object) -> None:
+    if not isinstance(entry, Tensor):
+        raise ValueError(
+            f"{name} in the state of {called} must be a tensor, got {type(entry).__name__}"
+        )
+    plain = entry.layout is torch.strided and not _is_wrapper(entry)
+    if not plain or not entry.is_floating_point():
+        raise ValueError(
+            f"{name} in the state of {called} must be a dense real tensor, got a "
+            f"{type(entry).__name__} of layout {entry.layout} and dtype {entry.dtype}"
+        )
+
+
+def coupling_of(state: Mapping[str, Any]) -> type[FieldBatch] | None:
+    """The coupling whose fields a state holds, known by its entries; None if there are none."""
+    if "scalars" not in state:
+        return None
+    kinds = (kind for kind in FIELDS.values() if all(name in state for name in kind.tensors))
+    return next(kinds, None)
+
+
+def complete(
+    parameter: Tensor, state: dict[str, Any], group: Mapping[str, Any], index: int, fused: bool
+) -> None:
+    """Create the entries that a step needs and a state lacks, and lay the others out for it.
+
+    Args:
+        parameter: the tensor.
+        state: its checked state, changed in place.
+        group: its parameter group.
+        index: its place in the optimizer.
+        fused: whether torch's fused kernel serves it.
+    """
+    # The counter lies where torch's chosen kernel wants it.
+    wide = torch.get_default_dtype() is torch.float64 and not fused
+    kind = torch.float64 if wide else torch.float32
+    device = parameter.device if fused else torch.device("cpu")
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), dtype=kind, device=device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    step = torch.as_tensor(state["step"], dtype=kind, device=device)
+    # The very tensor where nothing is to change: another plan may hold it.
+    state["step"] = step if step.dim() == 0 else step.reshape(())
+    for name in ADAM_ENTRIES[1:]:
+        state[name] = laid_out_like(parameter, state[name])
+    if group["eta"] == 0.0 or not parameter.numel():
+        return
+    fields = FIELDS[group["coupling"]]
+    if coupling_of(state) is not fields:
+        # No fields yet, or those of another coupling.
+        for name in _FIELD_ENTRIES & state.keys():
+            del state[name]
+        alpha, beta = initial_fields(
+            parameter,
+            group["field_init_scale"],
+            group["field_init"],
+            group["field_seed"],
+            index,
+        )
+        state.update(fields.start(alpha, beta))
+    for name in fields.tensors:
+        state[name] = state[name].contiguous()
+
+
+def laid_out_like(parameter: Tensor, other: Tensor) -> Tensor:
+    """``other`` with the strides that torch gives to a tensor like ``parameter``.
+
+    The fused kernel pairs elements by their place in memory; it does not look at strides.
+    """
+    same = other.stride() == parameter.stride()
+    # A stride of a dimension of size one says nothing about the place in memory.
+    if same or (other.is_contiguous() and parameter.is_contiguous()):
+        return other
+    return torch.empty_like(parameter, dtype=other.dtype).copy_(other)
+
+
+def converted(
+    called: str, parameter: Tensor, saved: object, group: Mapping[str, Any], coupling: str
+) -> dict[str, Any]:
+    """A copy of one parameter's part of a state dict, in the types that a step needs.
+
+    Moments get the parameter's type, as torch casts them; fields and scalars keep theirs, wider
+    than a half-precision parameter's. A state of the published package ``topological-adam``
+    becomes this class's.
+
+    Args:
+        called: what messages call the parameter.
+        parameter: the tensor.
+        saved: the entries.
+        group: the parameter group that was saved with them.
+        coupling: the coupling that the loaded group has.
+
+    Raises:
+        ValueError: an entry does not fit the parameter.
+    """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the state of {called} must be a dict, got {type(saved).__name__}")
+    entries = dict(saved)
+    for old, new in PUBLISHED.items():
+        if old in entries and new not in entries:
+            entries[new] = entries.pop(old)
+    published = [entries.pop(name) for name in ("alpha", "beta") if name in entries]
+    check_shapes(called, parameter, entries)
+    if "step" in entries and not isinstance(entries["step"], Tensor):
+        entries["step"] = torch.tensor(float(entries["step"]), dtype=torch.float64)
+    types, loaded = _dtypes(parameter), {}
+    for name, value in entries.items():
+        if name in types:
+            value = value.to(device=parameter.device, dtype=types[name])
+        loaded[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    if len(published) == 2 and parameter.numel():
+        if "target_energy" not in group:
+            raise ValueError(
+                f"'alpha' and 'beta' in the state of {called} are not the fields of "
+                "TopologicalAdam: their group has no 'target_energy' (the published package's V3 "
+                "averages gradients there); delete both from the state dict to begin new fields"
+            )
+        loaded |= FIELDS[coupling].start(*(_published(called, parameter, x) for x in published))
+    return loaded
+
+
+def _published(called: str, parameter: Tensor, field: object) -> Tensor:
+    """A field of the published package, in the type and layout of this one's."""
+    name = "a field (alpha or beta)"
+    _check_tensor(called, name, field)
+    assert isinstance(field, Tensor)
+    _check_shape(called, parameter, name, field)
+    return field.to(device=parameter.device, dtype=field_dtype(parameter)).contiguous()
