@@ -288,6 +288,21 @@ def test_the_command_prints_json_and_tables(capsys: pytest.CaptureFixture[str]) 
     assert torch.get_num_threads() == threads
 
 
+def test_a_part_is_printed_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second part fails; what the first one measured has been shown by then."""
+
+    def fails(*given: object, **named: object) -> None:
+        assert "eqprop" in capsys.readouterr().out
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tcep_solvers, "run", fails)
+    options = ["--part", "memory", "solvers", "--steps", "1", "--rounds", "2", "--data", "random"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(options)
+
+
 def test_tables_show_every_record(
     measured: tuple[list[GradientError], list[Training]], capsys: pytest.CaptureFixture[str]
 ) -> None:

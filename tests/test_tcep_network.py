@@ -289,3 +289,24 @@ def test_inputs_that_are_no_numbers(bad: float) -> None:
     inputs[1, 0, 2, 3] = inputs[4, 0, 0, 0] = inputs[4, 0, 0, 1] = bad
     with torch.inference_mode(), pytest.raises(ConfigError, match="2 of 5 samples hold NaN or inf"):
         refused()(inputs)
+
+
+# ---- export ----
+
+
+@pytest.mark.parametrize(
+    ("field", "kind", "recorded"), [("energy", "ring", False), ("transformer", "gain", True)]
+)
+def test_an_exported_network_gives_the_same_logits(field: str, kind: str, recorded: bool) -> None:
+    """For batches of any size; the network itself is as it was."""
+    network = small_network(
+        torch.float32, field=field, recirculation=kind, gamma=0.2, steps=5, tolerance=1e-2
+    ).eval()
+    inputs, _ = batch(7, torch.float32)
+    sizes = ({0: torch.export.Dim("rows", min=1, max=64)},)
+    with torch.set_grad_enabled(recorded):
+        exported = torch.export.export(network, (inputs[:3],), dynamic_shapes=sizes).module()
+    with torch.no_grad():
+        for count in (1, 3, 7):
+            expected = network(inputs[:count])
+            torch.testing.assert_close(exported(inputs[:count]), expected, rtol=0, atol=1e-5)

@@ -130,6 +130,32 @@ def test_what_is_reported_is_on_the_page() -> None:
     assert claimed - own == {"beta", "overhead_vs_bptt"}  # if learned; if measured
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "sequences",
+        "climate",
+        "physical simulations",
+        "sequential MNIST",
+        "reinforcement learning",
+        "varies in time",
+        "learned by a meta-dynamics",
+        "spiking",
+        "adversaries",
+        "variable depth",
+        "TorEqProp",
+        "2 to 4 times fewer iterations",
+        "CIFAR-10",
+        "R(h)",
+        "adjoint",
+        "integral over infinite time",
+        "first period",
+    ],
+)
+def test_departures_name_what_is_not_built(part: str) -> None:
+    assert part in SECTIONS["Where it departs from the proposal"]
+
+
 # Code.
 
 

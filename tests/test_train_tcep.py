@@ -22,10 +22,12 @@ from tests.train_cases import (
     reports_of,
     state_of,
 )
+from topotune.configfile import parse_search, read_yaml
 from topotune.data.splits import TensorPair
 from topotune.errors import ConfigError, UnknownNameError, UnstableError
 from topotune.optim import TopologicalAdam
 from topotune.records import Outcome, OverheadOptions, TrainOptions, TrialSpec, Value
+from topotune.search.space import corners
 from topotune.tasks import build_task
 from topotune.tasks.base import Task
 from topotune.tcep.network import TCEPNetwork
@@ -37,6 +39,8 @@ from topotune.train.tcep import OPTIMIZER, PATIENCE, TOLERATED, TcepMethod
 from topotune.train.trace import RELAXATION_FILE, TRACE_FILE, read_columns
 from topotune.trial import open_trial, run_trial
 from topotune.weights import evaluate_test, load_weights
+
+SPACES = Path(__file__).parents[1] / "search_spaces"
 
 SMALL: dict[str, Value] = {"width": 8, "hidden": 16, "memory": 4}
 HASTY: dict[str, Any] = {"solver": "euler", "steps": 1, "tolerance": 1e-5}
@@ -379,6 +383,55 @@ def test_a_plain_spec_keeps_the_choices_and_moves_nothing() -> None:
         "lr": 0.0,
     }
     assert isinstance(build_method(method.plain()), TcepMethod)
+
+
+def remarks(file: str | None = None, **space: Any) -> list[str]:
+    """What the method says of a shipped space, or of one over these parameters."""
+    if file is not None:
+        data, lines = read_yaml(Path(file))
+    else:
+        data, lines = read_yaml(SPACES / "tcep_digits_rolled.yaml")
+        data["fixed"] = {"optimizer": "adamw", **space.pop("fixed", {})}
+        data["space"], data["warm_start"] = space, []
+    specs = corners(parse_search(data, "space.yaml", lines))
+    return build_method(specs[0]).remarks(specs)
+
+
+def choices(*kinds: str) -> dict[str, Any]:
+    return {"type": "categorical", "choices": list(kinds)}
+
+
+RATE = {"type": "float", "low": 0.5, "high": 4.0, "log": True}
+
+
+@pytest.mark.parametrize("file", sorted(map(str, SPACES.glob("tcep*.yaml"))))
+def test_no_shipped_space_searches_one_thing_twice(file: str) -> None:
+    assert remarks(file) == []
+
+
+@pytest.mark.parametrize(
+    ("space", "named"),
+    [
+        ({"recirculation": choices("ring", "delay", "none"), "lambda": RATE}, "delay"),
+        ({"recirculation": choices("delay", "fade"), "lambda": RATE}, "delay and fade"),
+        ({"fixed": {"recirculation": "fade"}, "lambda": RATE}, "fade"),
+        ({"recirculation": choices("ring", "gain", "shift", "none"), "lambda": RATE}, ""),
+        ({"recirculation": choices("delay", "none"), "fixed": {"lambda": 1.0}, "lr": RATE}, ""),
+        (
+            {
+                "recirculation": choices("ring", "delay"),
+                "lambda": {**RATE, "when": {"recirculation": "ring"}},
+            },
+            "",
+        ),
+    ],
+)
+def test_delay_and_fade_beside_lambda_are_remarked_on(space: dict[str, Any], named: str) -> None:
+    found = remarks(**space)
+    assert len(found) == bool(named)
+    for remark in found:
+        assert remark.startswith(f"recirculation {named} rests where 'none' does")
+        assert "or fix lambda" in remark
 
 
 def test_no_optimizer_of_the_registry_clashes_with_tcep() -> None:

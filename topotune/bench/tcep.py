@@ -22,11 +22,13 @@ from topotune.bench import tcep_gradients, tcep_memory, tcep_solvers
 from topotune.bench.machine import device_name
 from topotune.bench.tcep_gradients import GradientError
 from topotune.bench.tcep_memory import GradientCost
-from topotune.bench.tcep_setup import TRAIN_STEPS, Training, load
+from topotune.bench.tcep_setup import TRAIN_STEPS, Data, Training, load
 from topotune.bench.tcep_solvers import SolverCost
 from topotune.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from topotune.bench.tcep_accuracy import Accuracy
 
 PARTS = ("gradients", "memory", "solvers", "accuracy")
@@ -105,12 +107,18 @@ class Report:
         return plain
 
 
-def run(options: Options, progress: Callable[[str], None] = lambda text: None) -> Report:
+def run(
+    options: Options,
+    progress: Callable[[str], None] = lambda text: None,
+    finished: Callable[[Report], None] = lambda part: None,
+) -> Report:
     """Measure the parts that the options ask for.
 
     Args:
         options: see there.
-        progress: told what is being measured.
+        progress: gets a line about what is being measured.
+        finished: gets each part when it is done, as a report of that part alone; before all, the
+            conditions, as a report of none.
 
     Raises:
         UnknownNameError: the data, the task or the row is not there.
@@ -119,41 +127,39 @@ def run(options: Options, progress: Callable[[str], None] = lambda text: None) -
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        return _run(options, progress)
+        return _run(options, progress, finished)
     finally:
         torch.set_num_threads(before)
 
 
-def _run(options: Options, progress: Callable[[str], None]) -> Report:
+def _run(
+    options: Options, progress: Callable[[str], None], finished: Callable[[Report], None]
+) -> Report:
     device = torch.device(options.device)
-    report = Report(
+    conditions = Report(
         device=device_name(device),
         threads=torch.get_num_threads(),
         torch=str(torch.__version__),
         data=options.data,
     )
-    parts, train_steps, rounds = options.parts, options.train_steps, options.rounds
-    if set(parts) - {"accuracy"}:
-        data = load(options.data, device)
-        if "gradients" in parts:
-            errors, trainings = tcep_gradients.run(data, train_steps=train_steps, progress=progress)
-            report = dataclasses.replace(
-                report, gradients=tuple(errors), trainings=(*report.trainings, *trainings)
-            )
-        if "memory" in parts:
-            costs = tcep_memory.run(data, steps=options.steps, rounds=rounds, progress=progress)
-            report = dataclasses.replace(report, memory=tuple(costs))
-        if "solvers" in parts:
-            taken, trainings = tcep_solvers.run(
-                data, rounds=rounds, train_steps=train_steps, progress=progress
-            )
-            report = dataclasses.replace(
-                report, solvers=tuple(taken), trainings=(*report.trainings, *trainings)
-            )
-    if "accuracy" in parts:
+    data = load(options.data, device) if set(options.parts) - {"accuracy"} else None
+    finished(conditions)
+    found: dict[str, Any] = {}
+    for part in (name for name in PARTS if name in options.parts):
+        records = _measure(part, options, data, progress)
+        finished(dataclasses.replace(conditions, **records))
+        found |= {name: (*found.get(name, ()), *rows) for name, rows in records.items()}
+    return dataclasses.replace(conditions, **found)
+
+
+def _measure(
+    part: str, options: Options, data: Data | None, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """The records of one part, by the fields of :class:`Report`."""
+    if part == "accuracy":
         from topotune.bench import tcep_accuracy
 
-        found = tcep_accuracy.run(
+        rows = tcep_accuracy.run(
             options.task,
             seeds=tcep_accuracy.SEEDS if options.seeds is None else options.seeds,
             epochs=options.epochs,
@@ -161,20 +167,26 @@ def _run(options: Options, progress: Callable[[str], None]) -> Report:
             device=options.device,
             progress=progress,
         )
-        report = dataclasses.replace(report, accuracy=tuple(found))
-    return report
+        return {part: tuple(rows)}
+    assert data is not None
+    train_steps, rounds = options.train_steps, options.rounds
+    if part == "memory":
+        costs = tcep_memory.run(data, steps=options.steps, rounds=rounds, progress=progress)
+        return {part: tuple(costs)}
+    if part == "gradients":
+        errors, trainings = tcep_gradients.run(data, train_steps=train_steps, progress=progress)
+        return {part: tuple(errors), "trainings": tuple(trainings)}
+    taken, trainings = tcep_solvers.run(
+        data, rounds=rounds, train_steps=train_steps, progress=progress
+    )
+    return {part: tuple(taken), "trainings": tuple(trainings)}
 
 
 def print_report(report: Report) -> None:
-    """The report as tables on standard output."""
-    from rich.console import Console
-
+    """The parts of a report as tables on standard output."""
     from topotune.bench import tcep_tables as tables
 
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, width=200)
-    out.print(f"{report.device}, {report.threads} thread(s), torch {report.torch}")
+    out = _console()
     if report.trainings:
         out.print(tables.trainings(report.trainings))
     for net in dict.fromkeys(record.net for record in report.gradients):
@@ -185,6 +197,22 @@ def print_report(report: Report) -> None:
         out.print(tables.solvers(report.solvers, net))
     if report.accuracy:
         out.print(tables.accuracy(report.accuracy))
+
+
+def print_part(report: Report) -> None:
+    """What :func:`run` says is finished, at once: an interrupted benchmark keeps what it has."""
+    if not (report.gradients or report.memory or report.solvers or report.accuracy):
+        conditions = f"{report.device}, {report.threads} thread(s), torch {report.torch}"
+        _console().print(conditions)
+    print_report(report)
+    sys.stdout.flush()
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=200)
 
 
 def tell(text: str) -> None:
@@ -219,11 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the records as JSON")
     chosen = vars(parser.parse_args(arguments))
     as_json, parts, steps = chosen.pop("json"), chosen.pop("part"), chosen.pop("steps")
-    report = run(Options(parts=tuple(parts), steps=tuple(steps), **chosen), tell)
+    options = Options(parts=tuple(parts), steps=tuple(steps), **chosen)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+        print(json.dumps(run(options, tell).to_dict(), indent=2, allow_nan=False))
     else:
-        print_report(report)
+        run(options, tell, print_part)
 
 
 if __name__ == "__main__":

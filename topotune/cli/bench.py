@@ -84,7 +84,7 @@ def tcep(
     as_json: AsJson = False,
 ) -> None:
     """Measure equilibrium propagation: exact gradients, memory, solvers, and what it learns."""
-    from topotune.bench.tcep import DEFAULT_PARTS, Options, print_report, run, tell
+    from topotune.bench.tcep import DEFAULT_PARTS, Options, print_part, run, tell
     from topotune.bench.tcep_memory import STEPS
     from topotune.train.process import resolve_device
 
@@ -100,11 +100,10 @@ def tcep(
         threads=threads,
         device=str(resolve_device(device)),
     )
-    report = run(options, tell)
     if as_json:
-        print_json(report.to_dict())
+        print_json(run(options, tell).to_dict())
     else:
-        print_report(report)
+        run(options, tell, print_part)
 
 
 @app.command()

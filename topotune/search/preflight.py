@@ -39,7 +39,7 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
 
     Args:
         config: the search.
-        note: told, in a line, of corners that are unstable.
+        note: gets a line about corners that are unstable, and each of the method's remarks.
 
     Raises:
         UnstableError: the dynamics are unstable at every corner of the space.
@@ -47,9 +47,14 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
             constructor refuses anywhere in the space, data that cannot be had, an objective or a
             constraint on a metric that no trial reports.
     """
+    from topotune.train.methods import build_method
     from topotune.train.rehearsal import metric_names
 
-    names = metric_names(_first_stable(corners(config), note))
+    specs = corners(config)
+    stable = _first_stable(specs, note)
+    for remark in build_method(stable).remarks(specs):
+        note(remark)
+    names = metric_names(stable)
     wanted = [("objective.metric", objective.metric) for objective in config.objective]
     wanted += [(f"constraints.{name}", name) for name in config.constraints]
     for place, metric in wanted:

@@ -67,10 +67,10 @@ class Batch:
             )
         self._all_flow, self.flow = flow, flow
         self._ceiling = DIVERGENCE * scale
-        norm = start.new_full((len(start),), torch.inf)
+        norm = start.new_full(start.shape[:1], torch.inf)
         self.rows = Rows(start, norm, torch.zeros_like(norm, dtype=torch.float32), bound)
         self.live = torch.ones_like(norm, dtype=torch.bool)
-        self._count = len(start)
+        self._count = start.shape[0]  # not len(), which torch.export takes for a constant
         self._looks = not stepping.queues(start.device)
         self._index: Tensor | None = None  # of the rows in the whole batch; None: all
         self._whole: Rows | None = None
@@ -112,6 +112,8 @@ class Batch:
 
     def look(self, step: int) -> bool:
         """Whether any sample still moves. Waits for the device, so not always really looks."""
+        if torch.compiler.is_exporting():
+            return True  # all steps are taken, in which samples that are done stand still
         if self._looks or step % LOOK_EVERY == 0:
             self._count = int(self.live.sum())
         return self._count > 0

@@ -160,7 +160,7 @@ class TCEPNetwork(nn.Module):
         if torch.promote_types(inputs.dtype, own) == own:
             inputs = inputs.to(own)
         sequence = self.tokens(inputs)
-        if not bool(torch.isfinite(inputs).all()):
+        if not torch.compiler.is_exporting() and not bool(torch.isfinite(inputs).all()):
             bad = int((~torch.isfinite(inputs)).flatten(1).any(dim=1).sum())
             raise ConfigError(
                 "model input",
@@ -236,12 +236,13 @@ class TCEPNetwork(nn.Module):
     @full_precision
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (B, C, side, side) to the logits at their equilibria, (B, classes)."""
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        exporting = torch.compiler.is_exporting()
+        if torch.is_grad_enabled() and not (torch.is_inference_mode_enabled() or exporting):
             from topotune.tcep.baselines import unrolled_logits
 
             return unrolled_logits(self, self.drive(inputs))
         parts = []
-        for part in torch.split(inputs, CHUNK):
+        for part in [inputs] if exporting else torch.split(inputs, CHUNK):
             found = self.relax(self.drive(part))
             parts.append(self.mean_logits(found.states))
         return torch.cat(parts) if parts else inputs.new_zeros(0, self.head.out_features)

@@ -159,21 +159,21 @@ class _Ring(Recirculation):
     def __init__(self, gamma: float, kappa: float, period: float | None, tokens: int) -> None:
         size = _whole_period(self.kind, tokens if period is None else period, 2, tokens)
         super().__init__(gamma, kappa, float(size), gamma)
-        self._tokens = tokens
         self._kernels: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        place = torch.arange(tokens)
+        around = (place[:, None] - place[None, :]).abs() % size
+        kernel = torch.exp(-kappa * torch.minimum(around, size - around).double())
+        # One divisor for all rows: a divisor for each row would break the symmetry.
+        self._exact = kernel * (gamma / kernel.sum(dim=1).max())
 
     def _kernel(self, h: Tensor) -> Tensor:
         key = (h.device, h.dtype)
         if key not in self._kernels:
-            # Built outside of inference mode, so that a training step may use the same tensor.
+            if torch.compiler.is_exporting():  # what is made here is no tensor to keep
+                return self._exact.to(device=h.device, dtype=h.dtype)
+            # Outside of inference mode, so that a training step may use the same tensor.
             with torch.inference_mode(False), torch.no_grad():
-                place = torch.arange(self._tokens)
-                around = (place[:, None] - place[None, :]).abs() % int(self.period)
-                distance = torch.minimum(around, int(self.period) - around)
-                kernel = torch.exp(-self.kappa * distance.double())
-                # One divisor for all rows: a divisor for each row would break the symmetry.
-                kernel = kernel * (self.gamma / kernel.sum(dim=1).max())
-                self._kernels[key] = kernel.to(device=h.device, dtype=h.dtype)
+                self._kernels[key] = self._exact.to(device=h.device, dtype=h.dtype)
         return self._kernels[key]
 
     def term(self, h: Tensor) -> Tensor:

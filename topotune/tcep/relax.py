@@ -136,7 +136,8 @@ def relax(
             if path is not None and energy is not None:
                 path.append(energy(batch.state()))
 
-        steps = _walk(batch, chosen, orbit, limit, least, noise is None, after_step)
+        compact = noise is None and not torch.compiler.is_exporting()
+        steps = _walk(batch, chosen, orbit, limit, least, compact, after_step)
         state, norm, nfe, bound = batch.finish(chosen)
         scale = math.sqrt(start.shape[1])
         sound = torch.isfinite(state).all(dim=1) & (norm <= DIVERGENCE * scale)

@@ -196,8 +196,11 @@ def _add_to_tokens(force: Tensor, term: Tensor) -> Tensor:
 
 
 def queues(device: torch.device) -> bool:
-    """Whether work is queued there, so that a look at a tensor's values stalls it."""
-    return device.type != "cpu"
+    """Whether work is queued there, so that a look at a tensor's values stalls it.
+
+    Under ``torch.export`` there are no values to look at, on any device.
+    """
+    return device.type != "cpu" or torch.compiler.is_exporting()
 
 
 def row_norm(x: Tensor) -> Tensor:

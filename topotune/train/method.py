@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -92,6 +92,14 @@ class Method(ABC):
     def resolved(self, model: nn.Module) -> dict[str, Value]:
         """Rows for the table of parameters that only the built network knows."""
         return {}
+
+    def remarks(self, specs: Sequence[TrialSpec]) -> list[str]:
+        """What a search should hear before it starts, a line each.
+
+        Args:
+            specs: the extremes of its space.
+        """
+        return []
 
     @abstractmethod
     def plain(self) -> TrialSpec:

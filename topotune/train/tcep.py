@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ OPTIMIZER = "optimizer"
 
 TOLERATED = 0.05
 """An epoch with a larger mean share of unconverged samples is marked."""
+
+AS_DAMPING = ("delay", "fade")
+"""Recirculations that are a multiple of the tokens at rest, and so act there as lambda does."""
 
 PATIENCE = 3
 """Marked epochs in a row after which no further one starts."""
@@ -131,6 +134,19 @@ class TcepMethod(Method):
         """What the network made of the dynamics, such as gamma of a gamma_fraction."""
         assert isinstance(model, TCEPNetwork)
         return dict(model.resolved())
+
+    def remarks(self, specs: Sequence[TrialSpec]) -> list[str]:
+        """A space that searches lambda, and recirculations that come to another lambda at rest."""
+        same = [spec.params for spec in specs if spec.params.get("recirculation") in AS_DAMPING]
+        rates = {spec.params["lambda"] for spec in specs if "lambda" in spec.params}
+        if len(rates) < 2 or not any("lambda" in params for params in same):
+            return []
+        kinds = " and ".join(sorted({str(params["recirculation"]) for params in same}))
+        return [
+            f"recirculation {kinds} rests where 'none' does with damping lambda - gain, and this "
+            "space searches lambda as well: at several times the evaluations it finds nothing that "
+            "'none' would not. Take it out of the choices, or fix lambda"
+        ]
 
     def plain(self) -> TrialSpec:
         """Gradient descent with a rate of zero, TCEP's choices as they are, its numbers default.
