@@ -178,9 +178,39 @@ def undisturbed(
     return rows, left
 
 
+class Killed(BaseException):
+    """The driver is gone: nothing of it catches this."""
+
+
+def killed(site: Site, config: SearchConfig, concurrency: int, results: Path, at: int) -> int:
+    """Drive a search until just before the durable write of this number; the writes before it."""
+    writes = 0
+    opened: list[PatientStorage] = []
+    whole = PatientStorage.__init__
+
+    def begun(self: PatientStorage, *args: Any) -> None:
+        whole(self, *args)
+        opened.append(self)
+
+    def count() -> None:
+        nonlocal writes
+        if writes == at:
+            raise Killed
+        writes += 1
+
+    with seam(count), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PatientStorage, "__init__", begun)
+        with suppress(Killed):
+            site.drive(Desk(results, config, concurrency))
+    for storage in opened:
+        storage.close()
+    return writes
+
+
 def check_every_kill(
     pruner: str, sampler: str, concurrency: int, tmp_path: Path, every: int = 1
 ) -> None:
+    """Every other one is killed once more, a few writes after it was opened again."""
     config = search(pruner, sampler)
     expected, left = undisturbed(config, concurrency, tmp_path / "whole")
     assert len(expected) == 9
@@ -189,8 +219,11 @@ def check_every_kill(
     assert states == {"COMPLETE", "DIVERGED"} | ({"PRUNED"} if pruner != "none" else set())
     wrong = []
     for index, (image, trained) in list(enumerate(left))[::every]:
+        site = Site(trained)
+        if index % 2:
+            killed(site, config, concurrency, image, index % 7)
         desk = Desk(image, config, concurrency)
-        Site(trained).drive(desk)
+        site.drive(desk)
         if found(desk.rows()) != expected:
             wrong.append(index)
         desk.store.close()
@@ -343,46 +376,17 @@ def test_a_study_of_a_driver_that_kept_rungs_opens_and_goes_on(tmp_path: Path) -
     again.store.close()
 
 
-class Killed(BaseException):
-    """The driver is gone: nothing of it catches this."""
-
-
-def killed(config: SearchConfig, results: Path, at: int) -> tuple[Site, int]:
-    """A search whose driver ends before the durable write of this number; the machines that
-    trained for it, and how many writes it came to."""
-    site, writes = Site(), 0
-    opened: list[PatientStorage] = []
-    whole = PatientStorage.__init__
-
-    def begun(self: PatientStorage, *args: Any) -> None:
-        whole(self, *args)
-        opened.append(self)
-
-    def count() -> None:
-        nonlocal writes
-        if writes == at:
-            raise Killed
-        writes += 1
-
-    with seam(count), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PatientStorage, "__init__", begun)
-        with suppress(Killed):
-            site.drive(Desk(results, config, 3))
-    for storage in opened:
-        storage.close()
-    return site, writes
-
-
 def check_kills_on_postgres(pruner: str, sampler: str, folder: Path, every: int) -> None:
     with Postgres() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOPOTUNE_STUDY_URI", server.uri)
         config = remembered_study(search(pruner, sampler))
-        _, writes = killed(config, folder / "whole", 10**6)
+        writes = killed(Site(), config, 3, folder / "whole", 10**6)
         expected = found(summaries(SearchFolder.open(folder / "whole", "demo"), config, {}))
         assert len(expected) == 9
         assert writes > 100
         for at in range(0, writes, every):
-            site, _ = killed(config, folder / f"{at}", at)
+            site = Site()
+            killed(site, config, 3, folder / f"{at}", at)
             desk = Desk(folder / f"{at}", config, 3)
             site.drive(desk)
             rows = found(desk.rows())
