@@ -167,11 +167,13 @@ def test_epochs_that_a_dead_worker_recorded_and_could_not_tell_count(
     reports = [report(handout.spec, epoch) for epoch in range(1, epochs + 1)]
     tracker = SpoolTracker(desk.folder.trial(0) / TRIAL_SPOOL, 0)
     tracker.start({}, {})
+    tracker.metrics({"overhead_vs_adam": 1.25}, 0, 1)
     for one in reports:
         tracker.epoch(one)
     assert desk.book.progress(0, Progress((reports[0],)))
-    found = recorded(desk.folder.trial(0)).reports
-    assert found == tuple(reports)
+    left = recorded(desk.folder.trial(0))
+    assert left == Progress(tuple(reports), {"overhead_vs_adam": 1.25})
+    found = left.reports
     desk.book.died(0, Death(Cause.CRASH, "killed"), lambda: found)
     row = desk.book.end(0)
     assert row is not None
