@@ -141,9 +141,7 @@ def test_the_table_gives_up_columns_says_which_and_is_then_transposed() -> None:
     ):
         text = " ".join(seen[head])
         assert (f" columns: {gone}; --json has them" in text) == bool(gone)
-        assert ("FAILED trial 2: ValueError: no. 2 " in text) == (
-            "reason" not in head
-        )
+        assert ("FAILED trial 2: ValueError: no. 2 " in text) == ("reason" not in head)
     assert "left out" not in " ".join(seen["rank 1 2"])
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from tests.search_cases import Desk, make_config, report
 from topotune.records import Outcome
-from topotune.search.adapters import recorded_epochs
+from topotune.search.adapters import recorded
 from topotune.search.book import Progress, Turn
 from topotune.search.deaths import Cause, Death, classify, restarts, take_note, verdict
 from topotune.search.guard import CRASH_FILE
@@ -167,17 +167,19 @@ def test_epochs_that_a_dead_worker_recorded_and_could_not_tell_count(
     reports = [report(handout.spec, epoch) for epoch in range(1, epochs + 1)]
     tracker = SpoolTracker(desk.folder.trial(0) / TRIAL_SPOOL, 0)
     tracker.start({}, {})
+    tracker.metrics({"overhead_vs_adam": 1.25}, 0, 1)
     for one in reports:
         tracker.epoch(one)
     assert desk.book.progress(0, Progress((reports[0],)))
-    found = recorded_epochs(desk.folder.trial(0))
-    assert found == reports
+    left = recorded(desk.folder.trial(0))
+    assert left == Progress(tuple(reports), {"overhead_vs_adam": 1.25})
+    found = left.reports
     desk.book.died(0, Death(Cause.CRASH, "killed"), lambda: found)
     row = desk.book.end(0)
     assert row is not None
     assert (row.state, row.reason, row.epochs) == (state, reason, epochs)
     assert row.metrics["val_accuracy"] == reports[-1].metrics["val_accuracy"]
-    assert recorded_epochs(desk.folder.trial(7)) == []
+    assert recorded(desk.folder.trial(7)) == Progress()
 
 
 def test_a_hang_is_never_retried_and_a_death_while_stopping_is_not_counted(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.book import Progress, Turn
 from topotune.search.notes import note_of
 from topotune.search.study import Handout
+from topotune.seeding import derive_seed
 
 
 def handed(turn: Handout | Turn) -> Handout:
@@ -118,6 +120,25 @@ def test_an_orphan_is_told_to_the_sampler_that_samples_it(
     )
     handed(again.book.next())
     assert told == [again.store._study.sampler]
+
+
+def test_qmc_takes_the_points_of_optunas_sequence_one_by_one(tmp_path: Path) -> None:
+    config = make_config(sampler="qmc", budget={"trials": 9, "epochs": 1})
+    desk = Desk(tmp_path, config)
+    desk.run()
+    seed = derive_seed(config.seed, -1) % 2**32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.QMCSampler(scramble=True, seed=seed)
+    study = optuna.create_study(sampler=sampler)
+    lr = optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)
+    lrs = []
+    for _ in range(9):
+        trial = study.ask({"lr": lr})
+        study.tell(trial, 0.0)
+        lrs.append(trial.params["lr"])
+    assert [row.params["lr"] for row in desk.rows()][1:] == lrs[1:]  # the first is a random one
+    assert not desk.store._storage.get_study_system_attrs(desk.store._study._study_id)
 
 
 def test_warm_start_points_come_first_and_once(tmp_path: Path) -> None:

@@ -17,14 +17,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from topotune.errors import RunError, TopotuneError
-from topotune.records import EpochReport
 from topotune.redaction import brief
 from topotune.search.book import Book, Progress, Turn
 from topotune.search.deaths import classify, take_note
 from topotune.search.pulse import Pulse
 from topotune.search.stalls import Stalls, end_worker
 from topotune.search.study import Handout
-from topotune.tracking.entries import Epoch
+from topotune.tracking.entries import Epoch, Metrics
 from topotune.tracking.spool import TRIAL_SPOOL
 from topotune.tracking.tails import read_all
 
@@ -68,15 +67,20 @@ def last_error(trial: Trial) -> str:
     return text.rpartition("Failure # ")[2].partition("\n")[2]
 
 
-def recorded_epochs(folder: Path) -> list[EpochReport]:
-    """The epochs in the spool of a trial's folder; none where it cannot be read."""
+def recorded(folder: Path) -> Progress:
+    """The epochs, and the metrics of no epoch, in the spool of a trial's folder; none where it
+    cannot be read."""
     name = folder / TRIAL_SPOOL
     root = folder.parent.parent
     try:
         bodies = [entry.body for _, entry in read_all(root, str(name.relative_to(root)))]
     except (TopotuneError, OSError):
-        return []
-    return [body.report for body in bodies if isinstance(body, Epoch)]
+        return Progress()
+    metrics: dict[str, float] = {}
+    for body in bodies:
+        if isinstance(body, Metrics):
+            metrics.update(body.values)
+    return Progress(tuple(body.report for body in bodies if isinstance(body, Epoch)), metrics)
 
 
 class NotStored:
@@ -176,7 +180,7 @@ class StudyScheduler(NotStored, FIFOScheduler):
     def _died(self, number: int, trial: Trial) -> None:
         folder = self._folder(number)
         death = classify(last_error(trial), take_note(folder))
-        self._note(self._book.died(number, death, lambda: recorded_epochs(folder)))
+        self._note(self._book.died(number, death, lambda: recorded(folder).reports))
         if self._book.live[number].alone and not trial.config[ALONE]:
             # Ray has taken its worker away and not yet put it back into the queue, so this is the
             # moment to ask for more.

@@ -133,6 +133,30 @@ class Book:
         self.fatal: TopotuneError | None = None
         self._outlook = Outlook(config, finished)
 
+    def take_over(self, recorded: Callable[[int], Progress]) -> None:
+        """Take in what an earlier session's workers had recorded and its driver had not heard of,
+        by trial number; before anything is handed out. A trial that ends by it needs no worker.
+
+        Args:
+            recorded: a trial's epochs and other metrics by its number, as its worker left them.
+        """
+        unfinished = []
+        for handout in self.store.begun():
+            number, spec = handout.number, handout.spec
+            progress = recorded(number)
+            live = self.live[number] = _Live(spec, self.store.params(number))
+            if progress.reports:
+                self.progress(number, progress)
+            if live.verdict is None and live.epoch >= spec.epochs:
+                live.verdict = (Outcome.COMPLETE, "")
+            if live.verdict is None:
+                del self.live[number]
+                unfinished.append(number)
+            else:
+                self.end(number)
+        for number in reversed(unfinished):
+            self.store.hand_back(number)
+
     def next(self) -> Handout | Turn:
         """The next trial to run, or why there is none now."""
         if self.stopping or self.fatal:
@@ -247,12 +271,17 @@ class Book:
                 reason = f"{objective.metric} is {value} after epoch {report.epoch}"
                 live.verdict = (Outcome.DIVERGED, reason)
                 return
-        known = self.store.report(number, report)
-        if known or not judged:
+        if self.store.known(number, report.epoch):
             return  # judged when it was new; the study has moved on since
-        if report.epoch < live.spec.epochs and self.store.should_prune(number):
+        verdict = None
+        if judged and report.epoch < live.spec.epochs and self.store.stops(number, report):
             reason = f"{self.config.pruner.name} after epoch {report.epoch} of {live.spec.epochs}"
-            live.verdict = (Outcome.PRUNED, reason)
+            verdict = Outcome.PRUNED, reason
+            # Before the report: a kill between the two loses neither it nor its verdict.
+            seconds = self.ledger.trials.get(number, 0.0)
+            self.store.note_end(number, *verdict, live.metrics, report.epoch, seconds, report)
+        self.store.report(number, report)
+        live.verdict = verdict
 
     def died(
         self, number: int, death: Death, recorded: Callable[[], Sequence[EpochReport]] = tuple

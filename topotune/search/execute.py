@@ -59,6 +59,8 @@ def execute(
         Silence,
         StudyScheduler,
         StudySearcher,
+        guarded,
+        recorded,
     )
     from topotune.search.stalls import Stalls
     from topotune.search.worker import TrialActor, trial_config
@@ -92,6 +94,7 @@ def execute(
         return tune.PlacementGroupFactory([whole if trial[ALONE] else shared])
 
     places = Places(folder, files)
+    guarded(book, lambda: book.take_over(lambda number: recorded(places.died(number))), None)
     stalls = Stalls(config.limits.stall, places.signs)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:

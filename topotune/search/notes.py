@@ -25,6 +25,10 @@ _END = {
 }
 
 
+JUDGED = "judged"
+"""Of the note of an end: the first objective's value that the pruner stopped the trial at, which
+the kill of a driver may have kept from its curve."""
+
 _REPORT = "topotune:epoch:"
 
 
@@ -117,6 +121,8 @@ def _check(name: str, note: Any, parts: Mapping[str, Any]) -> None:
 def _check_end(end: Any, trial: FrozenTrial) -> None:
     _check("end", end, _END)
     unpack_metrics(end["metrics"])
+    if not math.isfinite(end.get(JUDGED, 0.0)):
+        raise ValueError(f"end.{JUDGED}: expected a finite number, got {end[JUDGED]!r}")
     if not math.isfinite(end["device_seconds"]) or end["device_seconds"] < 0:
         raise ValueError(f"end.device_seconds: expected seconds, got {end['device_seconds']!r}")
     complete = Outcome(end["outcome"]) is Outcome.COMPLETE

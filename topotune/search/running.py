@@ -50,6 +50,14 @@ class RunningTrials:
             apply(trial)
             self._trials[trial_id] = trial
 
+    def begin_anew(self, trial_id: int, trial: FrozenTrial) -> None:
+        """Take a trial for one for which nothing has been sampled yet; what it has in the database
+        is set again."""
+        anew = _copied(trial)
+        anew.params, anew.distributions = {}, {}
+        anew.system_attrs = {k: v for k, v in anew.system_attrs.items() if k == "fixed_params"}
+        self._trials[trial_id] = anew
+
     def forget(self, trial_id: int) -> None:
         """Read the trial from the database next time: its state changes."""
         self._trials.pop(trial_id, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
@@ -134,6 +135,7 @@ class PatientStorage(BaseStorage):
         self.patience = patience
         self._running = RunningTrials()
         self._newest: dict[int, int] = {}  # study to the highest id of a trial that is known
+        self._anew: set[int] = set()  # trials whose values are sampled a second time
 
     create_new_study = _patient("create_new_study")
     delete_study = _patient("delete_study")
@@ -146,7 +148,6 @@ class PatientStorage(BaseStorage):
     get_study_system_attrs = _patient("get_study_system_attrs")
     get_all_studies = _patient("get_all_studies")
     get_trial_id_from_study_id_trial_number = _patient("get_trial_id_from_study_id_trial_number")
-    get_all_trials = _patient("get_all_trials")
     remove_session = _patient("remove_session")
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
@@ -154,6 +155,34 @@ class PatientStorage(BaseStorage):
         return self._running.get(
             trial_id, lambda: self.patience(lambda: self.inner.get_trial(trial_id))
         )
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """As Optuna's, with patience."""
+        trials: list[FrozenTrial] = self.patience(
+            lambda: self.inner.get_all_trials(study_id, deepcopy, states)
+        )
+        if not self._anew:
+            return trials
+        return [self.get_trial(t._trial_id) if t._trial_id in self._anew else t for t in trials]
+
+    @contextmanager
+    def sampled_anew(self, trial_id: int) -> Iterator[None]:
+        """Meanwhile a running trial has nothing of what was sampled for it before a kill.
+
+        Samplers skip what a trial has already, and draw the rest as if it had come first.
+        """
+        self._running.begin_anew(trial_id, self.patience(lambda: self.inner.get_trial(trial_id)))
+        self._anew.add(trial_id)
+        try:
+            yield
+        finally:
+            self._anew.discard(trial_id)
+            self._running.forget(trial_id)
 
     def set_trial_param(
         self,

@@ -8,6 +8,10 @@ with its curve; DIVERGED and FAILED as COMPLETE with the worst values of the fin
 violated constraint ``finished`` (before any trial has finished: PRUNED with the constraint),
 because Optuna's samplers ignore the state FAIL and would walk back to the same place. The user
 attribute ``outcome`` says which it was, and only that is ever shown.
+
+Between any two writes the driver may be killed, and the search that goes on is the undisturbed one:
+a report and its verdict are one write, a noted end is settled at the next opening, and a trial that
+was being sampled is sampled again from the beginning.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from topotune.records import (
     Outcome,
     TrialSpec,
     TrialSummary,
+    Value,
     pack_metrics,
     unpack_metrics,
 )
@@ -34,11 +39,12 @@ from topotune.search.address import study_name, study_place
 from topotune.search.constraints import constraint_values
 from topotune.search.deaths import Cause
 from topotune.search.folder import SearchFolder
-from topotune.search.notes import check_stored, damaged_record, note_of, reported
+from topotune.search.notes import JUDGED, check_stored, damaged_record, note_of, reported
 from topotune.search.patience import Patience
+from topotune.search.pruner import make_pruner
 from topotune.search.rebuild import whole_storage
 from topotune.search.rows import summarise
-from topotune.search.samplers import make_pruner, make_sampler
+from topotune.search.samplers import make_sampler
 from topotune.search.space import queued_points, resolve, suggest
 from topotune.search.trialfile import TrialCopy, write_copy
 
@@ -86,16 +92,21 @@ class StudyStore:
             storage=self._storage,
             study_name=study_name(folder, config),
             directions=self._directions,
-            pruner=make_pruner(config),
+            pruner=optuna.pruners.NopPruner(),  # ours decides, see topotune.search.pruner
             load_if_exists=True,
         )
         self._name_metrics()
         self._enqueue()
         frozen = self._study.get_trials(deepcopy=False)
         self._worst: list[float] | None = None
+        self._pruner = make_pruner(config)
         for trial in frozen:
             check_stored(trial, self._place, len(self._directions))
             self._learn(trial)
+            before = 0
+            for epoch, value in _curve(trial).items():
+                self._pruner.reported(trial.number, before, epoch, value)
+                before = epoch
         self._waiting = sum(t.state == TrialState.WAITING for t in frozen)
         self._started = len(frozen) - self._waiting
         self._trials: dict[int, Trial] = {}
@@ -111,6 +122,8 @@ class StudyStore:
         if end is None:
             return False
         self._fence()
+        if JUDGED in end:
+            self._store(trial.number, end["epochs"], end[JUDGED])
         self._tell(trial.number, Outcome(end["outcome"]), unpack_metrics(end["metrics"]))
         return True
 
@@ -160,17 +173,36 @@ class StudyStore:
         self._started += 1
         self._waiting = max(self._waiting - 1, 0)
         self._trials[trial.number] = trial
-        return self._specify(trial)
+        return self._specify(trial, self._sample(trial))
+
+    def begun(self) -> list[Handout]:
+        """The trials that an earlier session left running, by number; those that are not handed
+        back have ended."""
+        begun = [n for n in self._orphans if "spec" in self._frozen(n).user_attrs]
+        self._orphans = [number for number in self._orphans if number not in begun]
+        return [self._adopt(number) for number in begun]
 
     def hand_back(self, number: int) -> None:
         """A trial gave its place up and goes on later, as the next one that is handed out."""
         self._orphans.insert(0, number)
 
-    def _specify(self, trial: Trial) -> Handout:
-        """Have a trial's parameters sampled, and note what they resolve to."""
+    def _sample(self, trial: Trial) -> dict[str, Value]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampled = suggest(trial, self.config.space)
+            return suggest(trial, self.config.space)
+
+    def _sample_again(self, number: int) -> dict[str, Value]:
+        """What would have been sampled for a trial whose driver died over it."""
+        with self._storage.sampled_anew(self._id(number)):
+            sampled = self._sample(self._trial(number))
+        if self._frozen(number).params != sampled:
+            # Another version has sampled otherwise: what it has stored stays as it is.
+            del self._trials[number]
+            sampled = self._sample(self._trial(number))
+        return sampled
+
+    def _specify(self, trial: Trial, sampled: Mapping[str, Value]) -> Handout:
+        """Note what a trial's parameters resolve to."""
         spec = resolve(self.config, sampled, trial.number, self._gpus)
         trial.set_user_attr("spec", spec.to_dict())
         self._keep(trial.number)
@@ -185,12 +217,13 @@ class StudyStore:
 
     def _adopt(self, number: int) -> Handout:
         self._study.sampler = make_sampler(self.config, number)  # before it is told of the trial
-        trial = self._trial(number)
-        stored = trial.user_attrs.get("spec")
+        notes = self._frozen(number).user_attrs
+        stored = notes.get("spec")
         if stored is None:  # killed between ask and the note of what it resolved to
-            return self._specify(trial)
+            sampled = self._sample_again(number)
+            return self._specify(self._trial(number), sampled)
         try:
-            alone = Cause.GPU_MEMORY in trial.user_attrs.get("deaths", {})
+            alone = Cause.GPU_MEMORY in notes.get("deaths", {})
             return Handout(number, TrialSpec.from_dict(stored), alone)
         except (TypeError, ValueError) as error:
             raise damaged_record(self._place, number, error) from None
@@ -204,32 +237,43 @@ class StudyStore:
         """What was sampled for a trial that was handed out."""
         return self._trial(number).params
 
-    def report(self, number: int, report: EpochReport) -> bool:
-        """Store the objectives' values at an epoch; whether the study had it already.
+    def known(self, number: int, epoch: int) -> bool:
+        """Whether a trial's report of an epoch was taken in, and judged, before."""
+        return epoch in reported(self._frozen(number), len(self.config.objective))
+
+    def report(self, number: int, report: EpochReport) -> None:
+        """Store the objectives' values at an epoch that is not known yet. A trial with a report
+        in the study was not stopped by it, but for one whose end is noted.
 
         With one objective nothing is stored for a value that is missing or not finite.
         """
         if len(self.config.objective) > 1:
-            return self._note_report(number, report)
-        value = report.metrics.get(self.config.objective[0].metric, math.nan)
-        if not math.isfinite(value):
-            return False
-        self._fence()
-        curve = self._frozen(number).intermediate_values
-        # The newest known epoch is judged again: its driver may have died before it could be.
-        if report.epoch in curve:
-            return report.epoch < max(curve)
-        self._trial(number).report(value, report.epoch)
-        return False
+            self._fence()
+            values = [report.metrics.get(objective.metric) for objective in self.config.objective]
+            name = note_of(report.epoch)
+            self._storage.set_trial_system_attr(self._id(number), name, values)
+            return
+        value = self._value(report)
+        if value is not None:
+            self._fence()
+            self._store(number, report.epoch, value)
 
-    def _note_report(self, number: int, report: EpochReport) -> bool:
-        """As :meth:`report`, of several objectives."""
-        self._fence()
-        if report.epoch in reported(self._frozen(number), len(self.config.objective)):
-            return True
-        values = [report.metrics.get(objective.metric) for objective in self.config.objective]
-        self._storage.set_trial_system_attr(self._id(number), note_of(report.epoch), values)
-        return False
+    def stops(self, number: int, report: EpochReport) -> bool:
+        """Whether the pruner stops the trial at a report that is not stored yet."""
+        value = self._value(report)
+        if value is None:
+            return False
+        return self._pruner.stops(number, _curve(self._frozen(number)), report.epoch, value)
+
+    def _value(self, report: EpochReport) -> float | None:
+        value = report.metrics.get(self.config.objective[0].metric, math.nan)
+        return value if len(self.config.objective) == 1 and math.isfinite(value) else None
+
+    def _store(self, number: int, epoch: int, value: float) -> None:
+        curve = _curve(self._frozen(number))
+        if epoch not in curve:
+            self._trial(number).report(value, epoch)
+            self._pruner.reported(number, max(curve, default=0), epoch, value)
 
     def count_death(self, number: int, cause: str) -> dict[str, int]:
         """Count a death of the trial's worker, for this and all later sessions; all its counts."""
@@ -240,11 +284,38 @@ class StudyStore:
         self._keep(number)
         return counts
 
-    def should_prune(self, number: int) -> bool:
-        """Whether the pruner would stop the trial after what it has reported."""
-        if len(self.config.objective) > 1 or self.config.pruner.name == "none":
-            return False
-        return bool(self._trial(number).should_prune())
+    def note_end(
+        self,
+        number: int,
+        outcome: Outcome,
+        reason: str,
+        metrics: Mapping[str, float],
+        epochs: int,
+        device_seconds: float,
+        judged: EpochReport | None = None,
+    ) -> None:
+        """Note how a trial ends: from here on its outcome is decided.
+
+        Args:
+            number: the trial.
+            outcome: its outcome.
+            reason: why.
+            metrics: its last values.
+            epochs: that it trained.
+            device_seconds: that it took.
+            judged: the report that it is stopped at, which need not be stored yet.
+        """
+        note: dict[str, Any] = {
+            "outcome": outcome.value,
+            "reason": reason,
+            "metrics": pack_metrics(metrics),
+            "epochs": epochs,
+            "device_seconds": round(device_seconds, 3),
+        }
+        if judged is not None:
+            note[JUDGED] = self._value(judged)
+        self._fence()
+        self._trial(number).set_user_attr("end", note)
 
     def finish(
         self,
@@ -256,15 +327,7 @@ class StudyStore:
         device_seconds: float,
     ) -> TrialSummary:
         """Store how a trial ended and return its row; a finished trial stays as it is."""
-        note = {
-            "outcome": outcome.value,
-            "reason": reason,
-            "metrics": pack_metrics(metrics),
-            "epochs": epochs,
-            "device_seconds": round(device_seconds, 3),
-        }
-        self._fence()
-        self._trial(number).set_user_attr("end", note)
+        self.note_end(number, outcome, reason, metrics, epochs, device_seconds)
         ended = self._tell(number, outcome, metrics)
         return summarise(ended, self.config, {number: device_seconds})
 
@@ -302,7 +365,10 @@ class StudyStore:
         return ended
 
     def _learn(self, trial: FrozenTrial) -> None:
-        """Keep the worst value of each objective among the trials that really finished."""
+        """Keep the worst value of each objective among the trials that really finished, and have
+        the pruner compare with all that Optuna takes for finished."""
+        if trial.state == TrialState.COMPLETE:
+            self._pruner.completed(_curve(trial))
         outcome = trial.user_attrs.get("end", {}).get("outcome")
         if outcome != Outcome.COMPLETE.value or not trial.state.is_finished():
             return
@@ -336,3 +402,9 @@ class StudyStore:
     def close(self) -> None:
         """Give the database's connections back."""
         self._storage.close()
+
+
+def _curve(trial: FrozenTrial) -> dict[int, float]:
+    """A trial's reports, epochs ascending; others may have stored numbers that are not finite."""
+    curve = sorted(trial.intermediate_values.items())
+    return {epoch: value for epoch, value in curve if math.isfinite(value)}
