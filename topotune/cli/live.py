@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from topotune.records import Outcome, TrialSummary
@@ -45,6 +46,8 @@ def progress_line(view: SearchView) -> str:
         parts.append(f"about {duration(view.eta_seconds)} left")
     if view.phase == "draining":
         parts.append("draining")
+    if view.phase == "done":
+        parts.append("saving and sending what is left")
     if view.waiting:
         parts.append(view.waiting)
     return ", ".join(parts)
@@ -97,7 +100,14 @@ class LiveTable:
 
         self._headline = headline
         self._console = Console(highlight=False)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        self._view: SearchView | None = None
+        self._seen = 0.0
+        self._live = Live(
+            get_renderable=self._now,
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+        )
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -111,8 +121,15 @@ class LiveTable:
         self._console.print(rich_text(clean(redact(text), 2000)))
 
     def tick(self, view: SearchView) -> None:
-        """Redraw."""
-        self._live.update(self._draw(view))
+        """Show this from the next redraw on."""
+        self._view, self._seen = view, time.monotonic()
+
+    def _now(self) -> Any:
+        """Drawn by a thread: the clock goes on while the driver waits for what drains or closes."""
+        if self._view is None:
+            return ""
+        since = time.monotonic() - self._seen
+        return self._draw(replace(self._view, wall_seconds=self._view.wall_seconds + since))
 
     def ended(self, trial: TrialSummary) -> None:
         """Print above the table."""
