@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -215,3 +219,27 @@ def test_a_look_makes_nothing(tmp_path: Path) -> None:
 def test_an_address_without_a_host_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="names no host"):
         tracking_uri(make_config(tracking={"uri": uri}))
+
+
+@pytest.mark.heavy
+def test_experiments_of_one_embedded_store_are_served_together(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        config = remembered(make_config(name=name, tracking={"experiment": name}))
+        SearchFolder.create(tmp_path, config, "")
+    command = ["-m", "topotune", "dashboard", "--port", "0", "--results-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        while (line := process.stdout.readline()) and "Ctrl-C ends it" not in line:
+            said.append(line)
+        time.sleep(1.0)  # until it waits
+        process.send_signal(signal.SIGINT)
+        after, errors = process.communicate(timeout=60)
+    assert (process.returncode, after, errors) == (0, "", "")
+    assert [line.partition(":")[0] for line in said] == [
+        *("starting the MLflow server; this takes some seconds\n", "MLflow", "MLflow"),
+    ]
+    first, second = (line.partition("/#/")[0] for line in said[1:])
+    assert first == second
