@@ -150,10 +150,10 @@ def resume(
             before, config = config, extended(config, extra_trials)
             if config.budget.trials != (planned_trials(before) or 0) + extra_trials:
                 listener.note(f"the grid has {config.budget.trials} points: no more are added")
-        elif is_finished(folder):
+        look_first(folder, config, listener.note)
+        if not extra_trials and is_finished(folder):
             listener.note(f"{name}: finished, nothing is left to do")
             return _run(folder, config, listener, None, 0, 1, interrupts, lease)
-        look_first(folder, config, listener.note)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
