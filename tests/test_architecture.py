@@ -22,6 +22,7 @@ ROOM_ORDER = (
         "config_resources",
         "config_rules",
         "config",
+        "config_remarks",
         "yamlfile",
         "configfile",
         "spaces",

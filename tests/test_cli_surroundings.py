@@ -85,6 +85,20 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     assert done.returncode == 3
 
 
+def test_ctrl_c_says_so_in_every_command() -> None:
+    code = (
+        "import os, signal\n"
+        "from topotune import config\n"
+        "from topotune.cli.main import main\n"
+        "config.json_schema = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "schema"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by SIGINT\n")
+
+
 def home_of_a_child(tmp_path: Path, home: Path | None) -> dict[str, str]:
     """HOME and MPLCONFIGDIR after :func:`give_a_home` in a process of a user without a name."""
     answer = tmp_path / "answer"
@@ -129,7 +143,8 @@ def test_a_missing_or_read_only_home() -> None:
         fine.chmod(0o777)
         assert home_of_a_child(place, fine) == {"HOME": str(fine), "MPLCONFIGDIR": ""}
     finally:
-        subprocess.run(["rm", "-rf", place], check=True)
+        left = [place, *([Path("/tmp/topotune-54321")] if os.getuid() == 0 else [])]
+        subprocess.run(["rm", "-rf", *left], check=True)
 
 
 def test_rays_sockets_get_a_short_folder_where_the_usual_one_is_too_deep(

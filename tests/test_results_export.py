@@ -46,6 +46,7 @@ SUMMARY = TrialSummary(
 SOURCE = Provenance(
     search="digits search",
     search_id="0f3a",
+    experiment="digits",
     trials=24,
     code_version="0.1.0",
     packages={"torch": "2.11.0"},

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,17 @@ from tests.search_cases import make_config
 from topotune.errors import ConfigError, SearchFolderError
 from topotune.search.folder import SearchFolder
 from topotune.search.reading import serve, sync
-from topotune.search.shipping import ENVIRONMENT, open_store, public, remembered, tracking_uri
+from topotune.search.shipping import (
+    ENVIRONMENT,
+    EXPERIMENT,
+    experiment,
+    look_first,
+    open_store,
+    public,
+    remembered,
+    tracking_uri,
+)
+from topotune.tracking.mlflow import MlflowStore
 
 FULL = "http://me:s3cret-w0rd@mlflow.example:5000/team"
 KEPT = "http://***@mlflow.example:5000/team"
@@ -84,7 +98,7 @@ def test_a_search_of_before_goes_where_it_went(monkeypatch: pytest.MonkeyPatch) 
     assert tracking_uri(make_config()) == FULL
     monkeypatch.delenv(ENVIRONMENT)
     assert tracking_uri(make_config()) is None
-    assert remembered(make_config()) == make_config()
+    assert remembered(make_config()) == make_config(tracking={"experiment": "topotune"})
 
 
 @pytest.mark.parametrize(
@@ -127,3 +141,105 @@ def test_a_dashboard_of_nothing_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SearchFolderError, match=f"^{folder}: holds no .* --results-dir"):
             serve(folder, None, 5000, print)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "expected"),
+    [
+        (None, None, "topotune"),
+        (None, "", "topotune"),
+        (None, "ours", "ours"),
+        ("its own", "ours", "its own"),
+        ("topotune", "ours", "topotune"),
+    ],
+)
+def test_the_experiment_is_the_files_else_the_environments(
+    named: str | None,
+    given: str | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(EXPERIMENT, raising=False)
+    if given is not None:
+        monkeypatch.setenv(EXPERIMENT, given)
+    plain = make_config(tracking={} if named is None else {"experiment": named})
+    config = remembered(plain)
+    assert config.tracking.experiment == expected
+    folder = SearchFolder.create(tmp_path, config, "")
+    said: list[str] = []
+    look_first(folder, config, said.append)
+    assert bool(said) == (given not in (None, "", expected))
+
+    # Another shell's name does not move it, and is said.
+    monkeypatch.setenv(EXPERIMENT, "elsewhere")
+    assert experiment(folder.config()) == open_store(folder, folder.config()).experiment == expected
+    said.clear()
+    look_first(folder, folder.config(), said.append)
+    assert said == [
+        f"{EXPERIMENT} is 'elsewhere'; demo is recorded in its own experiment, {expected!r}"
+    ]
+    assert not (tmp_path / "mlflow").exists()
+
+
+def test_an_experiments_number_is_said_not_to_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "17")
+    config = remembered(make_config())
+    said: list[str] = []
+    look_first(SearchFolder(tmp_path / "demo"), config, said.append)
+    assert len(said) == 1
+    assert "MLFLOW_EXPERIMENT_ID does not count" in said[0]
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "http://nowhere.invalid:5000"])
+def test_a_server_that_does_not_answer_is_said_at_once(uri: str, tmp_path: Path) -> None:
+    config = remembered(make_config(tracking={"uri": uri}))
+    said: list[str] = []
+    look_first(SearchFolder(tmp_path / "demo"), config, said.append)
+    assert len(said) == 1
+    assert said[0].startswith(f"warning: tracking store {uri} experiment topotune does not answer:")
+    assert "stop now and mend it" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's use of SQLAlchemy
+def test_a_look_makes_nothing(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'theirs.db'}"
+    MlflowStore(uri, "theirs").ping()
+    config = remembered(make_config(tracking={"uri": uri, "experiment": "ours"}))
+    said: list[str] = []
+    look_first(SearchFolder(tmp_path / "demo"), config, said.append)
+    names = {one.name for one in MlflowStore(uri, "theirs").client().search_experiments()}
+    assert (said, names) == ([], {"Default", "theirs"})
+
+
+@pytest.mark.parametrize("uri", ["http://", "https:///x", "http://host name", "http://:5000"])
+def test_an_address_without_a_host_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="names no host"):
+        tracking_uri(make_config(tracking={"uri": uri}))
+
+
+@pytest.mark.heavy
+def test_experiments_of_one_embedded_store_are_served_together(tmp_path: Path) -> None:
+    for name in ("ours", "theirs"):
+        config = remembered(make_config(name=name, tracking={"experiment": name}))
+        SearchFolder.create(tmp_path, config, "")
+    command = ["-m", "topotune", "dashboard", "--port", "0", "--results-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = []
+        while (line := process.stdout.readline()) and "Ctrl-C ends it" not in line:
+            said.append(line)
+        time.sleep(1.0)  # until it waits
+        process.send_signal(signal.SIGINT)
+        after, errors = process.communicate(timeout=60)
+    assert (process.returncode, after, errors) == (0, "", "")
+    assert [line.partition(":")[0] for line in said] == [
+        *("starting the MLflow server; this takes some seconds\n", "MLflow", "MLflow"),
+    ]
+    first, second = (line.partition("/#/")[0] for line in said[1:])
+    assert first == second

@@ -60,6 +60,13 @@ def test_what_does_not_end_is_left(body: str, number: signal.Signals) -> None:
     assert 1.0 <= seconds < 30
 
 
+def test_an_abort_says_what_is_kept() -> None:
+    body = "with Interrupts() as i:\n    i.kept = 'all of it'\n    i.drain(Book())\n    busy({0})"
+    code, output, _ = run(body, 1.0, 50.0, signal.SIGTERM)
+    assert code == 130
+    assert output.endswith("aborted: all of it\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("body", [_START, _STOP], ids=["start", "stop"])
 def test_the_second_signal_leaves_it_soon(body: str, number: signal.Signals) -> None:

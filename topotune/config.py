@@ -31,6 +31,8 @@ from topotune.errors import did_you_mean
 from topotune.records import Value
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RESERVED_NAMES = ("address", "mlflow")
+"""Paths of a results folder that belong to no search: an object store's mark, MLflow's store."""
 PARAM_NAME = re.compile(r"(?:(?:model|task|train)\.)?[A-Za-z_][A-Za-z0-9_]*")
 _PARAM_NAMES: dict[str, Any] = {"propertyNames": {"pattern": f"^{PARAM_NAME.pattern}$"}}
 
@@ -174,10 +176,15 @@ class OverheadConfig(Frozen):
 
 
 class TrackingConfig(Frozen):
-    """Where MLflow lives; no uri means MLFLOW_TRACKING_URI, else the embedded store."""
+    """Where MLflow lives.
+
+    Attributes:
+        uri: a server; none means MLFLOW_TRACKING_URI, else the embedded store.
+        experiment: MLflow's experiment; none means MLFLOW_EXPERIMENT_NAME, else "topotune".
+    """
 
     uri: str | None = None
-    experiment: str = "topotune"
+    experiment: Annotated[str, Field(min_length=1)] | None = None
 
 
 class StudyConfig(Frozen):
@@ -267,11 +274,17 @@ class SearchConfig(Frozen):
 
     @field_validator("name")
     @classmethod
-    def _safe_name(cls, name: str) -> str:
+    def _safe_name(cls, name: str, info: ValidationInfo) -> str:
         if not SAFE_NAME.fullmatch(name):
             raise ValueError(
                 f"must be 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or "
                 f"digit (got {name!r})"
+            )
+        # Whatever its case: on some file systems both are one path.
+        if name.lower() in RESERVED_NAMES and info.context != SAVED:
+            raise ValueError(
+                f"{name!r} is what topotune itself keeps in a results folder "
+                f"({', '.join(RESERVED_NAMES)}); choose another name"
             )
         return name
 

@@ -61,6 +61,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Run a new search on a cluster, which needs this machine no longer once it has begun."""
+    from topotune.config_remarks import remarks
     from topotune.configfile import parse_search, read_yaml
 
     data, lines = read_yaml(file)
@@ -71,6 +72,8 @@ def submit(
         ("resources", "priority"): priority,
     }
     config = parse_search(changed(data, changes), str(file), lines)
+    for remark in remarks(config):
+        say(f"note: {remark}", err=True)
     options: list[str] = []
     for option, value in (
         ("--trials", trials),

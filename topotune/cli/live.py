@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from topotune.cli.options import say_whole
@@ -48,6 +49,8 @@ def progress_line(view: SearchView) -> str:
         parts.append(f"about {duration(view.eta_seconds)} left")
     if view.phase == "draining":
         parts.append("draining")
+    if view.phase == "done":
+        parts.append("saving and sending what is left")
     if view.waiting:
         parts.append(view.waiting)
     return ", ".join(parts)
@@ -104,7 +107,14 @@ class LiveTable:
 
         self._objectives = objectives
         self._console = Console(highlight=False)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        self._view: SearchView | None = None
+        self._seen = 0.0
+        self._live = Live(
+            get_renderable=self._now,
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+        )
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -118,8 +128,15 @@ class LiveTable:
         say_whole(self._console, clean(redact(text), 2000))
 
     def tick(self, view: SearchView) -> None:
-        """Redraw."""
-        self._live.update(self._draw(view))
+        """Show this from the next redraw on."""
+        self._view, self._seen = view, time.monotonic()
+
+    def _now(self) -> Any:
+        """Drawn by a thread: the clock goes on while the driver waits for what drains or closes."""
+        if self._view is None:
+            return ""
+        since = time.monotonic() - self._seen
+        return self._draw(replace(self._view, wall_seconds=self._view.wall_seconds + since))
 
     def ended(self, trial: TrialSummary) -> None:
         """Print above the table."""

@@ -28,6 +28,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Validate a search file, show its space, and build its task and method at every extreme."""
+    from topotune.config_remarks import remarks
     from topotune.config_rules import describe
     from topotune.configfile import parse_search, read_yaml
     from topotune.results.text import rich_text
@@ -36,10 +37,11 @@ def check(
     data, lines = read_yaml(file)
     config = parse_search(changed(data, {("task", "data_dir"): data_dir}), str(file), lines)
     metrics: list[str] = []
-    notes: list[str] = []
+    notes = remarks(config)
     if not quick:
-        from topotune.search.preflight import preflight
+        from topotune.search.preflight import machine_remarks, preflight
 
+        notes += machine_remarks(config)
         metrics = preflight(config, notes.append)
     if as_json:
         print_json({"config": config.model_dump(mode="json"), "metrics": metrics, "notes": notes})

@@ -17,6 +17,7 @@ class Provenance:
     Attributes:
         search: the search's name.
         search_id: its identifier, the same in the study and in MLflow.
+        experiment: MLflow's, in which the search is recorded.
         trials: how many trials the search had when this one was chosen from them.
         code_version: of topotune, with the commit if there is one.
         packages: package name to version, of what computed the result.
@@ -26,6 +27,7 @@ class Provenance:
 
     search: str
     search_id: str
+    experiment: str
     trials: int
     code_version: str
     packages: Mapping[str, str]
@@ -38,6 +40,7 @@ class Provenance:
             {
                 "search": self.search,
                 "search_id": self.search_id,
+                "mlflow_experiment": self.experiment,
                 "trials": self.trials,
                 "trial": summary.number,
                 "rank": rank,

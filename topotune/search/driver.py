@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from topotune import __version__
 from topotune.config import SearchConfig
+from topotune.config_remarks import remarks
 from topotune.config_rules import grid_size, planned_trials
 from topotune.errors import ConfigError, LeaseLostError, RunError, TopotuneError
 from topotune.files import make_folder
@@ -30,7 +31,7 @@ from topotune.search.preflight import (
 )
 from topotune.search.reading import is_finished
 from topotune.search.session import RaySession
-from topotune.search.shipping import check_addresses, remembered
+from topotune.search.shipping import check_addresses, look_first, remembered
 from topotune.search.signals import Interrupts
 from topotune.search.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
@@ -97,7 +98,10 @@ def start(
             check_beside_objects(store, config)
         folder = SearchFolder.check_free(results_dir, config)
         check_writable(results_dir)
+        look_first(folder, config, listener.note)
         check_study(folder, config, listener.note)
+        for remark in remarks(config):
+            listener.note(f"note: {remark}")
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
@@ -146,7 +150,8 @@ def resume(
             before, config = config, extended(config, extra_trials)
             if config.budget.trials != (planned_trials(before) or 0) + extra_trials:
                 listener.note(f"the grid has {config.budget.trials} points: no more are added")
-        elif is_finished(folder):
+        look_first(folder, config, listener.note)
+        if not extra_trials and is_finished(folder):
             listener.note(f"{name}: finished, nothing is left to do")
             return _run(folder, config, listener, None, 0, 1, interrupts, lease)
         preflight(config, listener.note)

@@ -17,7 +17,7 @@ from topotune.results.leaderboard import top
 from topotune.search.folder import SearchFolder
 from topotune.search.objects.pull import fetch_trial
 from topotune.search.recorder import leaderboard, objectives
-from topotune.search.shipping import open_store
+from topotune.search.shipping import experiment, open_store
 from topotune.tracking.registry import register_model
 from topotune.train.checkpoint import CheckpointStore
 
@@ -182,6 +182,7 @@ def _provenance(folder: SearchFolder, spec: TrialSpec, trials: int) -> Provenanc
     return Provenance(
         search=folder.name,
         search_id=folder.search_id,
+        experiment=experiment(folder.config()),
         trials=trials,
         code_version=packages.pop("topotune"),
         packages=packages,

@@ -19,7 +19,7 @@ from topotune.records import TrialSpec
 from topotune.search.address import ENVIRONMENT as STUDY
 from topotune.search.address import study_uri
 from topotune.search.autoscaler import ENVIRONMENT
-from topotune.search.cluster import Cluster, needs_of, told
+from topotune.search.cluster import Cluster, Node, needs_of, told
 from topotune.search.objects.address import store_address
 from topotune.search.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.shipping import ENVIRONMENT as TRACKING
@@ -45,11 +45,12 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
         UnstableError: the dynamics are unstable at every corner of the space.
         UserError: a name that nothing knows, an option that nothing takes, a value that a
             constructor refuses anywhere in the space, data that cannot be had, an objective or a
-            constraint on a metric that no trial reports.
+            constraint on a metric that no trial reports; a tracking address of no such form.
     """
     from topotune.train.methods import build_method
     from topotune.train.rehearsal import metric_names
 
+    tracking_uri(config)  # of a form that can be one
     specs = corners(config)
     stable = _first_stable(specs, note)
     for remark in build_method(stable).remarks(specs):
@@ -84,6 +85,19 @@ def _first_stable(specs: list[TrialSpec], note: Callable[[str], None]) -> TrialS
             f"will end as DIVERGED. The first: {unstable[0]}"
         )
     return stable[0]
+
+
+def machine_remarks(config: SearchConfig) -> list[str]:
+    """Why a search would not start on this machine, whose Ray would have its CPUs and GPUs: a file
+    that is checked here may be for a cluster."""
+    import torch
+
+    has = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    try:
+        fit_resources(config, Cluster((Node(has, has),)))
+    except ResourceError as error:
+        return [f"it does not start on this machine, if that is where it is to run: {error}"]
+    return []
 
 
 def check_writable(results_dir: Path) -> None:

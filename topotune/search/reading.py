@@ -170,20 +170,24 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
     if not name and (own or not stores):
         if (central := default_server()) is not None:
             stores.setdefault(central.label, (central, []))
-        embedded = MlflowStore.embedded(results_dir)
-        if own:
-            stores.setdefault(embedded.label, (embedded, []))
+        if own and not any(store.artifacts for store, _ in stores.values()):
+            embedded = MlflowStore.embedded(results_dir)
+            stores[embedded.label] = (embedded, [])
     if not stores:
         raise SearchFolderError(
             f"{results_dir}: holds no searches and no MLflow store. Give the --results-dir where "
             "they lie"
         )
+    places: dict[str, list[tuple[MlflowStore, list[SearchFolder]]]] = {}
+    for store, folders in stores.values():  # one store may hold several experiments
+        places.setdefault(store.tracking_uri, []).append((store, folders))
     # The embedded one comes last: serving it lasts until it is interrupted.
-    for store, folders in sorted(stores.values(), key=lambda pair: pair[0].artifacts is not None):
-        if not store.on_server:
+    for group in sorted(places.values(), key=lambda group: group[0][0].artifacts is not None):
+        if not group[0][0].on_server:
             say("starting the MLflow server; this takes some seconds")
-        with serve_dashboard(store, port) as dashboard:
-            _say_pages(dashboard, store, folders, name, say)
+        with serve_dashboard(group[0][0], port) as dashboard:
+            for store, folders in group:
+                _say_pages(dashboard, store, folders, name, say)
             if dashboard.running():
                 say("Ctrl-C ends it")
             dashboard.wait()

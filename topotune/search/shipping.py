@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, LeaseLostError
+from topotune.errors import ConfigError, LeaseLostError, TopotuneError
 from topotune.redaction import SHORTEST, redact
 from topotune.search.folder import SearchFolder
 from topotune.search.view import Listener
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Reconciliation, Shipper
-from topotune.tracking.store import check_tracking_uri
+from topotune.tracking.store import DEFAULT_EXPERIMENT, check_tracking_uri
 
 ENVIRONMENT = "MLFLOW_TRACKING_URI"
+EXPERIMENT = "MLFLOW_EXPERIMENT_NAME"
 _HIDDEN = "***"
 _PORTS = {"http": 80, "https": 443}
 CLOSE_SECONDS = 60.0
@@ -48,6 +50,41 @@ def tracking_uri(config: SearchConfig) -> str | None:
             f"Set {ENVIRONMENT} to {named}, with what belongs in place of {_HIDDEN}",
         )
     return check_tracking_uri(named)
+
+
+def experiment(config: SearchConfig) -> str:
+    """The MLflow experiment of a search: what it names, else what the environment does."""
+    return config.tracking.experiment or os.environ.get(EXPERIMENT) or DEFAULT_EXPERIMENT
+
+
+def look_first(folder: SearchFolder, config: SearchConfig, note: Callable[[str], None]) -> None:
+    """Say before seconds of checks what a person may want to mend about where records go.
+
+    Args:
+        folder: the search's folder, which need not exist yet.
+        config: the search, as :func:`remembered` gives it.
+        note: told, in a line, of a tracking server that does not answer, and of variables of MLflow
+            that do not count.
+    """
+    own, given = experiment(config), os.environ.get(EXPERIMENT)
+    if given and given != own:
+        note(f"{EXPERIMENT} is {given!r}; {config.name} is recorded in its own experiment, {own!r}")
+    if os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        note(
+            "MLFLOW_EXPERIMENT_ID does not count here: an experiment is chosen by its name "
+            f"(tracking.experiment, {EXPERIMENT}); this one is {own!r}"
+        )
+    store = open_store(folder, config)
+    if store.artifacts is not None:
+        return
+    try:
+        store.look()
+    except TopotuneError as error:
+        note(
+            f"warning: tracking store {redact(store.label)} does not answer: {error}. If its "
+            "address is wrong, stop now and mend it; else the records wait in the results folder "
+            "until it does"
+        )
 
 
 def public(uri: str) -> str:
@@ -94,14 +131,15 @@ def check_addresses(config: SearchConfig, results_dir: Path) -> None:
 
 
 def remembered(config: SearchConfig) -> SearchConfig:
-    """The search with its tracking server written down, wherever that was named; no secrets.
+    """The search with its tracking server and experiment written down, wherever these were named;
+    no secrets.
 
     A later resume or sync from another shell must not send the records elsewhere.
     """
-    uri = tracking_uri(config)
-    if uri is None or uri == config.tracking.uri:
-        return config
-    tracking = config.tracking.model_copy(update={"uri": public(uri)})
+    uri, changes = tracking_uri(config), {"experiment": experiment(config)}
+    if uri is not None and uri != config.tracking.uri:
+        changes["uri"] = public(uri)
+    tracking = config.tracking.model_copy(update=changes)
     return config.model_copy(update={"tracking": tracking})
 
 
@@ -109,14 +147,16 @@ def open_store(folder: SearchFolder, config: SearchConfig) -> MlflowStore:
     """The store that a search is shipped to; nothing is contacted yet."""
     uri = tracking_uri(config)
     if uri is None:
-        return MlflowStore.embedded(folder.root.parent, config.tracking.experiment)
-    return MlflowStore(uri, config.tracking.experiment)
+        return MlflowStore.embedded(folder.root.parent, experiment(config))
+    return MlflowStore(uri, experiment(config))
 
 
 def default_server() -> MlflowStore | None:
     """The tracking server that the environment names; None where it names none."""
     uri = os.environ.get(ENVIRONMENT) or None
-    return None if uri is None else MlflowStore(uri)
+    return (
+        None if uri is None else MlflowStore(uri, os.environ.get(EXPERIMENT) or DEFAULT_EXPERIMENT)
+    )
 
 
 class Shipping:

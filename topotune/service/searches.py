@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from topotune.config import SearchConfig
 from topotune.errors import ResourceError, RunError, SearchFolderError
+from topotune.search.shipping import EXPERIMENT
 from topotune.search.view import BEGUN
 from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
 from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
@@ -48,7 +50,9 @@ def submit(
         pack(Path(folder), text, data, Path.cwd(), include, env_file)
         arguments = ["search", SEARCH_FILE, "--name", config.name, "--ray-address", "auto"]
         labels = {"search": config.name, "verb": "search"}
-        return cluster.submit([*arguments, *options], labels, Path(folder))
+        named = os.environ.get(EXPERIMENT)
+        env = {EXPERIMENT: named} if named else None
+        return cluster.submit([*arguments, *options], labels, Path(folder), env)
 
 
 def again(

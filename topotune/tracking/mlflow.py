@@ -39,6 +39,7 @@ from topotune.tracking.store import (
 )
 
 if TYPE_CHECKING:
+    from mlflow.entities import Experiment
     from mlflow.tracking import MlflowClient
 
 _SETTINGS = {
@@ -137,11 +138,9 @@ class MlflowStore:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 found = client.get_experiment_by_name(self.experiment)
-        if found is None or found.lifecycle_stage != "active":
-            raise StoreOfflineError(
-                f"experiment {self.experiment!r} is deleted in MLflow. Restore it there or choose "
-                "another experiment name"
-            )
+        if found is None:  # made by somebody else, and deleted at once
+            raise StoreOfflineError(f"experiment {self.experiment!r} is gone from MLflow")
+        self._check_active(found)
         return client, str(found.experiment_id)
 
     @property
@@ -153,6 +152,28 @@ class MlflowStore:
     def experiment_id(self) -> str:
         """MLflow's id of the experiment."""
         return self._connect()[1]
+
+    def look(self) -> None:
+        """Ask the store for the experiment, and make nothing in it.
+
+        Raises:
+            StoreOfflineError, StoreRefusedError, RunMissingError: with the cause in one line.
+        """
+        _quiet_mlflow()
+        from mlflow.tracking import MlflowClient
+
+        with translated():
+            client = MlflowClient(self.tracking_uri, registry_uri=self.tracking_uri)
+            found = client.get_experiment_by_name(self.experiment)
+            if found is not None:
+                self._check_active(found)
+
+    def _check_active(self, found: Experiment) -> None:
+        if found.lifecycle_stage != "active":
+            raise StoreOfflineError(
+                f"experiment {self.experiment!r} is deleted in MLflow. Restore it there or choose "
+                "another experiment name"
+            )
 
     def ping(self) -> None:
         """Contact the store, making it where it is the embedded one.

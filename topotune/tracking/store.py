@@ -192,6 +192,12 @@ def check_tracking_uri(uri: str) -> str:
             "Write 'http://HOST:5000' for a server or 'sqlite:////PATH/mlflow.db' for a local "
             "store; MLflow no longer takes plain folders",
         )
+    if scheme in ("http", "https") and (not parts.hostname or any(map(str.isspace, netloc))):
+        raise ConfigError(
+            f"tracking URI {redact(uri)!r}",
+            "names no host",
+            "Write 'http://HOST:5000', and a space of a password as %20",
+        )
     # The password of a database may hold a '/', which is not where its host ends.
     whole = scheme in ("http", "https") or "@" not in path
     if whole and not _has_port(netloc):
