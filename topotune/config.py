@@ -296,7 +296,7 @@ class SearchConfig(Frozen):
     def _consistent(self, info: ValidationInfo) -> Self:
         from topotune.config_rules import check_search, check_secrets
 
-        check_search(self)
+        check_search(self, saved=info.context == SAVED)
         if info.context != SAVED:
             check_secrets(self)
         return self

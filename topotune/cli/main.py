@@ -12,7 +12,7 @@ import typer
 from topotune import __version__
 from topotune.cli import answer, bench, cluster, deliver, doctor, inspect, run, validate
 from topotune.cli.options import shown
-from topotune.errors import TopotuneError
+from topotune.errors import FaultsError, TopotuneError
 from topotune.settings import apply_settings
 
 EPILOG = (
@@ -75,7 +75,8 @@ def _main() -> None:
         finally:
             sys.stdout.flush()  # or a full disk would be met while Python ends
     except TopotuneError as error:
-        sys.stderr.write(f"error: {shown(str(error))}\n")
+        texts = error.texts() if isinstance(error, FaultsError) else [str(error)]
+        sys.stderr.writelines(f"error: {shown(text)}\n" for text in texts)
         sys.exit(error.exit_code)
     except OSError as error:  # of a path or of standard output; what a search meets it handles
         nowhere = os.open(os.devnull, os.O_WRONLY)
