@@ -74,6 +74,11 @@ def _main() -> None:
             app()
         finally:
             sys.stdout.flush()  # or a full disk would be met while Python ends
+    except SystemExit as end:
+        # Typer ends with 1, a failed run's code, where the reader of standard output has gone.
+        if isinstance(end.__context__, BrokenPipeError):
+            sys.exit(2)
+        raise
     except TopotuneError as error:
         texts = error.texts() if isinstance(error, FaultsError) else [str(error)]
         sys.stderr.writelines(f"error: {shown(text)}\n" for text in texts)
