@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,18 +13,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from rich.console import Console
-from rich.table import Table
 
 from topotune.errors import ConfigError
 from topotune.records import TrialSummary
-from topotune.results.leaderboard import Leaderboard, best, counts, rank, top
+from topotune.results.description import describe
+from topotune.results.leaderboard import (
+    Leaderboard,
+    best,
+    counts,
+    legend,
+    rank,
+    standing,
+    top,
+)
 from topotune.results.ranking import STATES, is_eligible, pareto_fronts
 from topotune.results.text import clean
 
 UP, DOWN = "maximize", "minimize"
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 HOSTILE = "a|b [red]x[/red] \x1b[31m`c` <i>d</i> \\[1] \n# *e* _f_ \u202eg"
+
+
+def titles_of(board: Leaderboard) -> list[str]:
+    return [column.title for column in board.columns()]
+
+
+def rows_of(board: Leaderboard) -> list[list[str]]:
+    return [list(row) for row in zip(*(c.cells for c in board.columns()), strict=True)]
 
 
 def trial(n: int, *values: float, state: str = "COMPLETE", **more: object) -> TrialSummary:
@@ -155,7 +168,8 @@ def test_no_best_where_none_may_be_called_so() -> None:
     assert board.best is None
     assert board.to_dict()["best"] is None
     assert "No trial finished within the constraints." in board.to_markdown()
-    assert {row[0] for row in board.plain_rows()} == {"-"}
+    assert {row[0] for row in rows_of(board)} == {"-"}
+    assert (board.front, standing(board.front, board.objectives)) == ((), "")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +193,7 @@ def board() -> Leaderboard:
             0,
             0.93424,
             params={"lr": 1e-3, "eta": 0.01, "coupling": "uniform"},
-            metrics={"overhead_vs_adam": 1.0849, "lost": math.nan},
+            metrics={"overhead_vs_adam": 1.8249, "overhead_vs_adam_iqr": 0.57, "lost": math.nan},
             epochs=5,
             device_seconds=2.25,
         ),
@@ -199,14 +213,17 @@ def board() -> Leaderboard:
 
 def test_rows_show_what_differs(board: Leaderboard) -> None:
     titles = ["rank", "trial", "state", "val_accuracy", "epochs", "lr", "coupling", "vs adam"]
-    assert list(board.columns) == [*titles, "device-s", "reason"]  # eta is the same everywhere
-    rows = board.plain_rows()
-    assert rows[0] == ["1", "0", "COMPLETE", "0.9342", "5", "0.001", "uniform", "1.08", "2.2", ""]
+    assert titles_of(board) == [*titles, "device-s", "reason"]  # eta is the same everywhere
+    rows = rows_of(board)
+    row = ["1", "0", "COMPLETE", "0.9342", "5", "0.001", "uniform", "1.82 (0.57)", "2.2", ""]
+    assert rows[0] == row
     assert rows[1][:6] == ["-", "1", "COMPLETE", "0.9500", "5", "0.0001235"]
     assert rows[1][-1] == "breaks overhead_vs_adam: 1.31 > 1.2"
     assert rows[2][3] == "(0.5000)"
-    assert all(len(row) == len(board.columns) == len(board.justify) for row in rows)
-    assert max(len(row[-1]) for row in rows) <= 60
+    assert rows[3][-1] == "ValueError: " + clean(HOSTILE)
+    assert all(
+        c.cells[:2] == d.cells for c, d in zip(board.columns(), board.columns(2), strict=True)
+    )
     assert board.device_seconds == 3.75
     assert board.summary == "4 trials: 2 complete, 1 pruned, 1 failed; 3.8 device-seconds"
 
@@ -218,10 +235,10 @@ def test_each_overhead_has_a_column_that_says_what_it_is_over() -> None:
         trial(2, 0.7),
     ]
     board = Leaderboard.of(trials, "mixed", {"val_accuracy": UP})
-    assert board.columns[-4:] == ("vs adam", "vs bptt", "device-s", "reason")
-    assert [row[-4:-2] for row in board.plain_rows()] == [["", "0.76"], ["1.25", ""], ["", ""]]
+    assert titles_of(board)[-4:] == ["vs adam", "vs bptt", "device-s", "reason"]
+    assert [row[-4:-2] for row in rows_of(board)] == [["", "0.76"], ["1.25", ""], ["", ""]]
     alone = Leaderboard.of(trials[:1], "bptt", {"val_accuracy": UP})
-    assert "vs adam" not in alone.columns
+    assert "vs adam" not in titles_of(alone)
     assert "vs bptt" in alone.to_markdown()
 
 
@@ -229,9 +246,57 @@ def test_several_objectives_have_fronts_and_a_column_each() -> None:
     trials = [trial(0, 0.9, 2.0), trial(1, 0.8, 1.0), trial(2, 0.7, 3.0), trial(3, 0.95, 9.0)]
     board = Leaderboard.of(trials, "s", {"val_accuracy": UP, "step_time_ms": DOWN})
     assert [t.number for t in board.trials] == [3, 0, 1, 2]
-    assert board.columns[:5] == ("rank", "front", "trial", "state", "val_accuracy")
-    assert [row[1] for row in board.plain_rows()] == ["1", "1", "1", "2"]
-    assert board.plain_rows()[1][4:6] == ["0.9000", "2.0000"]
+    assert titles_of(board)[:5] == ["rank", "front", "trial", "state", "val_accuracy"]
+    assert [row[1] for row in rows_of(board)] == ["1", "1", "1", "2"]
+    assert rows_of(board)[1][4:6] == ["0.9000", "2.0000"]
+    assert [t.number for t in board.front] == [3, 0, 1]
+    assert board.to_dict()["front"] == [3, 0, 1]
+    assert standing(board.front, board.objectives) == (
+        "front of 3 (trials 3, 0, 1): val_accuracy up to 0.9500, step_time_ms down to 1.0000"
+    )
+    listed = board.to_markdown().partition("Front of 3:")[2].partition("| rank")[0]
+    assert listed.split("\n")[2:5] == [
+        "- trial 3: val_accuracy 0.9500 (maximize), step_time_ms 9.0000 (minimize)",
+        "- trial 0: val_accuracy 0.9000 (maximize), step_time_ms 2.0000 (minimize)",
+        "- trial 1: val_accuracy 0.8000 (maximize), step_time_ms 1.0000 (minimize)",
+    ]
+
+
+def test_a_front_of_many_is_counted_in_a_line_and_listed_whole() -> None:
+    trials = [trial(n, float(n), float(n)) for n in range(40)]
+    board = Leaderboard.of(trials, "s", {"a": UP, "b": DOWN})
+    assert "front of 40 (trials 39, 38, 37, 36, 35, 34, 33, 32 and 32 more): a up to 39" in (
+        standing(board.front, board.objectives)
+    )
+    assert board.to_markdown().count("- trial ") == 40
+    page = describe(board, "COMPLETE")
+    assert page.startswith("**COMPLETE**, front of 40, listed below. 40 trials")
+    assert page.count("- [trial ") == 10
+    assert "\n- 30 more\n" in page
+
+
+def test_an_objective_that_is_an_overhead_has_its_spread_and_no_second_column() -> None:
+    measured = {"overhead_vs_adam": 1.8249, "overhead_vs_adam_iqr": 0.57}
+    trials = [trial(0, 0.9, 1.8249, metrics=measured), trial(1, state="PRUNED", metrics=measured)]
+    board = Leaderboard.of(trials, "s", {"val_accuracy": UP, "overhead_vs_adam": DOWN})
+    assert "vs adam" not in titles_of(board)
+    assert [row[5] for row in rows_of(board)] == ["1.8249 (0.57)", "(1.8249)"]
+    assert "overhead_vs_adam down to 1.8249 (IQR 0.57)" in standing(board.front, board.objectives)
+    assert "overhead\\_vs\\_adam 1.8249 (IQR 0.57)" in board.to_markdown().replace("_", "\\_")
+
+
+def test_the_legend_explains_what_the_table_has_and_nothing_else(board: Leaderboard) -> None:
+    assert legend(board.columns()) == [
+        "rank: - where a trial cannot be best: it did not finish, or breaks a constraint",
+        "val_accuracy: in brackets the last known value of a trial that did not finish",
+        "vs adam: time of a training step over fused Adam's, median (interquartile range)",
+        "device-s: seconds that a trial held a device, all its attempts together",
+    ]
+    alone = Leaderboard.of(board.trials[:1], "s", {"val_accuracy": UP})
+    assert [line.partition(":")[0] for line in legend(alone.columns())] == ["vs adam", "device-s"]
+    two = [trial(0, state="PRUNED", curve={1: 0.5}, further_curves=({1: 2.0},))]
+    text = legend(Leaderboard.of(two, "s", {"a": UP, "b": DOWN}).columns())
+    assert "a, b: in brackets the last known value of a trial that did not finish" in text
 
 
 def test_json_is_strict_and_complete(board: Leaderboard) -> None:
@@ -270,8 +335,8 @@ def markdown_cells(text: str) -> list[list[str]]:
 
 def test_markdown_shows_hostile_names_letter_for_letter(board: Leaderboard) -> None:
     rows = markdown_cells(board.to_markdown())
-    assert rows[0] == board._titles()
-    assert rows[1:] == board.plain_rows(width=160)
+    assert rows[0] == titles_of(board)
+    assert rows[1:] == rows_of(board)
     assert rows[4][-1].endswith("ValueError: " + clean(HOSTILE))
     assert "\x1b" not in board.to_markdown()
 
@@ -291,20 +356,6 @@ def test_markdown_keeps_within_its_limit() -> None:
     assert markdown_cells(text)[1][:2] == ["1", "199"]
 
 
-def test_rows_can_go_into_a_rich_table(board: Leaderboard) -> None:
-    console = Console(file=io.StringIO(), width=400, color_system="truecolor", force_terminal=True)
-    table = Table()
-    for title, side in zip(board.columns, board.justify, strict=True):
-        table.add_column(title, justify=side)
-    for cells in board.rows:
-        table.add_row(*cells)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    shown = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())
-    for row in board.plain_rows():
-        assert row[-1] in shown
-
-
 def test_a_single_trial_shows_all_its_parameters() -> None:
     only = trial(0, 1.0, params={"lr": 0.1, "eta": 0.2})
     assert Leaderboard.of([only], "s", {"m": UP}).varied == ("lr", "eta")
@@ -317,4 +368,4 @@ def test_an_empty_search_has_a_leaderboard() -> None:
     board = Leaderboard.of([], "s", {"m": UP})
     assert board.summary == "0 trials; 0.0 device-seconds"
     assert json.loads(board.to_json())["trials"] == []
-    assert markdown_cells(board.to_markdown()) == [board._titles()]
+    assert markdown_cells(board.to_markdown()) == [titles_of(board)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from topotune.errors import ConfigError, ResourceError, RunError
 from topotune.records import TrialSummary
 from topotune.results import figure as fig
-from topotune.results.plots import plot_curves, plot_history, plot_trace
+from topotune.results.plots import plot_curves, plot_front, plot_history, plot_trace
 from topotune.results.trace import LIMIT, envelope, medians, read_trace
 
 Image = NDArray[np.uint8]
@@ -370,13 +372,79 @@ def test_odd_searches_are_drawn_without_a_warning(
     assert colours(image) > 10
 
 
-def test_two_objectives_are_drawn_by_the_first(tmp_path: Path) -> None:
-    two = [TrialSummary(0, "COMPLETE", values=(0.9, 3.0), curve={1: 0.5, 2: 0.9})]
-    plot_curves(two, tmp_path / "c.png", {"val_accuracy": "maximize", "step_time_ms": "minimize"})
-    assert mask(read(tmp_path / "c.png"), fig.INK).sum() > 1000
+GOALS = {"val_accuracy": "maximize", "val_loss": "minimize", "overhead_vs_adam": "minimize"}
 
 
-@pytest.mark.parametrize("plot", [plot_history, plot_curves])
+def of_several(number: int, *values: float, **more: Any) -> TrialSummary:
+    """Ends at these values; the third objective is no epoch's, as an overhead is none."""
+    curve, loss = {1: values[0] / 2, 2: values[0]}, {1: 2 * values[1], 2: values[1]}
+    return TrialSummary(number, "COMPLETE", "", {}, values, {}, curve, (loss, {}), **more)
+
+
+def test_every_objective_with_a_curve_has_a_panel_and_the_front_is_highlighted(
+    tmp_path: Path,
+) -> None:
+    trials = [
+        of_several(0, 0.9, 0.5, 1.2),
+        of_several(1, 0.8, 0.2, 1.3),
+        of_several(2, 0.7, 0.9, 2),
+    ]
+    png = tmp_path / "c.png"
+    plot_curves(trials, png, GOALS)
+    image = read(png)
+    assert image.shape[0] == round((2 * 2.4 + 0.8) * fig.DPI)  # two of the three have curves
+    half = image.shape[0] // 2 - 30
+    for panel in (image[:half], image[half:]):
+        assert mask(panel, fig.INK).sum() > 1000
+        assert has(panel, "#80B8D8") or colours(panel) > 50  # the pale line of trial 2
+    both = mask(image, fig.INK).sum()
+    worse = [of_several(0, 0.9, 0.5, 1.2), of_several(1, 0.8, 0.6, 1.3)]
+    plot_curves(worse, png, GOALS)
+    assert mask(read(png), fig.INK).sum() < both - 1000
+    plot_history(trials, png, GOALS)
+    assert read(png).shape[0] == round((3 * 2.4 + 0.8) * fig.DPI)
+
+
+def test_the_front_stands_in_the_plane_of_every_two_objectives(tmp_path: Path) -> None:
+    png, heights = tmp_path / "f.png", []
+    trials = [
+        of_several(0, 0.9, 0.5, 1.2),
+        of_several(1, 0.8, 0.2, 1.3),
+        of_several(2, 0.7, 0.9, 2),
+    ]
+    for count in (2, 3):
+        goals = dict(list(GOALS.items())[:count])
+        plot_front([replace(t, values=t.values[:count]) for t in trials], png, goals, "digits")
+        image = read(png)
+        heights.append(image.shape[0])
+        assert has(image, fig.BLUE)
+        assert has(image, fig.INK)
+    assert heights == [round(3.6 * fig.DPI), round(3 * 3.6 * fig.DPI)]
+    many = {f"m{i}": "maximize" for i in range(7)}
+    plot_front([TrialSummary(0, "COMPLETE", values=(1.0,) * 7)], png, many)
+    assert read(png).shape[0] == round(6 * 3.6 * fig.DPI)
+    plot_front([of_several(0, 0.9, 0.5, 1.2, violated=("x",))], png, GOALS)
+    assert mask(read(png)[: 3 * 500], fig.INK).sum() < 5000  # axes and letters, no front
+
+
+def test_the_front_lies_where_its_values_are(tmp_path: Path) -> None:
+    """In one plane, the better of two stands right of and below the other."""
+    goals = {"val_accuracy": "maximize", "val_loss": "minimize"}
+    two = [
+        TrialSummary(0, "COMPLETE", values=(0.1, 0.9)),
+        TrialSummary(1, "COMPLETE", values=(0.9, 0.1)),
+    ]
+    plot_front(two, tmp_path / "f.png", goals)
+    image = read(tmp_path / "f.png")
+    area = image[:470, 120:]  # above the labels and the legend
+    blue, ink = (np.argwhere(mask(area, colour)) for colour in (fig.BLUE, fig.INK))
+    dots = ink[ink[:, 1] > 700]
+    assert len(dots) > 50
+    assert dots.mean(axis=0)[0] > blue.mean(axis=0)[0] + 100
+    assert dots.mean(axis=0)[1] > blue.mean(axis=0)[1] + 300
+
+
+@pytest.mark.parametrize("plot", [plot_history, plot_curves, plot_front])
 @pytest.mark.parametrize("objectives", [{}, {"m": "up"}])
 def test_wrong_objectives_are_refused(
     tmp_path: Path, plot: type, objectives: dict[str, str]

@@ -126,8 +126,11 @@ def check_mlflow(results: Path, trials: int) -> None:
     """One run a trial and one for the search, and every recorded point stored once."""
     folder = SearchFolder.open(results, "rings")
     store = MlflowStore.embedded(results)
-    runs = Counter(run.trial for run in store.runs(folder.search_id))
-    assert runs == Counter([None, *range(trials)])
+    found = store.runs(folder.search_id)
+    assert Counter(run.trial for run in found) == Counter([None, *range(trials)])
+    for run in found:
+        load = "system/cpu_utilization_percentage"
+        assert run.trial is None or 0 <= run.latest[load] <= 100
     shipper = Shipper(folder.root, store, folder.search_id, "rings")
     count = shipper.close(30)
     assert count.complete, count
@@ -148,6 +151,11 @@ def test_the_same_seed_twice_export_extend_and_a_foreign_folder(tmp_path: Path) 
         assert sum(board["counts"].values()) == 4
     first, second = ([untimed(t) for t in b["trials"]] for b in boards)
     assert first == second
+    check_mlflow(tmp_path / "a", 4)
+    again = run("resume", "rings", "--results-dir", tmp_path / "a")
+    assert again.startswith("rings: finished, nothing is left to do\n")  # no Ray is started
+    assert "topotune export rings" in again
+    assert [untimed(t) for t in status(tmp_path / "a")["trials"]] == first
     check_mlflow(tmp_path / "a", 4)
 
     exports = tmp_path / "exports"

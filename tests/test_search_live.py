@@ -27,7 +27,7 @@ ME = f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 def view(waiting: str = "", epoch: int = 1) -> SearchView:
-    running = (RunningTrial(3, epoch, None, {}), RunningTrial(4, 0, None, {}, holds=False))
+    running = (RunningTrial(3, epoch, (), {}), RunningTrial(4, 0, (), {}, holds=False))
     return SearchView("demo", "running", {}, 6, 4, running=running, waiting=waiting)
 
 

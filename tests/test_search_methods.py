@@ -233,17 +233,19 @@ def test_the_files_of_a_trial_are_joined_drawn_and_recorded(
 def test_a_leaderboard_shows_what_the_step_was_timed_against(tmp_path: Path) -> None:
     desk = Desk(tmp_path, make_config(budget={"trials": 1, "epochs": 1}))
 
+    values = {"val_accuracy": 0.5, "overhead_vs_bptt": 0.756, "overhead_vs_bptt_iqr": 0.123}
+
     def timed(spec: TrialSpec, epoch: int) -> EpochReport:
-        return EpochReport(epoch, 1, {"val_accuracy": 0.5, "overhead_vs_bptt": 0.756}, 0.1, 1)
+        return EpochReport(epoch, 1, values, 0.1, 1)
 
     desk.run(timed)
     board = leaderboard(desk.folder, desk.config)
-    assert "vs bptt" in board.columns
-    assert "vs adam" not in board.columns
-    assert board.plain_rows()[0][board.columns.index("vs bptt")] == "0.76"
+    cells = {column.title: column.cells for column in board.columns()}
+    assert "vs adam" not in cells
+    assert cells["vs bptt"] == ("0.76 (0.12)",)
     printed = io.StringIO()
     print_best(Console(file=printed, width=200), board)
-    assert "val_accuracy 0.5000, step time 0.76x BPTT\n" in printed.getvalue()
+    assert "val_accuracy 0.5000, step time 0.76x BPTT (IQR 0.12)\n" in printed.getvalue()
 
 
 def test_files_left_open_fail_the_trial_and_a_full_disk_stops_the_search(

@@ -228,7 +228,9 @@ class TrialSummary(_JsonRecord):
         params: the parameters as sampled (names as in the search file).
         values: objective values, one an objective; empty if there are none.
         metrics: the last metrics known.
-        curve: epoch to the first objective's value.
+        curve: epoch to the first objective's value, as the trial reported it.
+        further_curves: the same of each further objective; empty for one that is no epoch's, such
+            as an overhead.
         epochs: epochs finished.
         seed: the trial's derived seed.
         device_seconds: what the ledger charged to it, all attempts together.
@@ -243,18 +245,26 @@ class TrialSummary(_JsonRecord):
     values: tuple[float, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     curve: Mapping[int, float] = field(default_factory=dict)
+    further_curves: tuple[Mapping[int, float], ...] = ()
     epochs: int = 0
     seed: int = 0
     device_seconds: float = 0.0
     violated: tuple[str, ...] = ()
     spec: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def curves(self) -> tuple[Mapping[int, float], ...]:
+        """The curve of every objective, the first objective's first."""
+        return (self.curve, *self.further_curves)
+
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON, non-finite numbers as words."""
+        curve, *further = [{str(e): pack_number(v) for e, v in c.items()} for c in self.curves]
         return dataclasses.asdict(self) | {
             "values": [pack_number(v) for v in self.values],
             "metrics": pack_metrics(self.metrics),
-            "curve": {str(e): pack_number(v) for e, v in self.curve.items()},
+            "curve": curve,
+            "further_curves": further,
             "violated": list(self.violated),
         }
 
@@ -264,6 +274,8 @@ class TrialSummary(_JsonRecord):
         fields = dict(data)
         fields["values"] = tuple(unpack_number(v) for v in fields["values"])
         fields["metrics"] = unpack_metrics(fields["metrics"])
-        fields["curve"] = {int(e): unpack_number(v) for e, v in fields["curve"].items()}
+        curves = [fields["curve"], *fields.get("further_curves", ())]
+        curve, *further = [{int(e): unpack_number(v) for e, v in c.items()} for c in curves]
+        fields |= {"curve": curve, "further_curves": tuple(further)}
         fields["violated"] = tuple(fields["violated"])
         return cls(**fields)

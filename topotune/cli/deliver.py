@@ -23,9 +23,11 @@ from topotune.cli.options import (
     on_cluster,
     print_json,
     say,
+    typed,
 )
 from topotune.errors import ConfigError, RunError, TopotuneError, told
 from topotune.records import pack_metrics
+from topotune.results.text import spread
 
 if TYPE_CHECKING:
     from topotune.records import EpochReport
@@ -35,6 +37,9 @@ def export(
     context: typer.Context,
     name: SearchName,
     top: Annotated[int, typer.Option(min=1, help="How many of the best.")] = 1,
+    front: Annotated[
+        bool, typer.Option("--front", help="Every trial of the Pareto front instead.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder; default topotune-exports/NAME.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Train each again and compare exactly.")
@@ -51,6 +56,10 @@ def export(
 ) -> None:
     """Write config, metrics, weights and model card of the best trials."""
     target = out if out is not None else Path("topotune-exports") / name
+    if front and typed(context, "top"):
+        raise ConfigError(
+            "--front", "exports the whole front, --top so many of the best", "Give one"
+        )
     if cluster := elsewhere(context, address):
         _export_there(context, cluster, name, target, as_json)
         return
@@ -65,7 +74,7 @@ def export(
         sys.path.append(str(search.code))  # last: a file there stands in for no library
     exported = export_top(
         search,
-        top,
+        None if front else top,
         target,
         check=verify,
         register=register,
@@ -113,7 +122,8 @@ def _export_there(
             str(target), "holds earlier exports", "Give another --out, or --force to replace them"
         )
     there = f"exported-{secrets.token_hex(4)}"
-    arguments = ["--top", str(chosen["top"]), "--out", there]
+    arguments = ["--front"] if chosen["front"] else ["--top", str(chosen["top"])]
+    arguments += ["--out", there]
     arguments += ["--verify"] if chosen["verify"] else []
     if chosen["register"]:
         arguments += ["--register", chosen["register"], "--alias", chosen["alias"]]
@@ -164,7 +174,7 @@ def train(
     else:
         for cost in ("overhead_vs_adam", "overhead_vs_bptt"):
             if cost in result.metrics:
-                typer.echo(f"{cost} {result.metrics[cost]:.3f}")
+                typer.echo(f"{cost} {result.metrics[cost]:.3f}{spread(result.metrics, cost)}")
         for metric, value in test.items():
             say(f"{metric} {value:.4f}")
     if not complete:

@@ -21,6 +21,7 @@ from topotune.cli.options import (
     on_cluster,
     print_json,
     say,
+    say_whole,
     shown,
 )
 from topotune.errors import ConfigError, RunError
@@ -52,9 +53,9 @@ def status(
         from topotune.cli.boards import print_best, print_board
 
         out = console()
-        out.print(shown(report.line()), markup=False)
-        for line in report.live.lines() if report.live else ():
-            out.print(shown(line), markup=False)
+        for line in (report.line(), *(report.live.lines() if report.live else ())):
+            say_whole(out, shown(line))
+        out.print()
         print_board(out, report.board, limit=len(report.board.trials))
         print_best(out, report.board)
         return
@@ -78,25 +79,32 @@ def best(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """The best trial's complete config as YAML, ready for 'topotune train'."""
+    """The best trial's complete config as YAML, ready for 'topotune train'.
+
+    With several objectives it is that of the front which is best in the first one; the others
+    stand in comments."""
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], name, as_json)
         return
     from topotune.results.export import dump_yaml
+    from topotune.results.leaderboard import valued
     from topotune.search import reading
 
     report = reading.status(results_dir, name)
     winner = report.board.best
     if winner is None:
         raise RunError(f"search {name!r}: no trial finished within the constraints")
+    front = report.board.front
     if as_json:
-        print_json(winner.to_dict())
+        several = len(report.board.objectives) > 1
+        whole = {"front": [trial.to_dict() for trial in front]} if several else {}
+        print_json({**winner.to_dict(), **whole})
         return
-    figures = ", ".join(
-        f"{metric} {value:.4f}"
-        for metric, value in zip(report.board.objectives, winner.values, strict=True)
-    )
-    say(f"# search {name}, trial {winner.number}: {figures}")
+    say(f"# search {name}, trial {winner.number}: {valued(winner, report.board.objectives)}")
+    if len(front) > 1:
+        say(f"# It is the first of a front of {len(front)}; topotune export {name} --front has all")
+        for trial in front[1:]:
+            say(f"# trial {trial.number}: {valued(trial, report.board.objectives)}")
     typer.echo(dump_yaml(dict(winner.spec)), nl=False)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Self
 
+from topotune.cli.options import say_whole
 from topotune.records import Outcome, TrialSummary
 from topotune.redaction import redact
-from topotune.results.text import clean, parameter, rich_text
+from topotune.results.leaderboard import standing
+from topotune.results.text import clean, number, parameter, spread
 
 if TYPE_CHECKING:
     from topotune.search.view import SearchView
@@ -38,8 +41,8 @@ def progress_line(view: SearchView) -> str:
         for state in ("RUNNING", *Outcome)
         if counts.get(str(state))
     ]
-    if view.best is not None:
-        parts.append(f"best {view.headline} {view.best.values[0]:.4f} (trial {view.best.number})")
+    if best := standing(view.front, view.objectives):
+        parts.append(best)
     parts.append(f"{duration(view.wall_seconds)} elapsed")
     if view.eta_seconds is not None and view.phase == "running":
         parts.append(f"about {duration(view.eta_seconds)} left")
@@ -50,13 +53,17 @@ def progress_line(view: SearchView) -> str:
     return ", ".join(parts)
 
 
-def ended_line(trial: TrialSummary, headline: str) -> str:
-    """One line on a trial that ended."""
-    value = trial.metrics.get(headline)
-    shown = "" if value is None else f"{clean(headline, 24)} {value:.4f}, "
-    reason = f": {clean(trial.reason, 200)}" if trial.reason else ""
+def ended_line(trial: TrialSummary, objectives: Collection[str]) -> str:
+    """One line on a trial that ended, with the last value of each objective."""
+    figures = "".join(
+        f"{clean(name)} {number(trial.metrics[name])}{spread(trial.metrics, name)}, "
+        for name in objectives
+        if name in trial.metrics
+    )
+    reason = f": {clean(trial.reason)}" if trial.reason else ""
+    epochs = f"{trial.epochs} epoch{'' if trial.epochs == 1 else 's'}"
     return (
-        f"trial {trial.number} {trial.state} {shown}{trial.epochs} epochs, "
+        f"trial {trial.number} {trial.state} {figures}{epochs}, "
         f"{trial.device_seconds:.1f} device-s{reason}"
     )
 
@@ -64,8 +71,8 @@ def ended_line(trial: TrialSummary, headline: str) -> str:
 class PlainLines:
     """Prints a line for each trial that ends, and a progress line now and then."""
 
-    def __init__(self, headline: str) -> None:
-        self._headline, self._next = headline, 0.0
+    def __init__(self, objectives: Collection[str]) -> None:
+        self._objectives, self._next = objectives, 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -85,17 +92,17 @@ class PlainLines:
 
     def ended(self, trial: TrialSummary) -> None:
         """Print how it ended."""
-        self.note(ended_line(trial, self._headline))
+        self.note(ended_line(trial, self._objectives))
 
 
 class LiveTable:
     """Redraws a table of the running trials, with notes and ended trials scrolling above."""
 
-    def __init__(self, headline: str) -> None:
+    def __init__(self, objectives: Collection[str]) -> None:
         from rich.console import Console
         from rich.live import Live
 
-        self._headline = headline
+        self._objectives = objectives
         self._console = Console(highlight=False)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
 
@@ -108,7 +115,7 @@ class LiveTable:
 
     def note(self, text: str) -> None:
         """Print above the table."""
-        self._console.print(rich_text(clean(redact(text), 2000)))
+        say_whole(self._console, clean(redact(text), 2000))
 
     def tick(self, view: SearchView) -> None:
         """Redraw."""
@@ -116,10 +123,11 @@ class LiveTable:
 
     def ended(self, trial: TrialSummary) -> None:
         """Print above the table."""
-        self.note(ended_line(trial, self._headline))
+        self.note(ended_line(trial, self._objectives))
 
     def _draw(self, view: SearchView) -> Any:
         from rich.console import Group
+        from rich.padding import Padding
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -127,23 +135,28 @@ class LiveTable:
         counts = view.counts
         ended = sum(count for state, count in counts.items() if state in set(Outcome))
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("trial", "epoch", view.headline, "parameters"):
-            table.add_column(rich_text(clean(title, 24)))
+        one = len(view.objectives) == 1
+        for title in ("trial", "epoch", *(view.objectives if one else ())):
+            table.add_column(Text(clean(title)), no_wrap=True)
+        table.add_column("parameters" if one else "objectives, parameters", overflow="fold")
         for trial in view.running:
-            shown = ", ".join(f"{clean(k, 24)}={parameter(v)}" for k, v in trial.params.items())
-            value = "" if trial.value is None else f"{trial.value:.4f}"
-            table.add_row(
-                str(trial.number), f"{trial.epoch}/{view.epochs}", value, rich_text(shown)
-            )
+            shown = ", ".join(f"{clean(k)}={parameter(v)}" for k, v in trial.params.items())
+            values = ["" if value is None else number(value) for value in trial.values]
+            if not one:  # columns of several would leave the parameters no room
+                pairs = zip(view.objectives, values, strict=True)
+                known = ", ".join(f"{clean(name)} {value}" for name, value in pairs if value)
+                shown, values = f"{known}\n{shown}" if known else shown, []
+            table.add_row(str(trial.number), f"{trial.epoch}/{view.epochs}", *values, Text(shown))
         lines: list[Any] = [Text(clean(f"{view.name}: {progress_line(view)}"), style="bold")]
         if view.total:
-            lines.append(ProgressBar(total=view.total, completed=ended, width=60))
+            bar = ProgressBar(total=view.total, completed=ended, width=60)
+            lines.append(Padding(bar, 0))  # by itself it does not end its line
         if view.running:
             lines.append(table)
         lines.append(Text(clean(view.tracking), style="dim"))
         return Group(*lines)
 
 
-def listener_for(headline: str) -> PlainLines | LiveTable:
+def listener_for(objectives: Collection[str]) -> PlainLines | LiveTable:
     """The live table where standard output is a terminal, else plain lines."""
-    return LiveTable(headline) if sys.stdout.isatty() else PlainLines(headline)
+    return LiveTable(objectives) if sys.stdout.isatty() else PlainLines(objectives)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -110,6 +111,12 @@ def on_cluster(context: typer.Context) -> bool:
     return bool(context.find_root().params.get("on_cluster"))
 
 
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether a parameter of the command stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def elsewhere(context: typer.Context, address: str | None) -> str | None:
     """The cluster that a command is for; None for this machine.
 
@@ -121,14 +128,10 @@ def elsewhere(context: typer.Context, address: str | None) -> str | None:
     if address in (None, "", "local") or on_cluster(context):
         return None
 
-    def typed(name: str) -> bool:
-        source = context.get_parameter_source(name)
-        return source is not None and source.name == "COMMANDLINE"
-
     for name in ("results_dir", "ray_address"):
-        if typed(name):
+        if typed(context, name):
             option = "--" + name.replace("_", "-")
-            if typed("address"):
+            if typed(context, "address"):
                 raise ConfigError(
                     option,
                     "is for a search that is driven from here, --address for one on a cluster, "
@@ -181,6 +184,41 @@ def console() -> Console:
     out = Console(highlight=False)
     width = os.environ.get("TOPOTUNE_WIDTH", "")
     return out if out.is_terminal else Console(highlight=False, width=int(width or 200))
+
+
+def say_whole(
+    out: Console, line: str, style: str = "", *, first: str = "", indent: str = ""
+) -> None:
+    """Print a line, wrapped between words only: what is copied from it, such as a path, is whole.
+
+    Args:
+        out: where to.
+        line: printable text.
+        style: rich's name of a style.
+        first, indent: what stands before its first and before each further line.
+    """
+    from rich.text import Text
+
+    wrapped = textwrap.wrap(
+        line,
+        max(out.width, 20),
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    out.print(Text("\n".join(wrapped), style), soft_wrap=True)
+
+
+def say_commands(out: Console, commands: Mapping[str, str]) -> None:
+    """Print commands to be copied, each whole on a line, with what it does behind or above it."""
+    longest = max(map(len, commands))
+    room = longest + max(map(len, commands.values())) + 6 <= out.width
+    for command, purpose in commands.items():
+        if purpose and not room:
+            out.print(f"  # {purpose}", style="dim", markup=False)
+        behind = f"{command:{longest}}  # {purpose}" if purpose and room else command
+        out.print(f"  {behind}", markup=False, soft_wrap=True)
 
 
 def waiting(text: str) -> AbstractContextManager[object]:

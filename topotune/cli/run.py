@@ -26,9 +26,11 @@ from topotune.cli.options import (
     on_cluster,
     option_for,
     print_json,
+    say_commands,
+    say_whole,
     shown,
 )
-from topotune.errors import ConfigError, RunError
+from topotune.errors import ConfigError, InterruptError, RunError
 from topotune.settings import STORAGE
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def search(
                 ray_address,
                 Path.cwd() if on_cluster(context) else None,
             ),
+            results_dir,
             "" if on_cluster(context) else where(results_dir),
             as_json,
         )
@@ -144,7 +147,11 @@ def _again_there(
     from topotune.service import searches
 
     cluster = connect(context, address, allow_open)
-    begun(cluster, name, searches.again(cluster, name, trials, env_file), True, as_json)
+    job_id, results = searches.again(cluster, name, trials, env_file, as_json)
+    if job_id:
+        begun(cluster, name, job_id, True, as_json)
+    else:
+        typer.echo(results, nl=False)
 
 
 def _again(
@@ -157,6 +164,7 @@ def _again(
     _finish(
         config,
         lambda listener: driver.resume(results_dir, name, listener, trials, address),
+        results_dir,
         "" if on_cluster(context) else where(results_dir),
         as_json,
     )
@@ -165,6 +173,7 @@ def _again(
 def _finish(
     config: SearchConfig,
     work: Callable[[Listener], SearchReport],
+    results_dir: Path,
     place: str,
     as_json: bool,
 ) -> None:
@@ -177,12 +186,19 @@ def _finish(
     from topotune.search.view import SilentListener
 
     log_to_stderr()
-    if as_json:
-        with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
-            report = work(SilentListener())
-    else:
-        with listener_for(config.objective[0].metric) as listener:
-            report = work(listener)
+    try:
+        if as_json:
+            with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
+                report = work(SilentListener())
+        else:
+            with listener_for([objective.metric for objective in config.objective]) as listener:
+                report = work(listener)
+    except KeyboardInterrupt as error:
+        if (results_dir / config.name / "search.json").is_file():
+            kept = f"every finished epoch is kept. To go on: topotune resume {config.name}{place}"
+        else:
+            kept = "the search has not begun and nothing is kept. To begin it: the same command"
+        raise InterruptError(error, f"; {kept}") from None
     try:
         if as_json:
             print_json(_as_data(report))
@@ -226,20 +242,38 @@ def _print(report: SearchReport, where: str) -> None:
     out = console()
     name = report.config.name
     out.print()
-    print_board(out, report.board, limit=10)
+    print_board(out, report.board, 10, where)
     print_best(out, report.board)
-    out.print(shown(report.tracking), markup=False)
-    out.print(f"Results: {shown_search(report.folder.root)}", markup=False)
+    say_whole(out, shown(report.tracking))
+    say_whole(out, f"Results: {shown_search(report.folder.root)}")
     if not report.finished:
-        out.print(f"\nNot finished ({shown(report.reason)}). To go on:", markup=False)
-        out.print(f"  topotune resume {name}{where}", markup=False)
+        out.print()
+        say_whole(out, f"Not finished ({shown(report.reason)}). To go on:")
+        say_commands(out, {f"topotune resume {name}{where}": ""})
         return
+    if report.reason:
+        out.print()
+        say_whole(out, f"Finished: {shown(report.reason)}")
     if report.board.best is None:
         return
+    chosen = "--top 3" if len(report.board.objectives) == 1 else "--front"
+    commands = {
+        f"topotune dashboard {name}{where}": "look at it in MLflow",
+        f"topotune export {name} {chosen} --verify{where}": "configs, weights, model cards",
+    }
+    if more := _more_trials(report.config):
+        commands[f"topotune extend {name} --trials {more}{where}"] = "search on"
     out.print("\nNext:")
-    out.print(f"  topotune dashboard {name}{where}        # look at it in MLflow", markup=False)
-    out.print(
-        f"  topotune export {name} --top 3 --verify{where}  # configs, weights, model cards",
-        markup=False,
-    )
-    out.print(f"  topotune extend {name} --trials 20{where}       # search on", markup=False)
+    say_commands(out, commands)
+
+
+def _more_trials(config: SearchConfig) -> int:
+    """With how many trials a finished search may be extended, 20 at most; 0 where it cannot be."""
+    from topotune.config_rules import planned_trials
+    from topotune.search.driver import extended
+
+    try:
+        after = extended(config, 20).budget.trials
+    except ConfigError:
+        return 0
+    return (after or 0) - (planned_trials(config) or 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from topotune.records import TrialSpec, TrialSummary
-from topotune.results.text import clean, markdown, number, parameter, strict_json
+from topotune.results.text import clean, markdown, number, parameter, spread, strict_json
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ def model_card(facts: CardFacts) -> str:
         "## Results",
         _table(("metric", "split", "value"), _results(facts)),
         *(
-            f"Runtime: {trial.metrics[name]:.2f} times a training step {other}."
+            f"Runtime: {trial.metrics[name]:.2f}{spread(trial.metrics, name)} times a training "
+            f"step {other}."
             for name, other in _OVERHEADS.items()
             if name in trial.metrics
         ),

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from topotune.records import TrialSummary
 from topotune.results.ranking import (
@@ -19,17 +19,88 @@ from topotune.results.ranking import (
     rank,
     top,
 )
-from topotune.results.text import clean, markdown, number, parameter, rich_text, strict_json
+from topotune.results.text import clean, markdown, number, parameter, spread, strict_json
 
-__all__ = ["Leaderboard", "best", "counts", "rank", "top"]
+__all__ = ["Column", "Leaderboard", "best", "counts", "legend", "rank", "standing", "top", "valued"]
 
-_OVERHEADS = {"overhead_vs_adam": "vs adam", "overhead_vs_bptt": "vs bptt"}
-"""What a training step costs over another way to train, and its column's title."""
+_OVERHEADS = {
+    "overhead_vs_adam": ("vs adam", "fused Adam's"),
+    "overhead_vs_bptt": ("vs bptt", "the same network's by backpropagation through its relaxation"),
+}
+"""What a training step costs over another way to train: its column's title, and over what."""
+_UNRANKED = "- where a trial cannot be best: it did not finish, or breaks a constraint"
+_FRONT = "1 where no other trial is as good in every objective and better in one; 2 without those"
+_UNFINISHED = "in brackets the last known value of a trial that did not finish"
+_COST = "time of a training step over {}, median (interquartile range)"
+_SECONDS = "seconds that a trial held a device, all its attempts together"
+_LONGEST = 160
+"""Characters of a cell of Markdown, such as a reason."""
+_NAMED = 8
+"""Trials of a front that one line names."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table, in the order of the trials.
+
+    Attributes:
+        title: its title.
+        cells: one a trial; control characters are made visible, nothing else is escaped.
+        right: numbers stand on the right.
+        spare: 0 for what a table always shows; of the rest, the highest goes first where there
+            is no room.
+        legend: sentences that a reader needs to read it.
+    """
+
+    title: str
+    cells: tuple[str, ...]
+    right: bool = True
+    spare: int = 0
+    legend: tuple[str, ...] = ()
+
+
+def legend(columns: Iterable[Column]) -> list[str]:
+    """What a reader of a table needs to know, a line each; nothing about what explains itself."""
+    titles: dict[str, list[str]] = {}
+    for column in columns:
+        for text in column.legend:
+            titles.setdefault(text, []).append(column.title)
+    return [clean(f"{', '.join(names)}: {text}") for text, names in titles.items()]
+
+
+def standing(front: Sequence[TrialSummary], objectives: Mapping[str, str]) -> str:
+    """The best so far in one line; empty without any.
+
+    Args:
+        front: the best trial, or with several objectives the whole Pareto front.
+        objectives: metric name to "maximize" or "minimize", the first objective first.
+    """
+    if not front:
+        return ""
+    if len(objectives) == 1:
+        return f"best {valued(front[0], objectives)} (trial {front[0].number})"
+    numbers = [str(trial.number) for trial in front[:_NAMED]]
+    more = f" and {len(front) - _NAMED} more" if len(front) > _NAMED else ""
+    reach = []
+    for index, (name, direction) in enumerate(objectives.items()):
+        pick, word = (max, "up to") if direction == "maximize" else (min, "down to")
+        top = pick(front, key=lambda trial: trial.values[index])
+        value = f"{number(top.values[index])}{spread(top.metrics, name)}"
+        reach.append(f"{clean(name)} {word} {value}")
+    return f"front of {len(front)} (trials {', '.join(numbers)}{more}): {', '.join(reach)}"
+
+
+def valued(trial: TrialSummary, objectives: Mapping[str, str]) -> str:
+    """A finished trial's objectives, names and values."""
+    return ", ".join(
+        f"{clean(name)} {number(value)}{spread(trial.metrics, name)}"
+        for name, value in zip(objectives, trial.values, strict=True)
+    )
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All trials of a search in order, as JSON, Markdown or rows of a table.
+    """All trials of a search in order, as JSON, Markdown or columns of a table.
 
     Attributes:
         search: the search's name.
@@ -61,6 +132,13 @@ class Leaderboard:
     def best(self) -> TrialSummary | None:
         """The first trial if it may be called best."""
         return self.trials[0] if self.trials and self.trials[0].number in self.fronts else None
+
+    @property
+    def front(self) -> tuple[TrialSummary, ...]:
+        """The trials of the Pareto front, in order; with one objective the best alone."""
+        several = len(self.objectives) > 1
+        front = tuple(t for t in self.trials if self.fronts.get(t.number) == 1)
+        return front if several else front[:1]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -95,67 +173,51 @@ class Leaderboard:
             if len({repr(trial.params.get(name, absent)) for trial in self.trials}) > 1
         )
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Column titles, harmless in a rich table as they are; see :attr:`rows`."""
-        return tuple(rich_text(clean(title, 24)) for title in self._titles())
-
-    @property
-    def justify(self) -> tuple[Literal["left", "right"], ...]:
-        """ "left" or "right" for each column, as rich's ``Table.add_column`` takes it."""
-        left = {"state", "reason"}
-        return tuple("left" if title in left else "right" for title in self._titles())
-
-    @property
-    def rows(self) -> tuple[tuple[str, ...], ...]:
-        """One row a trial, best first; markup is escaped, so a rich table takes them as they are.
+    def columns(self, limit: int | None = None) -> list[Column]:
+        """The table of the first ``limit`` trials, None for all.
 
         A figure in brackets is the last known one of a trial that did not finish; ``-`` in the
         first column marks a trial that cannot be best.
         """
-        return tuple(tuple(rich_text(cell) for cell in row) for row in self.plain_rows())
+        trials = self.trials[:limit]
+        ranked = [trial.number in self.fronts for trial in trials]
+        places = [str(place) if ok else "-" for place, ok in enumerate(ranked, start=1)]
+        found = [Column("rank", tuple(places), legend=() if all(ranked) else (_UNRANKED,))]
+        if len(self.objectives) > 1:
+            fronts = (str(self.fronts.get(trial.number, "-")) for trial in trials)
+            found.append(Column("front", tuple(fronts), spare=1, legend=(_FRONT,)))
+        found.append(Column("trial", tuple(str(trial.number) for trial in trials)))
+        states = (clean(trial.state, 12) for trial in trials)
+        found.append(Column("state", tuple(states), right=False, spare=2))
+        found += [self._objective(index, trials) for index in range(len(self.objectives))]
+        found.append(Column("epochs", tuple(str(trial.epochs) for trial in trials), spare=4))
+        for name in self.varied:
+            cells = (parameter(t.params[name]) if name in t.params else "" for t in trials)
+            found.append(Column(name, tuple(cells)))
+        for name, (title, other) in _OVERHEADS.items():
+            if name in self.objectives or all(name not in trial.metrics for trial in self.trials):
+                continue
+            costs = (_ratio(trial, name) for trial in trials)
+            found.append(Column(title, tuple(costs), spare=3, legend=(_COST.format(other),)))
+        seconds = (f"{trial.device_seconds:.1f}" for trial in trials)
+        found.append(Column("device-s", tuple(seconds), spare=5, legend=(_SECONDS,)))
+        reasons = (clean(_reason(trial)) for trial in trials)
+        return [*found, Column("reason", tuple(reasons), right=False, spare=6)]
 
-    def plain_rows(self, width: int = 60) -> list[list[str]]:
-        """The rows for plain text, control characters made visible and nothing else escaped.
-
-        Args:
-            width: characters that a reason may take.
-        """
-        varied, overheads, multiple = self.varied, self._overheads(), len(self.objectives) > 1
-        rows = []
-        for place, trial in enumerate(self.trials, start=1):
-            ranked = trial.number in self.fronts
-            row = [str(place) if ranked else "-"]
-            if multiple:
-                row.append(str(self.fronts[trial.number]) if ranked else "-")
-            row += [str(trial.number), clean(trial.state, 12)]
-            row += self._objective_cells(trial)
-            row.append(str(trial.epochs))
-            row += [parameter(trial.params[n]) if n in trial.params else "" for n in varied]
-            for name in overheads:
-                ratio = trial.metrics.get(name)
-                row.append("" if ratio is None else f"{ratio:.2f}")
-            broken = "breaks " + "; ".join(trial.violated) if trial.violated else ""
-            reason = ". ".join(part for part in (broken, trial.reason) if part)
-            rows.append([*row, f"{trial.device_seconds:.1f}", clean(reason, width)])
-        return rows
-
-    def _titles(self) -> list[str]:
-        front = ["front"] if len(self.objectives) > 1 else []
-        overheads = [_OVERHEADS[name] for name in self._overheads()]
-        names = ["rank", *front, "trial", "state", *self.objectives, "epochs", *self.varied]
-        return [*names, *overheads, "device-s", "reason"]
-
-    def _overheads(self) -> list[str]:
-        """The overheads that any trial has."""
-        return [name for name in _OVERHEADS if any(name in t.metrics for t in self.trials)]
-
-    def _objective_cells(self, trial: TrialSummary) -> list[str]:
-        if is_finished(trial, list(self.objectives.values())):
-            return [number(value) for value in trial.values]
-        known: Sequence[float | None] = trial.values or (last_value(trial),)
-        cells = ["" if value is None else f"({number(value)})" for value in known]
-        return (cells + [""] * len(self.objectives))[: len(self.objectives)]
+    def _objective(self, index: int, trials: Sequence[TrialSummary]) -> Column:
+        name = list(self.objectives)[index]
+        meaning = {_COST.format(_OVERHEADS[name][1]): None} if name in _OVERHEADS else {}
+        cells = []
+        for trial in trials:
+            if is_finished(trial, list(self.objectives.values())):
+                cells.append(f"{number(trial.values[index])}{spread(trial.metrics, name, '')}")
+                continue
+            known = last_value(trial, index)
+            known = trial.metrics.get(name) if known is None else known
+            cells.append("" if known is None else f"({number(known)})")
+            if known is not None:
+                meaning[_UNFINISHED] = None
+        return Column(name, tuple(cells), legend=tuple(meaning))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in order, with the rank of each trial; strict JSON types only."""
@@ -169,6 +231,7 @@ class Leaderboard:
             "search": self.search,
             "objectives": [{"metric": m, "direction": d} for m, d in self.objectives.items()],
             "best": winner.number if winner else None,
+            "front": [trial.number for trial in self.front],
             "counts": self.counts,
             "device_seconds": self.device_seconds,
             "trials": trials,
@@ -181,17 +244,28 @@ class Leaderboard:
         return json.dumps(self.to_dict(), allow_nan=False, indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """A heading, the counts, the best trial and the table."""
-        best_line = "No trial finished within the constraints."
-        if (winner := self.best) is not None:
-            best_line = f"Best: trial {winner.number}, {self.figures(winner)}."
+        """A heading, the counts, the best trial or the whole front, the table and its legend."""
         head = [f"# Leaderboard of {markdown(self.search)}", markdown(self.summary) + "."]
-        return "\n\n".join([*head, markdown(best_line), self.markdown_table()])
+        if len(self.objectives) == 1 and self.best is not None:
+            head.append(markdown(f"Best: trial {self.best.number}, {self.figures(self.best)}."))
+        elif self.front:
+            lines = (f"trial {trial.number}: {self.figures(trial)}" for trial in self.front)
+            head.append(f"Front of {len(self.front)}:")
+            head.append("\n".join(f"- {markdown(line)}" for line in lines))
+        else:
+            head.append("No trial finished within the constraints.")
+        return "\n\n".join([*head, self.markdown_table(), self.markdown_legend()]) + "\n"
+
+    def markdown_legend(self) -> str:
+        """How to read the table, as a list."""
+        return "\n".join(f"- {markdown(line)}" for line in legend(self.columns()))
 
     def figures(self, trial: TrialSummary) -> str:
         """A finished trial's objectives in words."""
-        pairs = zip(self.objectives.items(), trial.values, strict=True)
-        return ", ".join(f"{name} {number(v)} ({direction})" for (name, direction), v in pairs)
+        return ", ".join(
+            f"{name} {number(value)}{spread(trial.metrics, name)} ({direction})"
+            for (name, direction), value in zip(self.objectives.items(), trial.values, strict=True)
+        )
 
     def markdown_table(
         self, max_chars: int | None = None, cell: Callable[[int, str], str] = lambda _, text: text
@@ -204,16 +278,16 @@ class Leaderboard:
             cell: told a row's place from 0 and its trial's number as text; gives that cell's
                 Markdown.
         """
-        titles = self._titles()
-        column = titles.index("trial")
+        columns = self.columns()
+        trial = next(i for i, column in enumerate(columns) if column.title == "trial")
         head = [
-            _line(titles),
-            _line(["---:" if side == "right" else ":---" for side in self.justify], raw=True),
+            _line([column.title for column in columns]),
+            _line(["---:" if column.right else ":---" for column in columns], raw=True),
         ]
         body = []
-        for place, row in enumerate(self.plain_rows(width=160)):
-            cells = [markdown(text) for text in row]
-            cells[column] = cell(place, cells[column])
+        for place, row in enumerate(zip(*(column.cells for column in columns), strict=True)):
+            cells = [markdown(clean(text, _LONGEST)) for text in row]
+            cells[trial] = cell(place, cells[trial])
             body.append(_line(cells, raw=True))
         room = math.inf if max_chars is None else max_chars - 60 - sum(len(x) + 1 for x in head)
         kept = 0
@@ -223,6 +297,16 @@ class Leaderboard:
         rest = len(body) - kept
         tail = [f"\n{rest} more trials are left out here."] if rest else []
         return "\n".join([*head, *body[:kept], *tail]) + "\n"
+
+
+def _ratio(trial: TrialSummary, name: str) -> str:
+    ratio = trial.metrics.get(name)
+    return "" if ratio is None else f"{ratio:.2f}{spread(trial.metrics, name, '')}"
+
+
+def _reason(trial: TrialSummary) -> str:
+    broken = "breaks " + "; ".join(trial.violated) if trial.violated else ""
+    return ". ".join(part for part in (broken, trial.reason) if part)
 
 
 def _line(cells: Sequence[str], raw: bool = False) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topotune.records import Outcome, TrialSummary
 from topotune.results import figure as fig
-from topotune.results.ranking import best, check_directions, is_eligible, last_value
+from topotune.results.leaderboard import Leaderboard
+from topotune.results.ranking import check_directions, is_eligible, is_finished, last_value
 from topotune.results.relaxation import plot_relaxation
 from topotune.results.text import figure_text
 from topotune.results.trace import plot_trace
@@ -17,8 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_curves", "plot_history", "plot_relaxation", "plot_trace"]
+__all__ = ["plot_curves", "plot_front", "plot_history", "plot_relaxation", "plot_trace"]
 
+_NUMBERED = 20
+"""Trials of a front that have their numbers beside them; of more they would cover each other."""
 _LOST = (Outcome.DIVERGED.value, Outcome.FAILED.value)
 _STYLE = {
     Outcome.COMPLETE.value: (fig.BLUE, "complete", "o"),
@@ -35,7 +39,7 @@ def plot_history(
     objectives: Mapping[str, str],
     title: str = "",
 ) -> None:
-    """Draw the first objective against the trial number, with the best so far.
+    """Draw each objective against the trial number, with the best so far.
 
     Trials that did not finish stand at their last value; those that diverged or failed have no
     comparable one and are marked on the lower edge; one that breaks a constraint is hollow.
@@ -50,10 +54,17 @@ def plot_history(
         ConfigError: no objective, or a direction that is neither of the two words.
         ResourceError: the picture cannot be written.
     """
-    metric, directions = _first(objectives)
-    figure = fig.new_figure(3.6, title)
-    axis = figure.subplots()
-    values = {t.number: v for t in trials if fig.drawable(v := last_value(t))}
+    figure, axes = _panels(len(_checked(objectives)), title)
+    for index, axis in enumerate(axes):
+        _draw_history(axis, trials, objectives, index)
+    _finish(figure, axes, "trial", "no trials yet" if not trials else "")
+    fig.save(figure, png_path)
+
+
+def _draw_history(
+    axis: Axes, trials: Sequence[TrialSummary], objectives: Mapping[str, str], index: int
+) -> None:
+    values = {t.number: v for t in trials if fig.drawable(v := last_value(t, index))}
     shown: list[float] = []
     for state, (colour, label, marker) in _STYLE.items():
         chosen = [t for t in trials if t.state == state]
@@ -76,13 +87,12 @@ def plot_history(
                     zorder=3,
                 )
                 shown += y
-    steps = _best_so_far(trials, directions)
+    steps = _best_so_far(trials, list(objectives.values()), index)
     if steps:
         last = max(t.number for t in trials)
         x, best_y = [n for n, _ in steps] + [last], [v for _, v in steps] + [steps[-1][1]]
         axis.step(x, best_y, where="post", color=fig.INK, linewidth=1.2, label="best so far")
-    _finish(figure, axis, shown, "trial", metric, "no trials yet" if not trials else "")
-    fig.save(figure, png_path)
+    _label_y(axis, list(objectives)[index], shown)
 
 
 def plot_curves(
@@ -91,9 +101,10 @@ def plot_curves(
     objectives: Mapping[str, str],
     title: str = "",
 ) -> None:
-    """Draw every trial's first objective over its epochs, the best trial highlighted.
+    """Draw every trial's objectives over its epochs, the best trial or the front highlighted.
 
-    A dot ends each curve, so that trials of one epoch are seen too.
+    A dot ends each curve, so that trials of one epoch are seen too. An objective that no epoch
+    reports, such as an overhead, has no panel.
 
     Args:
         trials: in any order.
@@ -105,44 +116,120 @@ def plot_curves(
         ConfigError: no objective, or a direction that is neither of the two words.
         ResourceError: the picture cannot be written.
     """
+    front = Leaderboard.of(trials, "", objectives).front
+    lines = [
+        {
+            t.number: [(float(e), v) for e, v in sorted(t.curves[index].items()) if fig.drawable(v)]
+            for t in trials
+            if index < len(t.curves)
+        }
+        for index in range(len(objectives))
+    ]
+    drawn = [i for i, curves in enumerate(lines) if any(curves.values())]
+    figure, axes = _panels(len(drawn) or 1, title)
+    for index, axis in zip(drawn or [0], axes, strict=True):
+        shown = _draw_curves(axis, trials, lines[index], front)
+        _label_y(axis, list(objectives)[index], shown)
+    longest = max((x for curves in lines for line in curves.values() for x, _ in line), default=1.0)
+    axes[0].set_xlim(0.5, longest + 0.5)
+    _finish(figure, axes, "epoch", "" if drawn else "no epochs yet")
+    fig.save(figure, png_path)
+
+
+def _draw_curves(
+    axis: Axes,
+    trials: Sequence[TrialSummary],
+    curves: Mapping[int, list[tuple[float, float]]],
+    front: Sequence[TrialSummary],
+) -> list[float]:
+    """The curves of one objective; all values in them."""
     from matplotlib.collections import LineCollection
 
-    metric, directions = _first(objectives)
-    figure = fig.new_figure(3.6, title)
-    axis = figure.subplots()
-    curves = {
-        t.number: [(float(e), v) for e, v in sorted(t.curve.items()) if fig.drawable(v)]
-        for t in trials
-    }
-    winner = best(trials, directions)
-    shown: list[float] = []
     for state, (colour, label, _) in _STYLE.items():
-        others = [t for t in trials if t.state == state and t is not winner]
-        lines = [curves[t.number] for t in others if curves[t.number]]
+        others = [t for t in trials if t.state == state and t not in front]
+        lines = [line for t in others if (line := curves.get(t.number))]
         if lines:
             axis.add_collection(
                 LineCollection(lines, colors=colour, linewidths=1.0, alpha=0.5, label=label)
             )
             ends_x, ends_y = zip(*(line[-1] for line in lines), strict=True)
             axis.scatter(ends_x, ends_y, s=9, c=colour, alpha=0.8, linewidths=0, zorder=3)
-        shown += [v for line in lines for _, v in line]
-    if winner is not None and curves[winner.number]:
-        x, y = zip(*curves[winner.number], strict=True)
-        name = f"best (trial {winner.number})"
-        look: dict[str, Any] = {"linewidth": 2.0, "marker": "o", "markersize": 3.5, "zorder": 5}
-        axis.plot(x, y, color=fig.INK, label=name, **look)
-        shown += y
-    longest = max((line[-1][0] for line in curves.values() if line), default=1.0)
-    axis.set_xlim(0.5, longest + 0.5)
-    _finish(figure, axis, shown, "epoch", metric, "no epochs yet" if not shown else "")
+    label = f"best (trial {front[0].number})" if len(front) == 1 else f"front of {len(front)}"
+    look: dict[str, Any] = {"linewidth": 2.0, "marker": "o", "markersize": 3.5, "zorder": 5}
+    for trial in front:
+        if line := curves.get(trial.number):
+            axis.plot(*zip(*line, strict=True), color=fig.INK, label=label, **look)
+            label = ""  # named once
+    return [v for line in curves.values() for _, v in line]
+
+
+def plot_front(
+    trials: Sequence[TrialSummary],
+    png_path: Path,
+    objectives: Mapping[str, str],
+    title: str = "",
+) -> None:
+    """Draw the finished trials in the plane of every two objectives, the Pareto front highlighted.
+
+    Of more than four objectives each is drawn over the first alone, to keep the picture legible.
+    The trials of the front have their numbers beside them; one that breaks a constraint is hollow.
+
+    Args:
+        trials: in any order.
+        png_path: where to write; replaced only by a finished picture.
+        objectives: metric name to "maximize" or "minimize", two or more.
+        title: shown above; any text.
+
+    Raises:
+        ConfigError: no objective, or a direction that is neither of the two words.
+        ResourceError: the picture cannot be written.
+    """
+    directions = _checked(objectives)
+    front = Leaderboard.of(trials, "", objectives).front
+    finished = [
+        t for t in trials if is_finished(t, directions) and all(map(fig.drawable, t.values))
+    ]
+    pairs = list(itertools.combinations(objectives, 2))
+    pairs = pairs if len(objectives) <= 4 else pairs[: len(objectives) - 1]
+    figure = fig.new_figure(3.6 * len(pairs), title)
+    axes = list(figure.subplots(len(pairs), 1, squeeze=False)[:, 0])
+    order = list(objectives)
+    for axis, pair in zip(axes, pairs, strict=True):
+        i, j = (order.index(name) for name in pair)
+        groups = {
+            ("complete", fig.BLUE, fig.BLUE): [t for t in finished if not t.violated],
+            ("breaks a constraint", fig.BLUE, "none"): [t for t in finished if t.violated],
+            (f"front of {len(front)}", fig.INK, fig.INK): [t for t in finished if t in front],
+        }
+        for (label, edge, face), group in groups.items():
+            if group:
+                x, y = zip(*((t.values[i], t.values[j]) for t in group), strict=True)
+                axis.scatter(x, y, s=24, facecolors=face, edgecolors=edge, label=label, zorder=3)
+        for trial in front if len(front) <= _NUMBERED else ():
+            if trial in finished:
+                place = (trial.values[i], trial.values[j])
+                look = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(str(trial.number), place, **look)
+        ways = {name: f"{name} ({objectives[name]})" for name in pair}
+        axis.set_xlabel(figure_text(ways[pair[0]], 60), fontsize=9, parse_math=False)
+        _label_y(axis, ways[pair[1]], [t.values[j] for t in finished])
+        if not finished:
+            fig.note(axis, "no trial has finished")
+    _legend(figure, axes)
     fig.save(figure, png_path)
 
 
-def _first(objectives: Mapping[str, str]) -> tuple[str, list[str]]:
-    """The first metric's name and all directions, checked."""
+def _checked(objectives: Mapping[str, str]) -> list[str]:
+    """All directions."""
     directions = list(objectives.values())
     check_directions(directions)
-    return next(iter(objectives)), directions
+    return directions
+
+
+def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    """A figure of panels under each other that share x."""
+    figure = fig.new_figure(3.6 if count == 1 else 2.4 * count + 0.8, title)
+    return figure, list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
 
 
 def _mark_lost(axis: Axes, numbers: list[int], colour: str, label: str, marker: str) -> None:
@@ -163,31 +250,44 @@ def _mark_lost(axis: Axes, numbers: list[int], colour: str, label: str, marker: 
 
 
 def _best_so_far(
-    trials: Sequence[TrialSummary], directions: Sequence[str]
+    trials: Sequence[TrialSummary], directions: Sequence[str], index: int
 ) -> list[tuple[int, float]]:
-    """(trial number, first objective) wherever the best of the eligible trials improved."""
-    better = max if directions[0] == "maximize" else min
+    """(trial number, an objective) wherever the best of the eligible trials improved."""
+    better = max if directions[index] == "maximize" else min
     steps: list[tuple[int, float]] = []
     for trial in sorted(trials, key=lambda t: t.number):
-        if is_eligible(trial, directions) and fig.drawable(trial.values[0]):
-            value = trial.values[0]
+        if is_eligible(trial, directions) and fig.drawable(trial.values[index]):
+            value = trial.values[index]
             if not steps or better(value, steps[-1][1]) != steps[-1][1]:
                 steps.append((trial.number, value))
     return steps
 
 
-def _finish(
-    figure: Figure, axis: Axes, values: Sequence[float], x_label: str, y_label: str, empty: str
-) -> None:
-    """Labels, scale, and a legend under the axes, where it cannot cover data."""
+def _label_y(axis: Axes, label: str, values: Sequence[float]) -> None:
+    """The y axis of one panel, and its look."""
+    fig.dress(axis)
+    axis.set_ylabel(figure_text(label, 40), fontsize=9, parse_math=False)
+    fig.set_y_scale(axis, values, decades=3)
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], x_label: str, empty: str) -> None:
+    """The shared x axis, of whole numbers, and the legend."""
     from matplotlib.ticker import MaxNLocator
 
-    fig.dress(axis)
-    axis.set_xlabel(x_label, fontsize=9)
-    axis.set_ylabel(figure_text(y_label, 40), fontsize=9, parse_math=False)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    fig.set_y_scale(axis, values, decades=3)
+    axes[-1].set_xlabel(x_label, fontsize=9)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if empty:
-        fig.note(axis, empty)
-    if axis.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        fig.note(axes[0], empty)
+    _legend(figure, axes)
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Under the axes, where it cannot cover data; a label of several panels once."""
+    named = {
+        label: handle
+        for axis in axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        look: dict[str, Any] = {"ncols": 4, "frameon": False, "fontsize": 8}
+        figure.legend(named.values(), named.keys(), loc="outside lower center", **look)

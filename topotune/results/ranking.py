@@ -143,8 +143,10 @@ def counts(trials: Iterable[TrialSummary]) -> dict[str, int]:
     return found
 
 
-def last_value(trial: TrialSummary) -> float | None:
-    """The first objective as last known: its final value, else the curve's last; None: none."""
+def last_value(trial: TrialSummary, objective: int = 0) -> float | None:
+    """An objective as last known: its final value, else the curve's last; None where neither is
+    known."""
     if trial.values:
-        return trial.values[0]
-    return trial.curve[max(trial.curve)] if trial.curve else None
+        return trial.values[objective] if objective < len(trial.values) else None
+    curve = trial.curves[objective] if objective < len(trial.curves) else {}
+    return curve[max(curve)] if curve else None

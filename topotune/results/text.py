@@ -79,7 +79,13 @@ def number(value: float) -> str:
     return f"{value:.3e}"
 
 
-def parameter(value: Value, width: int = 24) -> str:
+def spread(metrics: Mapping[str, float], name: str, label: str = "IQR ") -> str:
+    """`` (IQR 0.57)`` to stand behind a measured ratio; empty where no spread was measured."""
+    found = metrics.get(f"{name}_iqr")
+    return "" if found is None else f" ({label}{found:.2f})"
+
+
+def parameter(value: Value) -> str:
     """A parameter as it would stand in a search file, floats at four digits when they are long."""
     if value is None:
         return "null"
@@ -89,8 +95,8 @@ def parameter(value: Value, width: int = 24) -> str:
         exact = repr(value)
         return exact if len(exact) <= 7 else f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return clean("[" + ", ".join(parameter(item) for item in value) + "]", width)
-    return clean(str(value), width)
+        return clean("[" + ", ".join(parameter(item) for item in value) + "]")
+    return clean(str(value))
 
 
 def strict_json(value: Any, place: str) -> Any:

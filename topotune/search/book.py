@@ -83,7 +83,6 @@ class _Live:
     spec: TrialSpec
     params: Mapping[str, Any]
     epoch: int = 0
-    value: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
     verdict: tuple[Outcome, str] | None = None
     left_running: bool = False
@@ -173,6 +172,17 @@ class Book:
         """Hand out nothing more; trials in flight stop after their epoch and stay resumable."""
         self.stopping = self.stopping or reason
 
+    def short_of_trials(self) -> str:
+        """Why nothing more is handed out though the budget has more trials; empty while it is."""
+        trials = self.config.budget.trials
+        if trials is not None and self.store.started >= trials:
+            return ""
+        if over := self._over_budget():
+            return over
+        if self.store.left == 0:
+            return f"all {self.store.started} points of the grid have been tried"
+        return ""
+
     def _over_budget(self) -> str:
         """Which limit of time is reached; empty while none is."""
         budget = self.config.budget
@@ -237,7 +247,6 @@ class Book:
                 reason = f"{objective.metric} is {value} after epoch {report.epoch}"
                 live.verdict = (Outcome.DIVERGED, reason)
                 return
-        live.value = live.metrics[self.config.objective[0].metric]
         known = self.store.report(number, report)
         if known or not judged:
             return  # judged when it was new; the study has moved on since

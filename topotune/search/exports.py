@@ -46,7 +46,7 @@ class Exported:
 
 def export_top(
     folder: SearchFolder,
-    count: int,
+    count: int | None,
     out: Path,
     *,
     check: bool = False,
@@ -59,7 +59,7 @@ def export_top(
 
     Args:
         folder: the search.
-        count: how many; fewer if fewer finished.
+        count: how many, fewer if fewer finished; None for every trial of the Pareto front.
         out: folder that gets a sub-folder a trial.
         check: train each config again and compare the recorded objectives exactly.
         register: name in MLflow's model registry for the best one.
@@ -74,7 +74,8 @@ def export_top(
     """
     config = folder.config()
     board = leaderboard(folder, config)
-    best = top(board.trials, [o.direction for o in config.objective], count)
+    directions = [objective.direction for objective in config.objective]
+    best = board.front if count is None else top(board.trials, directions, count)
     if not best:
         raise RunError(
             f"{folder.root}: no trial finished within the constraints, so there is nothing to "

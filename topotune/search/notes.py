@@ -25,6 +25,36 @@ _END = {
 }
 
 
+_REPORT = "topotune:epoch:"
+
+
+def note_of(epoch: int) -> str:
+    """The name of the note that holds an epoch's objectives, where there are several.
+
+    Optuna keeps one curve a trial, and of one objective: its samplers fail on curves of several.
+    """
+    return f"{_REPORT}{epoch}"
+
+
+def reported(trial: FrozenTrial, objectives: int) -> dict[int, list[float | None]]:
+    """What a trial reported of its objectives, by epoch; None where an epoch has no value.
+
+    Raises:
+        ValueError: a note has another form.
+        TypeError: the same.
+    """
+    if objectives == 1:
+        return {epoch: [value] for epoch, value in trial.intermediate_values.items()}
+    found: dict[int, list[float | None]] = {}
+    for name, note in trial.system_attrs.items():
+        if name.startswith(_REPORT):
+            values = [None if value is None else float(value) for value in note]
+            if len(values) != objectives:
+                raise ValueError(f"{name}: {len(values)} values of {objectives} objectives")
+            found[int(name.removeprefix(_REPORT))] = values
+    return dict(sorted(found.items()))
+
+
 def check_notes(trial: FrozenTrial, objectives: int | None = None) -> None:
     """Make sure that a trial's notes have the form that the house gives them.
 
@@ -47,6 +77,8 @@ def check_notes(trial: FrozenTrial, objectives: int | None = None) -> None:
             if not isinstance(excess, int | float):
                 raise TypeError(f"constraint {name}: expected a number, got {excess!r:.80}")
         _check("fixed_params", trial.system_attrs.get("fixed_params", {}), {})
+        if objectives is not None:
+            reported(trial, objectives)
     except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(str(error)) from None
     if objectives is not None and trial.values is not None and len(trial.values) != objectives:

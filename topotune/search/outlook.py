@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from topotune.config import SearchConfig
-from topotune.records import Outcome, TrialSummary
+from topotune.config_rules import planned_trials
+from topotune.records import TrialSummary
+from topotune.results.ranking import is_eligible, pareto_fronts
 from topotune.search.view import RunningTrial, SearchView
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ class Outlook:
 
     def __init__(self, config: SearchConfig, finished: Iterable[TrialSummary]) -> None:
         self._config = config
+        self._objectives = {o.metric: o.direction for o in config.objective}
         self._counts: Counter[str] = Counter()
-        self._best: TrialSummary | None = None
+        self._front: list[TrialSummary] = []
         for row in finished:
             self._take(row)
         self._session_started = time.monotonic()
@@ -39,16 +41,16 @@ class Outlook:
         self._take(row)
 
     def _take(self, row: TrialSummary) -> None:
-        """Count a row, and keep the best by the first objective among complete rows that break no
-        constraint."""
+        """Count a row, and keep the front of those that may be called best."""
         self._counts[row.state] += 1
-        if row.state != Outcome.COMPLETE or row.violated or not row.values:
+        directions = list(self._objectives.values())
+        if not is_eligible(row, directions):
             return
-        if math.isnan(row.values[0]):
-            return
-        sign = 1.0 if self._config.objective[0].direction == "maximize" else -1.0
-        if self._best is None or sign * row.values[0] > sign * self._best.values[0]:
-            self._best = row
+        known = [*self._front, row]
+        fronts = pareto_fronts([trial.values for trial in known], directions)
+        self._front = [trial for trial, front in zip(known, fronts, strict=True) if front == 1]
+        if len(directions) == 1:
+            del self._front[1:]  # of equal ones the first
 
     def view(self, book: Book, phase: str, waiting: str = "", tracking: str = "") -> SearchView:
         """A snapshot to show.
@@ -63,7 +65,7 @@ class Outlook:
             RunningTrial(
                 number,
                 live.epoch,
-                None if math.isnan(live.value) else live.value,
+                tuple(live.metrics.get(name) for name in self._objectives),
                 live.params,
                 number in book.holding,
             )
@@ -73,16 +75,16 @@ class Outlook:
             name=self._config.name,
             phase=phase,
             counts={**self._counts, "RUNNING": len(book.holding)},
-            total=self._config.budget.trials,
+            total=planned_trials(self._config),
             epochs=self._config.budget.epochs,
-            best=self._best,
+            front=tuple(self._front),
             running=running,
             device_seconds=book.ledger.device_seconds,
             wall_seconds=book.ledger.wall_seconds,
             eta_seconds=self._eta(book),
             waiting=waiting,
             tracking=tracking,
-            headline=self._config.objective[0].metric,
+            objectives=self._objectives,
         )
 
     def _eta(self, book: Book) -> float | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from topotune.config import SearchConfig
+from topotune.config_rules import planned_trials
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
-from topotune.results.leaderboard import Leaderboard
-from topotune.results.text import clean
+from topotune.results.leaderboard import Leaderboard, standing
 from topotune.search.folder import SearchFolder, searches
 from topotune.search.ledger import read_ledger
 from topotune.search.live import Live
@@ -55,26 +55,26 @@ class SearchStatus:
         """ "running", "finished", or "stopped" with trials left to do."""
         if self.holder:
             return "running"
+        return "finished" if self.finished else "stopped"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
         counts = self.board.counts
         open_trials = counts["RUNNING"] + counts["WAITING"]
         ended = len(self.board.trials) - open_trials
         budget = self.config.budget
         limits = (
-            ended >= (budget.trials if budget.trials is not None else math.inf)
+            ended >= (planned_trials(self.config) or math.inf)
             or self.wall_seconds >= (budget.wall_clock or math.inf)
             or self.board.device_seconds >= (budget.device_seconds or math.inf)
         )
-        waiting = 0 if limits else counts["WAITING"]
-        done = limits or self.config.sampler.name == "grid"
-        return "finished" if done and not (counts["RUNNING"] + waiting) else "stopped"
+        return limits and not counts["RUNNING"]
 
     def line(self) -> str:
         """One line for a person."""
-        best = self.board.best
-        shown = ""
-        if best is not None:
-            metric = self.config.objective[0].metric
-            shown = f"; best {clean(metric)} {best.values[0]:.4f} (trial {best.number})"
+        best = standing(self.board.front, self.board.objectives)
+        shown = f"; {best}" if best else ""
         driven = f" by {self.holder}" if self.holder else ""
         again = f"; go on: topotune resume {self.config.name}" if self.state == "stopped" else ""
         return f"{self.config.name}: {self.state}{driven}; {self.board.summary}{shown}{again}"
@@ -118,6 +118,11 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
         except (SearchFolderError, ResourceError) as error:
             damaged(f"{folder.name}: cannot be read: {error}")
     return found
+
+
+def is_finished(folder: SearchFolder) -> bool:
+    """Whether a search has nothing left to do, whoever holds it."""
+    return _status(folder).finished
 
 
 def _status(folder: SearchFolder) -> SearchStatus:
@@ -197,13 +202,15 @@ def _say_pages(
         parent = store.parent(folder.search_id)
         if parent is not None:
             say(f"{folder.name}: {run_page(dashboard.url, experiment, parent.run_id)}")
-            goal = folder.config().objective[0]
-            maximize = goal.direction == "maximize"
-            page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
             if VIEW_TAG + folder.search_id in views:
-                table = experiment_page(dashboard.url, experiment, folder.search_id)
-                say(f"  its trials: {table}")
-            say(f"  their curves: {page}")
+                view = (dashboard.url, experiment, folder.search_id)
+                say(f"  its trials: {experiment_page(*view)}")
+                say(f"  their curves: {experiment_page(*view, charts=True)}")
+            else:  # a server that takes no tags of an experiment
+                goal = folder.config().objective[0]
+                maximize = goal.direction == "maximize"
+                page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
+                say(f"  their curves: {page}")
         elif name:
             say(f"{folder.name}: nothing is stored yet; try 'topotune sync {folder.name}'")
 

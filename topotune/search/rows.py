@@ -12,9 +12,10 @@ from optuna.trial import FrozenTrial
 from topotune.config import SearchConfig
 from topotune.errors import SearchFolderError
 from topotune.records import Outcome, TrialSummary, unpack_metrics
+from topotune.results.text import spread
 from topotune.search.address import study_name
 from topotune.search.folder import SearchFolder
-from topotune.search.notes import damaged_record
+from topotune.search.notes import damaged_record, reported
 from topotune.search.storage import open_storage
 
 FINISHED = "finished"
@@ -78,11 +79,16 @@ def summarise(
     if outcome == Outcome.COMPLETE.value and trial.values:
         values = tuple(trial.values)
     violated = tuple(
-        _breach(name, metrics.get(name, math.nan), config)
+        _breach(name, metrics, config)
         for name, excess in trial.constraints.items()
         if excess > 0 and name != FINISHED and outcome == Outcome.COMPLETE.value
     )
     spec = trial.user_attrs.get("spec", {})
+    epochs = reported(trial, len(config.objective))
+    curve, *further = [
+        {epoch: value for epoch, values in epochs.items() if (value := values[i]) is not None}
+        for i in range(len(config.objective))
+    ]
     return TrialSummary(
         number=trial.number,
         state=outcome,
@@ -90,8 +96,9 @@ def summarise(
         params=dict(trial.params),
         values=values,
         metrics=metrics,
-        curve=dict(trial.intermediate_values),
-        epochs=end.get("epochs", max(trial.intermediate_values, default=0)),
+        curve=curve,
+        further_curves=tuple(further),
+        epochs=end.get("epochs", max(epochs, default=0)),
         seed=spec.get("seed", 0),
         device_seconds=end.get("device_seconds", ledger.get(trial.number, 0.0)),
         violated=violated,
@@ -99,12 +106,13 @@ def summarise(
     )
 
 
-def _breach(name: str, value: float, config: SearchConfig) -> str:
-    bound = config.constraints.get(name)
+def _breach(name: str, metrics: Mapping[str, float], config: SearchConfig) -> str:
+    bound, value = config.constraints.get(name), metrics.get(name, math.nan)
     if bound is None:
         return name
+    shown = f"{name}: {value:.4g}{spread(metrics, name)}"
     if bound.max is not None and value > bound.max:
-        return f"{name}: {value:.4g} > {bound.max:g}"
+        return f"{shown} > {bound.max:g}"
     if math.isnan(value):
         return f"{name}: not measured"
-    return f"{name}: {value:.4g} < {bound.min:g}"
+    return f"{shown} < {bound.min:g}"

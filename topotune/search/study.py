@@ -34,7 +34,7 @@ from topotune.search.address import study_name, study_place
 from topotune.search.constraints import constraint_values
 from topotune.search.deaths import Cause
 from topotune.search.folder import SearchFolder
-from topotune.search.notes import check_stored, damaged_record
+from topotune.search.notes import check_stored, damaged_record, note_of, reported
 from topotune.search.patience import Patience
 from topotune.search.rebuild import whole_storage
 from topotune.search.rows import summarise
@@ -89,6 +89,7 @@ class StudyStore:
             pruner=make_pruner(config),
             load_if_exists=True,
         )
+        self._name_metrics()
         self._enqueue()
         frozen = self._study.get_trials(deepcopy=False)
         self._worst: list[float] | None = None
@@ -113,12 +114,25 @@ class StudyStore:
         self._tell(trial.number, Outcome(end["outcome"]), unpack_metrics(end["metrics"]))
         return True
 
+    def _name_metrics(self) -> None:
+        """Have optuna-dashboard show the objectives by their names."""
+        names = [objective.metric for objective in self.config.objective]
+        if self._study.metric_names != names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self._study.set_metric_names(names)
+
     def _enqueue(self) -> None:
         """Queue the warm-start points and the grid, once: a restart finds them there."""
         # Optuna's own check for repeats takes close numbers for equal and reads all trials anew
         # for every point. The points are queued first and in order, so counting is enough.
         for point in queued_points(self.config)[len(self._study.get_trials(False)) :]:
             self._study.enqueue_trial(point)
+
+    @property
+    def started(self) -> int:
+        """Trials that have been handed out."""
+        return self._started
 
     @property
     def left(self) -> int | None:
@@ -191,13 +205,12 @@ class StudyStore:
         return self._trial(number).params
 
     def report(self, number: int, report: EpochReport) -> bool:
-        """Store the first objective's value at an epoch; whether the study had it already.
+        """Store the objectives' values at an epoch; whether the study had it already.
 
-        Nothing is stored for several objectives (Optuna compares one curve at most), nor for a
-        value that is missing or not finite.
+        With one objective nothing is stored for a value that is missing or not finite.
         """
         if len(self.config.objective) > 1:
-            return False
+            return self._note_report(number, report)
         value = report.metrics.get(self.config.objective[0].metric, math.nan)
         if not math.isfinite(value):
             return False
@@ -207,6 +220,15 @@ class StudyStore:
         if report.epoch in curve:
             return report.epoch < max(curve)
         self._trial(number).report(value, report.epoch)
+        return False
+
+    def _note_report(self, number: int, report: EpochReport) -> bool:
+        """As :meth:`report`, of several objectives."""
+        self._fence()
+        if report.epoch in reported(self._frozen(number), len(self.config.objective)):
+            return True
+        values = [report.metrics.get(objective.metric) for objective in self.config.objective]
+        self._storage.set_trial_system_attr(self._id(number), note_of(report.epoch), values)
         return False
 
     def count_death(self, number: int, cause: str) -> dict[str, int]:
@@ -252,7 +274,8 @@ class StudyStore:
         """End the trials that an earlier session left running and nobody has taken up."""
         rows = []
         for number in self._orphans:
-            epochs = max(self._frozen(number).intermediate_values, default=0)
+            frozen = self._frozen(number)
+            epochs = max(reported(frozen, len(self.config.objective)), default=0)
             rows.append(self.finish(number, outcome, reason, {}, epochs, ledger.get(number, 0.0)))
         self._orphans = []
         return rows

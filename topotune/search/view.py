@@ -14,12 +14,12 @@ BEGUN = "the search begins"
 
 @dataclass(frozen=True)
 class RunningTrial:
-    """A trial in flight: its number, epochs done, current objective and parameters, and whether it
-    holds a device or waits for one."""
+    """A trial in flight: its number, epochs done, the objectives' present values (None while not
+    known) and its parameters, and whether it holds a device or waits for one."""
 
     number: int
     epoch: int
-    value: float | None
+    values: tuple[float | None, ...]
     params: Mapping[str, Value]
     holds: bool = True
 
@@ -34,13 +34,14 @@ class SearchView:
         counts: state to number of trials (COMPLETE, PRUNED, DIVERGED, FAILED, RUNNING).
         total: trials of the budget; None without a limit.
         epochs: epochs of a full trial.
-        best: the best trial so far.
+        front: the best trial so far; with several objectives the Pareto front.
         running: the trials in flight.
         device_seconds: charged so far.
         wall_seconds: of all sessions.
         eta_seconds: estimate until the end; None while unknown.
         waiting: why something waits; empty if nothing does.
         tracking: one line on the tracking server.
+        objectives: metric name to "maximize" or "minimize", the first objective first.
     """
 
     name: str
@@ -48,14 +49,14 @@ class SearchView:
     counts: Mapping[str, int]
     total: int | None
     epochs: int
-    best: TrialSummary | None = None
+    front: tuple[TrialSummary, ...] = ()
     running: tuple[RunningTrial, ...] = ()
     device_seconds: float = 0.0
     wall_seconds: float = 0.0
     eta_seconds: float | None = None
     waiting: str = ""
     tracking: str = ""
-    headline: str = field(default="")
+    objectives: Mapping[str, str] = field(default_factory=dict)
 
 
 class Listener(Protocol):
