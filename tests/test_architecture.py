@@ -21,6 +21,7 @@ ROOM_ORDER = (
         "config_budget",
         "config_resources",
         "config_rules",
+        "config_secrets",
         "config_faults",
         "config",
         "yamlfile",

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from tests.test_config_file import BASE, changed, load
 from topotune.cli.main import app
 from topotune.config import SearchConfig
-from topotune.config_rules import last_value, remarks
+from topotune.config_rules import last_value, unreached_ends
 from topotune.config_space import FloatParam, IntParam
 from topotune.configfile import load_search, parse_search
 from topotune.errors import ConfigError, FaultsError, FieldError
@@ -279,7 +279,7 @@ def test_a_step_that_does_not_divide_is_cut_as_optuna_cuts_it_and_said(
     assert ours.distributions == theirs.distributions
     last = theirs.distributions["depth"].to_external_repr(last_value(param))
     assert theirs.distributions["depth"].high == last  # type: ignore[attr-defined]
-    assert len(remarks(config)) == (last != high)
+    assert len([*unreached_ends(config)]) == (last != high)
     found = CliRunner().invoke(app, ["check", "--quick", str(tmp_path / "space.yaml")])
     assert ("note: space.depth: steps of" in found.output) == (last != high)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from topotune.errors import did_you_mean
 from topotune.records import Value
-from topotune.redaction import address_with_secret, names_secret
 
 if TYPE_CHECKING:
     from topotune.config import SearchConfig
@@ -107,45 +106,6 @@ def _check_test_split(config: SearchConfig) -> Iterator[RuleError]:
                 f"val_{metric.removeprefix('test_')}; 'topotune export' and 'topotune train' open "
                 "the test split",
             )
-
-
-def check_secrets(config: SearchConfig) -> None:
-    """Nothing in a search file may be a secret: it is kept, uploaded and shown.
-
-    Raises:
-        BrokenRulesError: texts look like one.
-    """
-    if broken := list(_secrets(config)):
-        raise BrokenRulesError(broken)
-
-
-def _secrets(config: SearchConfig) -> Iterator[RuleError]:
-    # The study's address has a rule of its own, which allows a user's name.
-    for place, value in _texts(config.model_dump(exclude={"study"}), ()):
-        names = [key for key in place if isinstance(key, str)]
-        # What is searched is no secret, whatever its name.
-        named = place[0] in ("task", "model", "fixed") and names_secret(names[-1])
-        if value and (named or address_with_secret(value)):
-            yield RuleError(
-                place,
-                "looks like a secret, and a search file is kept, uploaded and shown. Put it into "
-                "the environment: MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD for the "
-                "tracking server; a task of your own can read others from there",
-            )
-
-
-def _texts(
-    value: object, place: tuple[str | int, ...]
-) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Every text in nested plain data, and where it stands."""
-    if isinstance(value, str):
-        yield place, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(inner, (*place, key))
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _texts(inner, (*place, index))
 
 
 def _check_names(config: SearchConfig) -> Iterator[RuleError]:
@@ -264,14 +224,14 @@ def last_value(param: FloatParam | IntParam) -> float:
     return float(high - rest) if rest else param.high
 
 
-def remarks(config: SearchConfig) -> list[str]:
-    """What is legal in a search file and may be meant otherwise, a line each."""
-    return [
-        f"space.{name}: steps of {param.step:g} from {param.low:g} do not reach high "
-        f"{param.high:g}; the last value is {last_value(param):g}"
-        for name, param in config.space.items()
-        if param.type != "categorical" and last_value(param) != param.high
-    ]
+def unreached_ends(config: SearchConfig) -> Iterator[str]:
+    """A line for each parameter whose steps do not end at its ``high``."""
+    for name, param in config.space.items():
+        if param.type != "categorical" and last_value(param) != param.high:
+            yield (
+                f"space.{name}: steps of {param.step:g} from {param.low:g} do not reach high "
+                f"{param.high:g}; the last value is {last_value(param):g}"
+            )
 
 
 def is_active(param: Param, chosen: Mapping[str, Value]) -> bool:

@@ -30,7 +30,7 @@ def check(
 ) -> None:
     """Validate a search file, show its space, and build its task and method at every extreme."""
     from topotune.config_faults import located
-    from topotune.config_rules import describe, one_of, remarks
+    from topotune.config_rules import describe, one_of, unreached_ends
     from topotune.configfile import parse_search, read_yaml
     from topotune.results.text import rich_text
 
@@ -42,7 +42,7 @@ def check(
     metrics: list[str] = []
     notes: list[str] = []
     if quick:
-        notes = remarks(config)
+        notes = list(unreached_ends(config))
     else:
         from topotune.search.preflight import preflight
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.config import SearchConfig
-from topotune.config_rules import remarks
+from topotune.config_rules import unreached_ends
 from topotune.errors import (
     ConfigError,
     FieldError,
@@ -59,7 +59,7 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
     """
     from topotune.train.rehearsal import metric_names
 
-    for remark in remarks(config):
+    for remark in unreached_ends(config):
         note(remark)
     names = metric_names(_first_stable(config, note))
     several = len(config.objective) > 1
