@@ -239,11 +239,18 @@ def is_active(param: Param, chosen: Mapping[str, Value]) -> bool:
     return all(
         parent in chosen
         and any(
-            same(chosen[parent], value)
+            _meets(chosen[parent], value)
             for value in (wanted if isinstance(wanted, list) else [wanted])
         )
         for parent, wanted in param.when.items()
     )
+
+
+def _meets(chosen: Value, wanted: Value) -> bool:
+    """Whether a sampled value is the wanted one: three steps of 0.1 are not exactly 0.3."""
+    if isinstance(chosen, float) and isinstance(wanted, int | float):
+        return not isinstance(wanted, bool) and math.isclose(chosen, wanted, abs_tol=1e-15)
+    return same(chosen, wanted)
 
 
 def active_part(space: Mapping[str, Param], point: Mapping[str, Value]) -> dict[str, Value]:

@@ -10,6 +10,7 @@ from topotune.config import SearchConfig
 from topotune.errors import (
     ConfigError,
     FieldError,
+    PluginError,
     UnknownNameError,
     UnstableError,
     UserError,
@@ -35,6 +36,7 @@ def build_faults(config: SearchConfig, spec: TrialSpec) -> Iterator[FieldError]:
 
     Raises:
         UnstableError: its dynamics cannot settle, and nothing is wrong with it otherwise.
+        UserError: not the file but the environment must change.
     """
     from topotune.train.assemble import preflight
 
@@ -46,7 +48,7 @@ def build_faults(config: SearchConfig, spec: TrialSpec) -> Iterator[FieldError]:
             if seen:
                 return
             raise
-        except UserError as error:
+        except (ConfigError, UnknownNameError, PluginError) as error:
             path = _path(error, config, spec)
             # What is refused next to a stand-in or without an option may be due to that.
             due = seen and not (isinstance(error, UnknownNameError) or _in_file(path, config))

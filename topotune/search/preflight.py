@@ -20,6 +20,7 @@ from topotune.errors import (
     FieldError,
     ResourceError,
     UnstableError,
+    UserError,
     combined,
     did_you_mean,
 )
@@ -99,7 +100,10 @@ def _first_stable(config: SearchConfig, note: Callable[[str], None]) -> TrialSpe
 
 def faults(config: SearchConfig) -> list[FieldError]:
     """What keeps trials anywhere in the space from being built, each key once."""
-    return _examine(config)[2]
+    try:
+        return _examine(config)[2]
+    except UserError:  # of the environment; the file's own faults come first
+        return []
 
 
 def _examine(
