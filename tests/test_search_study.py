@@ -200,20 +200,29 @@ def test_conditional_parameters_appear_only_when_they_apply(tmp_path: Path) -> N
     space = {
         "coupling": {"type": "categorical", "choices": ["uniform", "exchange"]},
         "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
-        "eta": {"type": "float", "low": 0.1, "high": 0.5, "when": {"coupling": "exchange"}},
-        "mu0": {"type": "float", "low": 0.1, "high": 0.5, "when": {"eta": 0.2}},
+        "eta": {
+            "type": "float",
+            "low": 0.1,
+            "high": 0.3,
+            "step": 0.1,
+            "when": {"coupling": "exchange"},
+        },
+        "mu0": {"type": "float", "low": 0.1, "high": 0.5, "when": {"eta": 0.3}},
     }
-    config = make_config(space=space, fixed={"eta": 0.0}, budget={"trials": 12, "epochs": 1})
+    config = make_config(space=space, fixed={"eta": 0.0}, budget={"trials": 24, "epochs": 1})
     desk = Desk(tmp_path, config)
     desk.run()
-    kinds = set()
+    kinds, chains = set(), set()
     for row in desk.rows():
         spec = TrialSpec.from_dict(row.spec)
         kinds.add(row.params["coupling"])
         assert ("eta" in row.params) == (row.params["coupling"] == "exchange")
-        assert "mu0" not in row.params
+        # Three steps of 0.1 are 0.30000000000000004.
+        assert ("mu0" in row.params) == (row.params.get("eta") in (0.3, 0.1 + 2 * 0.1))
+        chains.add("mu0" in row.params)
         assert spec.params["eta"] == row.params.get("eta", 0.0)
     assert kinds == {"uniform", "exchange"}
+    assert chains == {True, False}
 
 
 def test_names_go_to_their_blocks(tmp_path: Path) -> None:

@@ -280,9 +280,10 @@ def test_a_cluster_without_topotune_says_what_to_install(code: int, log: str) ->
 
 
 def test_a_drivers_own_error_is_passed_on_with_its_exit_code() -> None:
-    error = failure(ended(2), RAYS + "note something\nerror: first\nerror: task: unknown task\n")
+    log = "error: first\nnote something\nerror: f:2: task: unknown\nerror: f:3: method: unknown\n"
+    error = failure(ended(2), RAYS + log)
     assert isinstance(error, RemoteError)
-    assert (str(error), error.exit_code) == ("task: unknown task", 2)
+    assert (str(error), error.exit_code) == ("f:2: task: unknown; f:3: method: unknown", 2)
 
 
 def test_a_job_that_said_nothing_is_told_by_rays_message() -> None:

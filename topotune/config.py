@@ -307,9 +307,10 @@ class SearchConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
-        from topotune.config_rules import check_search, check_secrets
+        from topotune.config_rules import check_search
+        from topotune.config_secrets import check_secrets
 
-        check_search(self)
+        check_search(self, saved=info.context == SAVED)
         if info.context != SAVED:
             check_secrets(self)
         return self

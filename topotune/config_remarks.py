@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from topotune.config import SearchConfig
-from topotune.config_rules import active_part, grid_size, same
+from topotune.config_rules import active_part, grid_size, same, unreached_ends
 
 
 def remarks(config: SearchConfig) -> list[str]:
     """All that is odd about a search and allowed."""
-    return [*_repeated_points(config), *_idle_gpus(config), *_small_grid(config)]
+    return [
+        *_repeated_points(config),
+        *_idle_gpus(config),
+        *_small_grid(config),
+        *unreached_ends(config),
+    ]
 
 
 def _repeated_points(config: SearchConfig) -> Iterator[str]:

@@ -1,20 +1,20 @@
-"""Search files and training configs: every complaint of pydantic as a ConfigError with its line."""
+"""Read search files and training configs."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from topotune.config import SAVED, SearchConfig, json_schema
-from topotune.config_rules import RuleError
-from topotune.errors import ConfigError, did_you_mean
+from topotune.config_faults import faults_of, sound_part, with_lines
+from topotune.errors import ConfigError, FieldError
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec
-from topotune.redaction import names_secret, redact
-from topotune.yamlfile import HALF, Lines, Place, parse_yaml, read_yaml
+from topotune.yamlfile import HALF, Lines, parse_yaml, read_yaml
 
 __all__ = ["load_search", "load_spec", "parse_search", "parse_spec", "parse_yaml", "read_yaml"]
 
@@ -23,14 +23,20 @@ def load_search(path: Path) -> SearchConfig:
     """The search file at ``path``.
 
     Raises:
-        ConfigError: with file, line, key, rule and fix of the first (and count of further)
-            problems.
+        ConfigError: with file, line, key, rule and fix; of several faults a FaultsError.
     """
     data, lines = read_yaml(path)
     return parse_search(data, str(path), lines)
 
 
-def parse_search(data: object, source: str, lines: Lines, *, saved: bool = False) -> SearchConfig:
+def parse_search(
+    data: object,
+    source: str,
+    lines: Lines,
+    *,
+    saved: bool = False,
+    also: Callable[[SearchConfig], list[FieldError]] = lambda part: [],
+) -> SearchConfig:
     """A search config from plain data; errors name ``source`` and the line.
 
     Args:
@@ -38,6 +44,8 @@ def parse_search(data: object, source: str, lines: Lines, *, saved: bool = False
         source: where it was read.
         lines: the line of each key.
         saved: it is of a search that exists, where a secret is no longer refused.
+        also: finds what is wrong beyond the file's own rules; asked about the sound part of a file
+            that has faults, so that all are seen at once.
     """
     if not isinstance(data, dict):
         raise ConfigError(
@@ -48,9 +56,32 @@ def parse_search(data: object, source: str, lines: Lines, *, saved: bool = False
     try:
         return SearchConfig.model_validate(data, context=SAVED if saved else None)
     except ValidationError as error:
-        raise _translate(error, source, lines, data, _search_schema()) from None
+        faults = faults_of(error, data, _search_schema())
+        with contextlib.suppress(UnicodeEncodeError):
+            faults += _further(data, faults, also)
+        raise with_lines(faults, source, lines) from None
     except UnicodeEncodeError:  # of a rule's message; YAML has named the line before
         raise ConfigError(source, HALF) from None
+
+
+def _further(
+    data: dict[str, Any],
+    faults: list[FieldError],
+    also: Callable[[SearchConfig], list[FieldError]],
+) -> list[FieldError]:
+    """Faults of the part of a file that has none of these."""
+    found: list[FieldError] = []
+    while True:
+        rest, real = sound_part(data, [*faults, *found])
+        try:
+            more = also(SearchConfig.model_validate(rest))
+            last = True
+        except ValidationError as error:
+            more, last = faults_of(error, rest, _search_schema()), False
+        more = [fault for fault in more if real(fault)]
+        found += more
+        if last or not more:
+            return found
 
 
 # A misspelt key of a training config must fail, not vanish, and a number must be one that a
@@ -81,7 +112,7 @@ def parse_spec(data: object, source: str, lines: Lines) -> TrialSpec:
     try:
         return _SPEC.validate_python(data)
     except ValidationError as error:
-        raise _translate(error, source, lines, data, _spec_schema()) from None
+        raise with_lines(faults_of(error, data, _spec_schema()), source, lines) from None
     except UnicodeEncodeError:
         raise ConfigError(source, HALF) from None
 
@@ -94,108 +125,3 @@ def _search_schema() -> dict[str, Any]:
 @functools.cache
 def _spec_schema() -> dict[str, Any]:
     return _SPEC.json_schema()
-
-
-_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
-
-
-def _translate(
-    error: ValidationError, source: str, lines: Lines, data: Any, schema: dict[str, Any]
-) -> ConfigError:
-    """The most telling problem as place, rule and fix, and how many other places have one."""
-    found: dict[Place, list[str]] = {}
-    # An unknown key often is the missing one, misspelt: it goes first.
-    for problem in sorted(
-        error.errors(include_url=False), key=lambda p: p["type"] not in _UNKNOWN_KEY
-    ):
-        cause = problem.get("ctx", {}).get("error")
-        raw = cause.path if isinstance(cause, RuleError) else tuple(problem["loc"])
-        kind = "missing" if isinstance(cause, RuleError) else problem["type"]
-        place = tuple(_existing(raw, data, kind))
-        found.setdefault(place, []).append(_message(problem, place, schema))
-    place, messages = next(iter(found.items()))
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    at = f"{source}:{_line(place, lines)}" if _line(place, lines) else source
-    return ConfigError(
-        f"{at}: {_dotted(place)}" if place else at, " or ".join(dict.fromkeys(messages)) + more
-    )
-
-
-def _existing(place: Place, data: Any, kind: str) -> Iterator[str | int]:
-    """The part of a pydantic location that is in the file: union tags drop out."""
-    here = data
-    last = len(place) - 1
-    for index, key in enumerate(place):
-        if isinstance(here, dict) and isinstance(key, str):
-            if key in here:
-                here = here[key]
-                yield key
-            elif index == last and kind in ("missing", *_UNKNOWN_KEY):
-                yield key
-        elif isinstance(here, list) and isinstance(key, int) and key < len(here):
-            here = here[key]
-            yield key
-
-
-def _dotted(place: Place) -> str:
-    text = ""
-    for key in place:
-        text += f"[{key}]" if isinstance(key, int) else (f".{key}" if text else key)
-    return text
-
-
-def _line(place: Place, lines: Lines) -> int:
-    """The line of the place or of the nearest block around it; 0 if unknown."""
-    while place and place not in lines:
-        place = place[:-1]
-    return lines.get(place, 0)
-
-
-def _message(problem: Any, place: Place, schema: dict[str, Any]) -> str:
-    kind, value = problem["type"], problem.get("input")
-    if kind in _UNKNOWN_KEY:
-        return (
-            f"unknown key {place[-1]!r}{did_you_mean(str(place[-1]), _keys_at(place[:-1], schema))}"
-        )
-    if kind == "missing":
-        return "is required"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        tag = value.get("type") if isinstance(value, dict) else None
-        kinds = ("float", "int", "categorical")
-        if tag is None:
-            return "needs a type: float, int or categorical"
-        return f"unknown parameter type {tag!r}{did_you_mean(str(tag), kinds)}"
-    if kind in ("value_error", "assertion_error"):
-        return str(problem["ctx"]["error"])
-    hidden = any(isinstance(key, str) and names_secret(key) for key in place)
-    shown = "***" if hidden else redact(repr(value))
-    shown = shown if len(shown) < 80 else shown[:77] + "..."
-    text: str = problem["msg"]
-    return f"{text[0].lower()}{text[1:]} (got {shown})"
-
-
-def _keys_at(place: Place, schema: dict[str, Any]) -> list[str]:
-    """The legal keys of the block at ``place``, from the models themselves."""
-    options = _unfold(schema, schema)
-    for key in place:
-        options = [step for option in options for step in _descend(option, key, schema)]
-    return sorted({name for option in options for name in option.get("properties", {})})
-
-
-def _descend(option: dict[str, Any], key: str | int, root: dict[str, Any]) -> list[dict[str, Any]]:
-    if isinstance(key, int):
-        nexts = [option["items"]] if "items" in option else []
-    elif key in option.get("properties", {}):
-        nexts = [option["properties"][key]]
-    else:
-        extra = option.get("additionalProperties")
-        nexts = [extra] if isinstance(extra, dict) else []
-    return [leaf for found in nexts for leaf in _unfold(found, root)]
-
-
-def _unfold(option: dict[str, Any], root: dict[str, Any]) -> list[dict[str, Any]]:
-    if "$ref" in option:
-        return _unfold(root["$defs"][option["$ref"].rsplit("/", 1)[1]], root)
-    inner = [*option.get("anyOf", ()), *option.get("oneOf", ()), *option.get("allOf", ())]
-    found = [leaf for one in inner for leaf in _unfold(one, root)]
-    return [*found, option] if "properties" in option or not inner else found

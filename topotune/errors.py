@@ -5,6 +5,8 @@ The tree::
     TopotuneError                  caught once, at the command line
     +-- UserError                  the input or the environment must change: exit code 2
     |   +-- ConfigError            a search file, config or option; names place, value, rule, fix
+    |   |   +-- FieldError         the same of a search file, by the path of its key
+    |   |   +-- FaultsError        several of these: all faults of a file at once
     |   |   +-- UnstableError      values whose dynamics cannot settle, however well they are solved
     |   +-- UnknownNameError       a name that no registry knows; lists the known and the nearest
     |   +-- PluginError            "package.module:Name" does not load or has the wrong type
@@ -30,8 +32,9 @@ from __future__ import annotations
 import difflib
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
+from typing import Any
 
 
 class TopotuneError(Exception):
@@ -59,8 +62,59 @@ class ConfigError(UserError):
         self.place, self.problem, self.fix = place, problem, fix
         super().__init__(f"{place}: {problem}" + (f". {fix}" if fix else ""))
 
-    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Any, ...]]:
         return type(self), (self.place, self.problem, self.fix)
+
+
+class FieldError(ConfigError):
+    """A value of a search file breaks a rule that its reader cannot know; it adds file and line.
+
+    Args:
+        path: the keys that lead to the value, such as ``("space", "lr")``.
+        problem, fix: as of :class:`ConfigError`.
+    """
+
+    def __init__(self, path: tuple[str | int, ...], problem: str, fix: str = "") -> None:
+        self.path = path
+        super().__init__(dotted(path), problem, fix)
+
+    def __reduce__(self) -> tuple[type[FieldError], tuple[Any, ...]]:
+        return type(self), (self.path, self.problem, self.fix)
+
+
+class FaultsError(ConfigError):
+    """Several faults; the text has a line for each, place, problem and fix are the first one's."""
+
+    SHOWN = 20
+
+    def __init__(self, faults: Sequence[ConfigError]) -> None:
+        self.faults = tuple(faults)
+        first = faults[0]
+        super().__init__(first.place, first.problem, first.fix)
+        self.args = ("\n".join(self.texts()),)
+
+    def texts(self) -> list[str]:
+        """A line for each fault, of very many for the first ones."""
+        more = len(self.faults) - self.SHOWN
+        last = [f"{more} more faults; the first {self.SHOWN} are shown"] if more > 0 else []
+        return [str(fault) for fault in self.faults[: self.SHOWN]] + last
+
+    def __reduce__(self) -> tuple[type[FaultsError], tuple[Any, ...]]:
+        return type(self), (self.faults,)
+
+
+def combined(faults: Iterable[ConfigError]) -> ConfigError:
+    """The one fault, or a FaultsError with all; there is at least one."""
+    found = list(faults)
+    return found[0] if len(found) == 1 else FaultsError(found)
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    """The path of a key in a file as text, such as ``warm_start[0].lr``."""
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else (f".{key}" if text else key)
+    return text
 
 
 class UnstableError(ConfigError):
@@ -151,13 +205,44 @@ class VerificationError(RunError):
     """A second training of an exported config did not give the recorded metric."""
 
 
+_ALSO_CALLED = {
+    **dict.fromkeys(("learning_rate", "step_size"), "lr"),
+    "epsilon": "eps",
+    "l2": "weight_decay",
+    **dict.fromkeys(("bayes", "bayesian", "bayesopt", "bo", "hyperopt"), "tpe"),
+    **dict.fromkeys(("sobol", "halton"), "qmc"),
+    **dict.fromkeys(("genetic", "evolution"), "nsga2"),
+    **dict.fromkeys(("off", "no"), "none"),
+    **dict.fromkeys(("accuracy", "acc", "val_acc"), "val_accuracy"),
+    "loss": "val_loss",
+    **dict.fromkeys(("num_samples", "n_trials"), "trials"),
+    "timeout": "wall_clock",
+    **dict.fromkeys(("min", "lower"), "low"),
+    **dict.fromkeys(("max", "upper"), "high"),
+    "values": "choices",
+    "dataset": "task",
+    "optimizer": "method",
+    **dict.fromkeys(("parameters", "params"), "space"),
+}
+"""What other libraries call a thing to its name here, where spelling does not lead to it."""
+
+
 def did_you_mean(name: str, known: Iterable[str], hint: str = "") -> str:
     """The tail of a message about an unknown name: the nearest known one, then all of them."""
     options = sorted(known)
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    text = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, options)
+    text = f"; did you mean {near!r}?" if near else ""
     text += f" (known: {', '.join(options)})" if options else ""
     return text + (f" {hint}" if hint else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant."""
+    options = list(known)
+    if (other := _ALSO_CALLED.get(name.lower())) in options:
+        return other
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return near[0] if near else None
 
 
 _OURS = str(PurePath(__file__).parent)

@@ -33,7 +33,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check versions, devices, Ray, disk and stores, of this machine or of a cluster and every node
-    of it; exit 1 if something is broken."""
+    of it; exit 2 if something is broken."""
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], None, as_json)
         return
@@ -63,4 +63,4 @@ def doctor(
             table.add_row(*(cell.replace("[", "\\[") for cell in cells))
         console().print(table)
     if not all(one.ok for one in findings):
-        raise typer.Exit(1)
+        raise typer.Exit(2)

@@ -14,7 +14,7 @@ from topotune import __version__
 from topotune.cli import answer, bench, cluster, deliver, doctor, inspect, run, validate
 from topotune.cli.options import shown
 from topotune.cli.surroundings import give_a_home, open_closed_streams
-from topotune.errors import InterruptError, TopotuneError
+from topotune.errors import FaultsError, InterruptError, TopotuneError
 from topotune.search.signals import discard
 from topotune.settings import apply_settings
 
@@ -83,28 +83,34 @@ def main() -> None:
 
 
 def _main() -> None:
-    """Run the command: runs the app; our errors become one line on stderr and an exit code."""
+    """Run the command: runs the app; our errors become lines on stderr and an exit code."""
     try:
         try:
             app()
         finally:
             sys.stdout.flush()  # or a full disk would be met while Python ends
+    except SystemExit as end:
+        # Typer ends with 1, a failed run's code, where the reader of standard output has gone.
+        if isinstance(end.__context__, BrokenPipeError):
+            sys.exit(2)
+        raise
     except InterruptError as error:
-        _end(str(error), error.exit_code)
+        _end([str(error)], error.exit_code)
     except TopotuneError as error:
-        _end(f"error: {error}", error.exit_code)
+        faults = error.texts() if isinstance(error, FaultsError) else [str(error)]
+        _end([f"error: {fault}" for fault in faults], error.exit_code)
     except OSError as error:  # of a path or of standard output; what a search meets it handles
         discard(1)
         place = "standard output" if error.filename is None else f"{error.filename!r:.200}"
-        _end(f"error: {place}: {error.strerror}", 2)
+        _end([f"error: {place}: {error.strerror}"], 2)
     except KeyboardInterrupt as error:  # before or after the command itself
-        _end(str(InterruptError(error)), InterruptError.exit_code)
+        _end([str(InterruptError(error))], InterruptError.exit_code)
 
 
-def _end(text: str, exit_code: int) -> None:
+def _end(texts: list[str], exit_code: int) -> None:
     """Say why the command ends, if standard error takes it, and end it."""
     try:
-        sys.stderr.write(f"{shown(text)}\n")
+        sys.stderr.writelines(f"{shown(text)}\n" for text in texts)
         sys.stderr.flush()
     except OSError:  # full or gone, too: the exit code still says it
         discard(2)

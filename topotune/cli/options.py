@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, FieldError
 from topotune.redaction import redact
 from topotune.results.text import clean
 from topotune.settings import ADDRESS, STORAGE
@@ -23,6 +23,8 @@ from topotune.spaces import find_space, shipped_spaces
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from topotune.config import SearchConfig
 
 DEFAULT_RESULTS = Path("topotune-results")
 
@@ -225,6 +227,13 @@ def waiting(text: str) -> AbstractContextManager[object]:
 
     err = Console(stderr=True, highlight=False)
     return err.status(shown(text).replace("[", "\\[")) if err.is_terminal else nullcontext()
+
+
+def build_faults(part: SearchConfig) -> list[FieldError]:
+    """What keeps trials of a search from being built, looked for where its file has faults."""
+    from topotune.search.preflight import faults
+
+    return faults(part)
 
 
 def changed(data: object, changes: Mapping[tuple[str, ...], object]) -> object:

@@ -18,6 +18,7 @@ from topotune.cli.options import (
     ResultsDir,
     SearchFile,
     SearchName,
+    build_faults,
     changed,
     console,
     elsewhere,
@@ -60,6 +61,7 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Run a new search to its end: leaderboard, best config, next commands."""
+    from topotune.config_faults import located
     from topotune.configfile import parse_search, read_yaml
 
     data, lines = read_yaml(file)
@@ -72,27 +74,28 @@ def search(
         ("resources", "priority"): priority,
     }
     try:
-        config = parse_search(changed(data, changes), str(file), lines)
+        config = parse_search(changed(data, changes), str(file), lines, also=build_faults)
     except ConfigError as error:
         if tracking_uri is not None and error.place.endswith("tracking.uri"):
             raise ConfigError("--tracking-uri", error.problem, error.fix) from None
         raise
     from topotune.search import driver
 
-    _finish(
-        config,
-        lambda listener: driver.start(
+    with located(str(file), lines):
+        _finish(
             config,
-            file.read_text(encoding="utf-8"),
+            lambda listener: driver.start(
+                config,
+                file.read_text(encoding="utf-8"),
+                results_dir,
+                listener,
+                ray_address,
+                Path.cwd() if on_cluster(context) else None,
+            ),
             results_dir,
-            listener,
-            ray_address,
-            Path.cwd() if on_cluster(context) else None,
-        ),
-        results_dir,
-        "" if on_cluster(context) else where(results_dir),
-        as_json,
-    )
+            "" if on_cluster(context) else where(results_dir),
+            as_json,
+        )
 
 
 def resume(

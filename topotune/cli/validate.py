@@ -11,6 +11,7 @@ import typer
 from topotune.cli.options import (
     AsJson,
     SearchFile,
+    build_faults,
     changed,
     console,
     json_text,
@@ -28,21 +29,25 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Validate a search file, show its space, and build its task and method at every extreme."""
+    from topotune.config_faults import located
     from topotune.config_remarks import remarks
-    from topotune.config_rules import describe
+    from topotune.config_rules import describe, one_of
     from topotune.configfile import parse_search, read_yaml
     from topotune.results.text import rich_text
 
     log_to_stderr()
     data, lines = read_yaml(file)
-    config = parse_search(changed(data, {("task", "data_dir"): data_dir}), str(file), lines)
+    data = changed(data, {("task", "data_dir"): data_dir})
+    also = (lambda part: []) if quick else build_faults
+    config = parse_search(data, str(file), lines, also=also)
     metrics: list[str] = []
     notes = remarks(config)
     if not quick:
         from topotune.search.preflight import machine_remarks, preflight
 
         notes += machine_remarks(config)
-        metrics = preflight(config, notes.append)
+        with located(str(file), lines):
+            metrics = preflight(config, notes.append)
     if as_json:
         print_json({"config": config.model_dump(mode="json"), "metrics": metrics, "notes": notes})
         return
@@ -53,7 +58,7 @@ def check(
     for title in ("parameter", "range", "only when"):
         table.add_column(title)
     for name, param in config.space.items():
-        when = ", ".join(f"{parent} is {wanted}" for parent, wanted in param.when.items())
+        when = ", ".join(f"{parent} is {one_of(value)}" for parent, value in param.when.items())
         table.add_row(*(rich_text(text) for text in (name, describe(param), when)))
     goals = ", ".join(f"{o.direction} {o.metric}" for o in config.objective)
     out.print(shown(f"{config.name}: {config.method} on {config.task.name}, {goals}"), markup=False)

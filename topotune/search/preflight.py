@@ -14,12 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, ResourceError, UnstableError, did_you_mean
+from topotune.errors import (
+    ConfigError,
+    FieldError,
+    ResourceError,
+    UnstableError,
+    UserError,
+    combined,
+    did_you_mean,
+)
 from topotune.records import TrialSpec
 from topotune.search.address import ENVIRONMENT as STUDY
 from topotune.search.address import study_uri
 from topotune.search.autoscaler import ENVIRONMENT
 from topotune.search.cluster import Cluster, Node, needs_of, told
+from topotune.search.faults import build_faults
 from topotune.search.objects.address import store_address
 from topotune.search.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.shipping import ENVIRONMENT as TRACKING
@@ -43,46 +52,50 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
 
     Raises:
         UnstableError: the dynamics are unstable at every corner of the space.
-        UserError: a name that nothing knows, an option that nothing takes, a value that a
-            constructor refuses anywhere in the space, data that cannot be had, an objective or a
-            constraint on a metric that no trial reports; a tracking address of no such form.
+        ConfigError: a name that nothing knows, an option that nothing takes, a value that a
+            constructor refuses anywhere in the space, an objective or a constraint on a metric
+            that no trial reports, a tracking address of no such form; of several a FaultsError.
+        UserError: data that cannot be had, code that fails.
     """
     from topotune.train.methods import build_method
     from topotune.train.rehearsal import metric_names
 
     tracking_uri(config)  # of a form that can be one
-    specs = corners(config)
-    stable = _first_stable(specs, note)
-    for remark in build_method(stable).remarks(specs):
+    stable = _first_stable(config, note)
+    for remark in build_method(stable).remarks(corners(config)):
         note(remark)
     names = metric_names(stable)
-    wanted = [("objective.metric", objective.metric) for objective in config.objective]
-    wanted += [(f"constraints.{name}", name) for name in config.constraints]
-    for place, metric in wanted:
-        if metric not in names:
-            raise ConfigError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
+    several = len(config.objective) > 1
+    wanted: list[tuple[tuple[str | int, ...], str]] = [
+        (("objective", *([index] if several else []), "metric"), objective.metric)
+        for index, objective in enumerate(config.objective)
+    ]
+    wanted += [(("constraints", name), name) for name in config.constraints]
+    unknown = [
+        FieldError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
+        for place, metric in wanted
+        if metric not in names
+    ]
+    if unknown:
+        raise combined(unknown)
     return names
 
 
-def _first_stable(specs: list[TrialSpec], note: Callable[[str], None]) -> TrialSpec:
-    """Build at every corner; the first one that can be trained."""
-    from topotune.train.assemble import preflight as preflight_spec
+def _first_stable(config: SearchConfig, note: Callable[[str], None]) -> TrialSpec:
+    """Build at every corner; the first one that can be trained.
 
-    stable: list[TrialSpec] = []
-    unstable: list[UnstableError] = []
-    for spec in specs:
-        try:
-            preflight_spec(spec, check_device=False)
-        except UnstableError as error:
-            unstable.append(error)
-        else:
-            stable.append(spec)
+    Raises:
+        ConfigError: with every fault that any corner has.
+    """
+    stable, unstable, found = _examine(config)
+    if found:
+        raise combined(found)
     if not stable:
         raise unstable[0]
     if unstable:
         note(
-            f"{len(unstable)} of {len(specs)} extremes of the space are unstable; trials there "
-            f"will end as DIVERGED. The first: {unstable[0]}"
+            f"{len(unstable)} of {len(unstable) + len(stable)} extremes of the space are unstable; "
+            f"trials there will end as DIVERGED. The first: {unstable[0]}"
         )
     return stable[0]
 
@@ -98,6 +111,34 @@ def machine_remarks(config: SearchConfig) -> list[str]:
     except ResourceError as error:
         return [f"it does not start on this machine, if that is where it is to run: {error}"]
     return []
+
+
+def faults(config: SearchConfig) -> list[FieldError]:
+    """What keeps trials anywhere in the space from being built, each key once."""
+    try:
+        return _examine(config)[2]
+    except UserError:  # of the environment; the file's own faults come first
+        return []
+
+
+def _examine(
+    config: SearchConfig,
+) -> tuple[list[TrialSpec], list[UnstableError], list[FieldError]]:
+    """The corners that can be built, what those with unstable dynamics raise, and all faults."""
+    stable: list[TrialSpec] = []
+    unstable: list[UnstableError] = []
+    found: dict[tuple[str | int, ...], FieldError] = {}
+    for spec in corners(config):
+        try:
+            here = list(build_faults(config, spec))
+        except UnstableError as error:
+            unstable.append(error)
+            continue
+        for fault in here:
+            found.setdefault(fault.path, fault)
+        if not here:
+            stable.append(spec)
+    return stable, unstable, list(found.values())
 
 
 def check_writable(results_dir: Path) -> None:

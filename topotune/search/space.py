@@ -10,8 +10,14 @@ from typing import Any
 from optuna.trial import Trial
 
 from topotune.config import SearchConfig
-from topotune.config_rules import active_part, grid_axis, is_active, sampling_order
-from topotune.config_space import CategoricalParam, Param
+from topotune.config_rules import (
+    active_part,
+    grid_axis,
+    is_active,
+    last_value,
+    sampling_order,
+)
+from topotune.config_space import CategoricalParam, FloatParam, IntParam, Param
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec, Value
 from topotune.seeding import derive_seed
 
@@ -26,10 +32,13 @@ def suggest(trial: Trial, space: Mapping[str, Param]) -> dict[str, Value]:
 
 
 def _suggest_one(trial: Trial, name: str, param: Param) -> Value:
-    if param.type == "float":
-        return trial.suggest_float(name, param.low, param.high, log=param.log, step=param.step)
-    if param.type == "int":
-        return trial.suggest_int(name, param.low, param.high, log=param.log, step=param.step)
+    # Optuna would cut the range down to its last step itself, with a warning for every trial.
+    if isinstance(param, FloatParam):
+        high = last_value(param)
+        return trial.suggest_float(name, param.low, high, log=param.log, step=param.step)
+    if isinstance(param, IntParam):
+        high = last_value(param)
+        return trial.suggest_int(name, param.low, int(high), log=param.log, step=param.step)
     choice: Value = trial.suggest_categorical(name, param.choices)
     return choice
 
@@ -119,4 +128,4 @@ def corners(config: SearchConfig, gpus: float = 0) -> list[TrialSpec]:
 def _ends(param: Param) -> list[Value]:
     if isinstance(param, CategoricalParam):
         return list(param.choices)
-    return [param.low, param.high]
+    return [param.low, last_value(param)]

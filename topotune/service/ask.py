@@ -101,9 +101,14 @@ def printed(log: str) -> str:
 
 
 def last_error(text: str) -> str:
-    """The error that a command printed last; empty for none."""
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    return lines[-1].removeprefix("error: ") if lines else ""
+    """The error that a command printed last, all faults of a file being one; empty for none."""
+    lines = text.splitlines()
+    while lines and not lines[-1].startswith("error: "):
+        lines.pop()
+    first = len(lines)
+    while first and lines[first - 1].startswith("error: "):
+        first -= 1
+    return "; ".join(line.removeprefix("error: ") for line in lines[first:])
 
 
 def failure(job: Job, log: str) -> RunError | ResourceError:
