@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def empty(path: Path) -> None:
 
 def foreign(path: Path) -> None:
     path.unlink()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE studies (unlike)")
     connection.close()
 
@@ -86,7 +87,7 @@ def foreign(path: Path) -> None:
 def half_foreign(path: Path) -> None:
     """Tables that Optuna cannot even open."""
     path.unlink()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE version_info (unlike)")
     connection.close()
 
@@ -375,7 +376,7 @@ def test_a_study_of_another_optuna_is_refused_with_the_fix_and_left_alone(tmp_pa
     desk = Desk(tmp_path, make_config())
     desk.run()
     desk.store.close()
-    with sqlite3.connect(study_file(desk)) as connection:
+    with closing(sqlite3.connect(study_file(desk))) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v99'")
     connection.close()
     with pytest.raises(ResourceError, match=r"study\.db: .*Use the Optuna it was made with"):
@@ -500,7 +501,7 @@ def test_a_ledger_is_counted_from_records_of_any_zone(tmp_path: Path) -> None:
 def set_note(desk: Desk, number: int, key: str, value: object) -> None:
     """Write a trial's note as whoever has the database can."""
     trial = "(SELECT trial_id FROM trials WHERE number = ?)"
-    with sqlite3.connect(study_file(desk)) as connection:
+    with closing(sqlite3.connect(study_file(desk))) as connection, connection:
         connection.execute(
             "UPDATE trial_user_attributes SET value_json = ? WHERE key = ? AND trial_id = " + trial,
             (json.dumps(value), key, number),
@@ -534,7 +535,7 @@ def test_a_study_whose_trial_contradicts_itself_is_not_rebuilt_from_it(tmp_path:
     desk.store.close()
     for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
         (desk.folder.trial(2) / name).unlink()
-    with sqlite3.connect(study_file(desk)) as connection:
+    with closing(sqlite3.connect(study_file(desk))) as connection, connection:
         connection.execute(
             "DELETE FROM trial_values WHERE trial_id = (SELECT trial_id FROM trials WHERE "
             "number = 2)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,8 @@ class PatientStorage(BaseStorage):
 
     def __init__(self, backend: RDBStorage, patience: Patience) -> None:
         self._engine = backend.engine
+        # Also where what opened it fails, or drops it: Python 3.13 warns of an open connection.
+        weakref.finalize(self, self._engine.dispose)
         self.inner = optuna.storages.get_storage(backend)
         self.patience = patience
         self._running = RunningTrials()
