@@ -233,9 +233,9 @@ def test_diverged_trials_are_never_best_and_teach_the_sampler(sampler: str, tmp_
         assert row.values == ()
     assert desk.book.view("done").best is not None
     assert desk.book.view("done").best not in bad
-    study = optuna.load_study(study_name="demo", storage=desk.folder.study_url)
-    seen = [t for t in study.trials if t.user_attrs["end"]["outcome"] == "DIVERGED"]
-    fine = [t.value for t in study.trials if t.user_attrs["end"]["outcome"] == "COMPLETE"]
+    stored = desk.stored()
+    seen = [t for t in stored if t.user_attrs["end"]["outcome"] == "DIVERGED"]
+    fine = [t.value for t in stored if t.user_attrs["end"]["outcome"] == "COMPLETE"]
     for trial in seen:
         assert trial.state.name in ("COMPLETE", "PRUNED")  # FAIL would teach nothing
         if trial.state.name == "COMPLETE":
@@ -277,8 +277,7 @@ def test_constraints_exclude_from_best_and_reach_the_sampler(tmp_path: Path) -> 
     best = desk.book.view("done").best
     assert best is not None
     assert not best.violated
-    study = optuna.load_study(study_name="demo", storage=desk.folder.study_url)
-    assert {round(t.constraints["overhead_vs_adam"], 6) for t in study.trials} == {-0.2, 0.8}
+    assert {round(t.constraints["overhead_vs_adam"], 6) for t in desk.stored()} == {-0.2, 0.8}
 
 
 def test_several_objectives(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,17 +71,26 @@ def check_study(folder: SearchFolder, config: SearchConfig, note: Callable[[str]
         open_storage(folder, config, patience).close()
 
 
+class _Database(RDBStorage):
+    """Optuna's, which gives its connections back when it is dropped, also half-way through its
+    opening of a damaged file: Python 3.13 warns of connections that are left to the collector."""
+
+    def __del__(self) -> None:
+        if engine := vars(self).get("engine"):
+            engine.dispose()
+
+
 def _connect(folder: SearchFolder, url: URL | None) -> RDBStorage:
     if url is None:
         options = {"connect_args": {"timeout": _BUSY_SECONDS}}
-        storage = RDBStorage(folder.study_url, engine_kwargs=options)
+        storage = _Database(folder.study_url, engine_kwargs=options)
         event.listen(storage.engine, "connect", _use_write_ahead_log)
         storage.engine.dispose()  # connections from before the listener
         return storage
     address = with_driver(url).render_as_string(hide_password=False)
     # Optuna formats the address: braces in a password stand for themselves.
     escaped = address.replace("{", "{{").replace("}", "}}")
-    return RDBStorage(escaped, engine_kwargs={"connect_args": dict(POSTGRESQL)})
+    return _Database(escaped, engine_kwargs={"connect_args": dict(POSTGRESQL)})
 
 
 def _use_write_ahead_log(connection: Any, _record: object) -> None:
@@ -124,8 +132,6 @@ class PatientStorage(BaseStorage):
 
     def __init__(self, backend: RDBStorage, patience: Patience) -> None:
         self._engine = backend.engine
-        # Also where what opened it fails, or drops it: Python 3.13 warns of an open connection.
-        weakref.finalize(self, self._engine.dispose)
         self.inner = optuna.storages.get_storage(backend)
         self.patience = patience
         self._running = RunningTrials()
