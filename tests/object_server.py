@@ -92,6 +92,7 @@ class Gate:
         self._target = target
         self.cut_after: int | None = None
         self.passed = 0
+        self._lock = threading.Lock()  # nothing is let in after a close
         self._open: list[socket.socket] = []
         self._listener: socket.socket | None = None
         self.port = free_port()
@@ -108,16 +109,10 @@ class Gate:
 
     def close(self) -> None:
         """Refuse connections, and break those there are."""
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            with suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-        self._break()
-
-    def _break(self) -> None:
-        opened, self._open = self._open, []
-        for one in opened:
+        with self._lock:
+            listener, self._listener = self._listener, None
+            opened, self._open = self._open, []
+        for one in (*opened, listener) if listener else opened:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
@@ -126,10 +121,21 @@ class Gate:
         while True:
             try:
                 client = listener.accept()[0]
-                server = socket.create_connection((_HOST, self._target), 10)
             except OSError:
                 return
-            self._open += [client, server]
+            try:
+                server = socket.create_connection((_HOST, self._target), 10)
+            except OSError:
+                client.close()
+                continue
+            with self._lock:
+                closed = listener is not self._listener
+                if not closed:
+                    self._open += [client, server]
+            if closed:  # since the client was accepted
+                client.close()
+                server.close()
+                return
             threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
 

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
 from topotune.config import SearchConfig
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.book import Book, Progress, Turn
@@ -61,6 +65,13 @@ class Desk:
     def rows(self) -> list[TrialSummary]:
         """All trials as the study has them."""
         return summaries(self.folder, self.config, self.ledger.trials)
+
+    def stored(self) -> list[FrozenTrial]:
+        """All trials as Optuna itself reads them from the file."""
+        storage = RDBStorage(self.folder.study_url)
+        found = optuna.load_study(study_name=self.config.name, storage=storage).get_trials()
+        storage.engine.dispose()
+        return found
 
     def train(
         self, handout: Handout, make: Callable[[TrialSpec, int], EpochReport] = report

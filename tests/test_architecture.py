@@ -14,7 +14,7 @@ import topotune
 PACKAGE = Path(topotune.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 ROOM_ORDER = (
-    ("__init__", "errors", "records", "plugins", "seeding", "files", "redaction"),
+    ("__init__", "errors", "records", "plugins", "requirements", "seeding", "files", "redaction"),
     ("settings", "shipped", "usercode", "repository"),
     (
         "config_space",

@@ -131,7 +131,7 @@ def test_runs_too_alike_to_tell_the_costs_apart_are_refused_before_any() -> None
     assert "two kinds of runs" in str(done.exception)
 
 
-@pytest.mark.cluster
+@pytest.mark.cluster_full
 @pytest.mark.timeout(600)
 def test_it_measures_real_searches_on_real_clusters() -> None:
     done = subprocess.run(

@@ -19,7 +19,7 @@ from tests.test_cluster_run import answer, end, free_port
 from topotune.bench.faults.postgres import installed
 from topotune.configfile import load_spec
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(900)]
 
 TRIALS, EPOCHS, SECONDS = 6, 6, 10.0
 

@@ -20,7 +20,7 @@ from tests.flow_site import Client, audit, spooled, until
 from tests.test_cluster_run import answer, end, free_port
 from topotune.bench.faults.postgres import Postgres, installed
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(600)]
 
 TRIALS, EPOCHS, SECONDS = 3, 6, 4.0
 HEAD, WORKERS = 2, (3, 4)

@@ -27,7 +27,6 @@ from topotune.bench.faults.postgres import installed
 from topotune.records import Outcome
 
 pytestmark = [
-    pytest.mark.cluster,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not installed(), reason="PostgreSQL's server is not installed"),
 ]
@@ -100,6 +99,7 @@ def machine() -> Iterator[Machine]:
             )
 
 
+@pytest.mark.cluster
 def test_the_walk_through(machine: Machine) -> None:
     assert len(LINES) == 17, LINES
     said = {}
@@ -146,6 +146,7 @@ def _see_the_run(machine: Machine, said: str) -> None:
     assert "leaderboard" in tags["mlflow.note.content"].lower()
 
 
+@pytest.mark.cluster_full
 def test_the_same_suggestions_as_on_a_laptop(machine: Machine, tmp_path: Path) -> None:
     """At concurrency 1 the cluster proposes, prunes and finds what the embedded defaults do."""
     machine.shell("cluster/one-machine.sh up")
@@ -170,6 +171,7 @@ def test_the_same_suggestions_as_on_a_laptop(machine: Machine, tmp_path: Path) -
     assert told(there) == told(here)
 
 
+@pytest.mark.cluster_full
 def test_a_search_that_comes_later_gets_its_share(machine: Machine, tmp_path: Path) -> None:
     """Two workers, both held by a search of long trials: one is handed over after an epoch."""
     machine.shell("cluster/one-machine.sh up")

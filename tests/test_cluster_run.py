@@ -27,7 +27,7 @@ import pytest
 from tests.cluster_files import CLUSTER, ROOT, compose
 from topotune.bench.faults.postgres import Postgres, installed, program
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(600)]
 
 SEARCH = """
 name: rings

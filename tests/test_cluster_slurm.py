@@ -17,7 +17,7 @@ import pytest
 from tests.cluster_files import CLUSTER, ROOT
 from tests.slurm_site import Slurm, missing, search_path
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(600)]
 
 SEARCH = """
 name: paced

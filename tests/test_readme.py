@@ -34,11 +34,21 @@ def commands() -> list[list[str]]:
 def test_the_first_two_commands_are_what_ci_runs() -> None:
     install, tests = (text.strip() for text in blocks("console")[:2])
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert tests in script
     setup = install.split(" && ")
-    assert setup[1].replace("uv venv", "uv venv --quiet") in script
-    assert setup[2].replace("uv pip install", "uv pip install --quiet") in script
+    with_dev, run_tests = tests.split(" && ")
+    assert run_tests in script
+    for command in (setup[1], setup[2], with_dev):
+        quiet = command.replace("uv venv", "uv venv --quiet")
+        assert f"{quiet.replace('uv pip install', 'uv pip install --quiet')}\n" in script
     assert shlex.split(setup[3])[1] == "search"
+    assert "--group" not in install  # a user needs no linters
+    assert with_dev == f"{setup[2]} --group dev"
+
+
+def test_the_pair_for_cpus_is_the_pinned_one() -> None:
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    (pair,) = re.findall(r"`(torch==\S+) (torchvision==\S+)`", README)
+    assert set(pair) <= set(pinned)
 
 
 @pytest.mark.parametrize("text", blocks("yaml"))

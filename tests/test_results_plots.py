@@ -68,7 +68,9 @@ def test_a_full_trace_shows_every_series_in_its_panel(tmp_path: Path) -> None:
     npz, png = save(tmp_path / "t.npz", **full()), tmp_path / "sub" / "t.png"
     plot_trace(npz, png, "digits, trial 3", epoch_steps=[100, 200, 300], target_energy=2e-3)
     image = read(png)
-    assert image.shape == (round(5.95 * fig.DPI), fig.WIDTH * fig.DPI, 3)
+    height, *rest = image.shape
+    assert height in (951, 952)  # 5.95 inches; Matplotlib before 3.11 cuts off what others round
+    assert rest == [fig.WIDTH * fig.DPI, 3]
     rows = {
         colour: np.flatnonzero(mask(image, colour).any(axis=1))
         for colour in (fig.BLUE, fig.GREEN, fig.PURPLE, fig.ORANGE, fig.INK)

@@ -31,7 +31,6 @@ from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
 
 pytestmark = [
-    pytest.mark.cluster,
     pytest.mark.timeout(580),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's use of SQLAlchemy
 ]
@@ -123,6 +122,7 @@ def search_file(folder: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.cluster
 def test_another_machine_goes_on_where_a_killed_driver_left_off(tmp_path: Path) -> None:
     served = MlflowStore.embedded(tmp_path / "served")
     with ObjectServer() as server, Postgres() as database, serve_dashboard(served, 0) as mlflow:
@@ -215,6 +215,7 @@ def _go_on(cluster: Cluster, trained: Path) -> None:
     assert "lr:" in cluster.run("best", "far")
 
 
+@pytest.mark.cluster_full
 def test_a_stop_while_the_store_is_away_says_what_is_not_saved_and_a_resume_saves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

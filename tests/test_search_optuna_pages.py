@@ -137,7 +137,7 @@ def test_without_the_package_the_command_for_it_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
     SearchFolder.create(tmp_path, make_config(), "")
-    with pytest.raises(ConfigError, match=r"--optuna: .* pip install 'topotune\[dashboards\]'"):
+    with pytest.raises(ConfigError, match=r"--optuna: .* pip install .*'optuna-dashboard>="):
         serve(tmp_path, "demo", 0, print)
 
 

@@ -6,12 +6,12 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from tests.search_cases import Desk, accuracy, make_config, report
 from topotune.errors import ResourceError, SearchFolderError
@@ -33,13 +33,6 @@ from topotune.tracking.lines import encode
 
 def study_file(desk: Desk) -> Path:
     return desk.folder.root / "study.db"
-
-
-def trials(desk: Desk) -> list[FrozenTrial]:
-    storage = optuna.storages.RDBStorage(desk.folder.study_url)
-    found = optuna.load_study(study_name="demo", storage=storage).get_trials()
-    storage.engine.dispose()
-    return found
 
 
 def reopened(desk: Desk) -> tuple[StudyStore, list[str]]:
@@ -78,7 +71,7 @@ def empty(path: Path) -> None:
 
 def foreign(path: Path) -> None:
     path.unlink()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE studies (unlike)")
     connection.close()
 
@@ -86,7 +79,7 @@ def foreign(path: Path) -> None:
 def half_foreign(path: Path) -> None:
     """Tables that Optuna cannot even open."""
     path.unlink()
-    with sqlite3.connect(path) as connection:
+    with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE version_info (unlike)")
     connection.close()
 
@@ -128,14 +121,14 @@ def test_a_rebuilt_study_equals_the_original_trial_by_trial(
     desk = half_done(
         tmp_path, constraints={"overhead_vs_adam": {"max": 2.0}}, warm_start=[{"lr": 0.02}] * 2
     )
-    before = trials(desk)
+    before = desk.stored()
     outcomes = {t.user_attrs["end"]["outcome"] for t in before if t.state.is_finished()}
     assert {"COMPLETE", "DIVERGED"} <= outcomes
     damage(study_file(desk))
 
     store, notes = reopened(desk)
     store.close()
-    after = trials(desk)
+    after = desk.stored()
     # The curve of a running trial comes again with its checkpoint.
     assert before[0].state == TrialState.RUNNING
     before[0].intermediate_values = {}
@@ -190,14 +183,14 @@ def test_a_study_that_lost_its_newest_trials_gets_them_back(tmp_path: Path) -> N
     shutil.copy(study_file(desk), tmp_path / "old.db")
     desk = Desk(tmp_path, desk.config)
     desk.run()
-    before = trials(desk)
+    before = desk.stored()
     desk.store.close()
     shutil.copy(tmp_path / "old.db", study_file(desk))  # set back, as a lost write-ahead log does
     for name in ("study.db-wal", "study.db-shm"):
         (desk.folder.root / name).unlink(missing_ok=True)
     store, notes = reopened(desk)
     store.close()
-    assert trials(desk) == before
+    assert desk.stored() == before
     assert "knows less than the trials' own records do" in notes[0]
 
 
@@ -205,7 +198,7 @@ def test_a_damaged_record_falls_back_and_a_lost_one_runs_again(tmp_path: Path) -
     desk = Desk(tmp_path, make_config())
     desk.run()
     desk.store.close()
-    before = trials(desk)
+    before = desk.stored()
     newest = desk.folder.trial(2) / TRIAL_FILE
     newest.write_bytes(newest.read_bytes()[:-20])  # handed out is what the one before says
     for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
@@ -249,7 +242,7 @@ def test_whoever_only_looks_is_told_what_to_do(tmp_path: Path) -> None:
 
 def test_what_a_record_holds_survives(tmp_path: Path) -> None:
     desk = half_done(tmp_path)
-    for trial in trials(desk):
+    for trial in desk.stored():
         copy = TrialCopy(trial, {"qmc": 3, "parents": [1, 2]})
         write_copy(desk.folder, copy)
         found = read_copies(desk.folder.root)[trial.number]
@@ -375,7 +368,7 @@ def test_a_study_of_another_optuna_is_refused_with_the_fix_and_left_alone(tmp_pa
     desk = Desk(tmp_path, make_config())
     desk.run()
     desk.store.close()
-    with sqlite3.connect(study_file(desk)) as connection:
+    with closing(sqlite3.connect(study_file(desk))) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v99'")
     connection.close()
     with pytest.raises(ResourceError, match=r"study\.db: .*Use the Optuna it was made with"):
@@ -491,7 +484,7 @@ def test_a_ledger_is_counted_from_records_of_any_zone(tmp_path: Path) -> None:
     home = desk.folder.trial(2)
     changes: list[dict[str, Any]] = [HOSTILE["a start with a zone"], {"end": [1]}, {"end": {}}]
     for change in changes:
-        payload = TrialCopy(trials(desk)[2], {}).to_payload()
+        payload = TrialCopy(desk.stored()[2], {}).to_payload()
         for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
             (home / name).write_bytes(hostile(payload, change | {"number": 2}))
         assert read_ledger(desk.folder.ledger)["trials"].keys() >= {0, 1, 3, 4, 5}
@@ -500,7 +493,7 @@ def test_a_ledger_is_counted_from_records_of_any_zone(tmp_path: Path) -> None:
 def set_note(desk: Desk, number: int, key: str, value: object) -> None:
     """Write a trial's note as whoever has the database can."""
     trial = "(SELECT trial_id FROM trials WHERE number = ?)"
-    with sqlite3.connect(study_file(desk)) as connection:
+    with closing(sqlite3.connect(study_file(desk))) as connection, connection:
         connection.execute(
             "UPDATE trial_user_attributes SET value_json = ? WHERE key = ? AND trial_id = " + trial,
             (json.dumps(value), key, number),
@@ -534,7 +527,7 @@ def test_a_study_whose_trial_contradicts_itself_is_not_rebuilt_from_it(tmp_path:
     desk.store.close()
     for name in (TRIAL_FILE, PREVIOUS_TRIAL_FILE):
         (desk.folder.trial(2) / name).unlink()
-    with sqlite3.connect(study_file(desk)) as connection:
+    with closing(sqlite3.connect(study_file(desk))) as connection, connection:
         connection.execute(
             "DELETE FROM trial_values WHERE trial_id = (SELECT trial_id FROM trials WHERE "
             "number = 2)"

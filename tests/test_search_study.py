@@ -267,9 +267,9 @@ def test_diverged_trials_are_never_best_and_teach_the_sampler(sampler: str, tmp_
         assert row.values == ()
     (best,) = desk.book.view("done").front
     assert best not in bad
-    study = optuna.load_study(study_name="demo", storage=desk.folder.study_url)
-    seen = [t for t in study.trials if t.user_attrs["end"]["outcome"] == "DIVERGED"]
-    fine = [t.value for t in study.trials if t.user_attrs["end"]["outcome"] == "COMPLETE"]
+    stored = desk.stored()
+    seen = [t for t in stored if t.user_attrs["end"]["outcome"] == "DIVERGED"]
+    fine = [t.value for t in stored if t.user_attrs["end"]["outcome"] == "COMPLETE"]
     for trial in seen:
         assert trial.state.name in ("COMPLETE", "PRUNED")  # FAIL would teach nothing
         if trial.state.name == "COMPLETE":
@@ -310,8 +310,7 @@ def test_constraints_exclude_from_best_and_reach_the_sampler(tmp_path: Path) -> 
     assert all(row.violated == ("overhead_vs_adam: 2 > 1.2",) for row in broken)
     (best,) = desk.book.view("done").front
     assert not best.violated
-    study = optuna.load_study(study_name="demo", storage=desk.folder.study_url)
-    assert {round(t.constraints["overhead_vs_adam"], 6) for t in study.trials} == {-0.2, 0.8}
+    assert {round(t.constraints["overhead_vs_adam"], 6) for t in desk.stored()} == {-0.2, 0.8}
 
 
 GOALS = [
@@ -326,8 +325,7 @@ def test_several_objectives(tmp_path: Path) -> None:
     for row in desk.rows():
         assert row.values == (accuracy(TrialSpec.from_dict(row.spec), 4), 1.1)
         assert row.epochs == 4
-    study = optuna.load_study(study_name="demo", storage=desk.folder.study_url)
-    assert study.metric_names == ["val_accuracy", "overhead_vs_adam"]
+    assert desk.store._study.metric_names == ["val_accuracy", "overhead_vs_adam"]
 
 
 def test_several_objectives_have_the_curves_that_their_trials_reported(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -317,7 +318,7 @@ def test_a_run_removed_for_good_is_made_and_filled_again(search: Search, results
     shipper = search.shipper()
     assert shipper.ship_once()
     lost = search.run(1).run_id
-    with sqlite3.connect(results_dir / "mlflow/mlflow.db") as database:
+    with closing(sqlite3.connect(results_dir / "mlflow/mlflow.db")) as database, database:
         for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
             database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (lost,))
     database.close()
@@ -400,7 +401,7 @@ def test_a_missing_point_is_found_by_reconciliation(search: Search, results_dir:
     small_search(search)
     shipper = search.shipper()
     assert shipper.ship_once()
-    with sqlite3.connect(results_dir / "mlflow/mlflow.db") as database:
+    with closing(sqlite3.connect(results_dir / "mlflow/mlflow.db")) as database, database:
         database.execute(
             "DELETE FROM metrics WHERE run_uuid = ? AND key = 'val_loss' AND step = 2",
             (search.run(1).run_id,),

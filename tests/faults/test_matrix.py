@@ -1,4 +1,7 @@
-"""Every row of the fault matrix as a test: real searches, real kills."""
+"""Every row of the fault matrix as a test: real searches, real kills.
+
+Those of ``bench faults --quick`` have the marker ``faults``, the rest ``faults_full``.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,11 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
-from topotune.bench.faults.registry import named
+from topotune.bench.faults.registry import QUICK, SCENARIOS
 from topotune.bench.faults.runner import run_one
 from topotune.bench.faults.scenario import Scenario
 
 pytestmark = [
-    pytest.mark.faults,
     pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # MLflow's use of SQLAlchemy
 ]
@@ -27,10 +29,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows() -> list[ParameterSet]:
-    return [
-        pytest.param(row, id=row.name, marks=[pytest.mark.alone] if row.alone else [])
-        for row in named(None, slow=False)
-    ]
+    return [pytest.param(row, id=row.name, marks=marks(row)) for row in SCENARIOS]
+
+
+def marks(row: Scenario) -> list[pytest.MarkDecorator]:
+    kind = pytest.mark.faults if row.name in QUICK else pytest.mark.faults_full
+    return [kind, pytest.mark.alone] if row.alone else [kind]
 
 
 @pytest.mark.parametrize("scenario", rows())

@@ -112,16 +112,16 @@ def faults(
         list[str] | None, typer.Option(help="Only this row; may be repeated. Default: all.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out the rows that wait for minutes.")
+        bool, typer.Option("--quick", help="One or two short rows of every kind.")
     ] = False,
     jobs: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Hurt real searches in every way that one can be hurt, and see whether anything is lost."""
-    from topotune.bench.faults.registry import named
+    from topotune.bench.faults.registry import QUICK, named
     from topotune.bench.faults.runner import print_table, run
 
-    scenarios = named(row, slow=not quick)
+    scenarios = named(row or (QUICK if quick else ()))
     findings = list(run(scenarios, jobs, _tell))
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from topotune.errors import DataUnavailableError
+from topotune.requirements import install_command
 
 
 def read_packaged_table(package: str, *parts: str, columns: int) -> NDArray[np.uint8]:
@@ -33,13 +34,13 @@ def read_packaged_table(package: str, *parts: str, columns: int) -> NDArray[np.u
     if spec is None or not spec.submodule_search_locations:
         raise DataUnavailableError(
             f"the package {package!r}, which carries this data set, is not installed. "
-            "Install the dependencies of topotune again"
+            f"Install it: {install_command(package)}"
         )
     path = Path(spec.submodule_search_locations[0]).joinpath(*parts)
     if not path.is_file():
         raise DataUnavailableError(
             f"the installed package {package!r} has no file {path}. "
-            "Install the version that topotune's constraints.txt names"
+            f"Install it anew: {install_command(package, again=True)}"
         )
     try:
         table = np.loadtxt(path, delimiter=",", dtype=np.uint8, ndmin=2)
@@ -54,5 +55,5 @@ def read_packaged_table(package: str, *parts: str, columns: int) -> NDArray[np.u
 def _damaged(path: Path, package: str, problem: str) -> DataUnavailableError:
     return DataUnavailableError(
         f"{path} does not hold the table of whole numbers from 0 to 255 that it should: {problem}. "
-        f"The file is damaged: reinstall the package {package!r}"
+        f"The file is damaged. Install its package anew: {install_command(package, again=True)}"
     )

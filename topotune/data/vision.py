@@ -17,6 +17,7 @@ from filelock import FileLock
 from topotune.data.network import bounded_waits, unreachable
 from topotune.data.splits import TensorPair
 from topotune.errors import DataUnavailableError, ResourceError
+from topotune.requirements import install_command, installed
 
 _CLASSES = {
     "cifar10": "CIFAR10",
@@ -61,12 +62,9 @@ def load_vision(name: str, data_dir: Path, download: bool) -> tuple[TensorPair, 
 
     Raises:
         DataUnavailableError: the files are missing and cannot be downloaded, or are damaged.
-        ResourceError: the folder cannot be written.
+        ResourceError: the folder cannot be written, or torchvision does not fit torch.
     """
-    # Here and not above: importing torchvision costs seconds that most tasks need not pay.
-    from torchvision import datasets
-
-    source = getattr(datasets, _CLASSES[name])
+    source = _source(name)
     layout = _layout(name, source)
     if _missing(data_dir, layout):
         packed = all((data_dir / file).is_file() for file, _ in layout.archives)
@@ -80,6 +78,21 @@ def load_vision(name: str, data_dir: Path, download: bool) -> tuple[TensorPair, 
         _read(name, source, layout, data_dir, train=True),
         _read(name, source, layout, data_dir, train=False),
     )
+
+
+def _source(name: str) -> Any:
+    """torchvision's class of a data set."""
+    # Here and not above: importing torchvision costs seconds that most tasks need not pay.
+    try:
+        from torchvision import datasets
+    # Of a torchvision whose compiled part does not load beside this torch, or that is not there.
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ResourceError(
+            f"{name}: {installed('torchvision')} cannot be imported beside {installed('torch')} "
+            f"({error}). torchvision is compiled for one release and build of torch: install both "
+            f"by one command, from one index: {install_command('torchvision', again=True)}"
+        ) from error
+    return getattr(datasets, _CLASSES[name])
 
 
 def _layout(name: str, source: Any) -> _Layout:

@@ -8,6 +8,7 @@ from sqlalchemy.engine import URL, make_url
 
 from topotune.config import SearchConfig, StudyConfig
 from topotune.errors import ConfigError
+from topotune.requirements import install_command
 from topotune.search.folder import SearchFolder
 
 ENVIRONMENT = "TOPOTUNE_STUDY_URI"
@@ -58,6 +59,23 @@ def study_place(folder: SearchFolder, config: SearchConfig) -> str:
     """Where the study is, in words for a person: a path, or an address without secrets."""
     url = study_uri(config)
     return str(folder.root / "study.db") if url is None else public(url)
+
+
+def with_driver(url: URL) -> URL:
+    """A PostgreSQL address with the package that speaks to the database.
+
+    Raises:
+        ConfigError: that package is not installed, or lacks PostgreSQL's client library.
+    """
+    try:
+        import psycopg  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "study.uri",
+            f"PostgreSQL needs the package psycopg, which cannot be imported ({error})",
+            f"Install it: {install_command('psycopg')}",
+        ) from None
+    return url.set(drivername="postgresql+psycopg")
 
 
 def study_name(folder: SearchFolder, config: SearchConfig) -> str:

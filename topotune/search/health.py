@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import os
 import platform
 import shutil
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
+from topotune import __version__
 from topotune.errors import TopotuneError
 from topotune.redaction import brief
+from topotune.requirements import IMPORT_NAMES, install_command, pythons, requirements
 from topotune.search.findings import MIN_FREE_BYTES, Finding
 from topotune.search.view import SilentListener
-
-_PACKAGES = ("topotune", "torch", "torchvision", "ray", "optuna", "mlflow", "pydantic", "numpy")
 
 
 def examine(results_dir: Path, data_dir: Path | None, with_ray: bool) -> list[Finding]:
     """All checks, in the order that a person would mend them."""
-    findings = [_python(), *map(_package, _PACKAGES), _devices(), _folder(results_dir)]
-    findings += [_disk(results_dir), _data(data_dir)]
-    if with_ray:
+    needed = [one for one in requirements() if one.marker is None]
+    findings = [_python(), Finding("topotune", True, __version__), *map(_package, needed)]
+    whole = all(one.ok for one in findings)
+    findings += [_folder(results_dir), _disk(results_dir)]
+    if whole:  # what follows needs the packages
+        findings += [_devices(), _data(data_dir)]
+    if whole and with_ray:
         findings.append(_ray())
     return findings
 
 
 def _python() -> Finding:
     version = platform.python_version()
-    ok = tuple(map(int, platform.python_version_tuple()[:2])) >= (3, 11)
-    return Finding("python", ok, version, "" if ok else "Install Python 3.11 or later")
+    ok = pythons().contains(version, prereleases=True)
+    return Finding("python", ok, version, "" if ok else f"Install a Python {pythons()}")
 
 
-def _package(name: str) -> Finding:
+def _package(wanted: Requirement) -> Finding:
+    """Really import it: what is installed may still not load, as a torchvision does that was
+    compiled for another torch."""
+    name = wanted.name
     try:
-        return Finding(name, True, importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        fix = f"Install it: pip install {name} -c constraints.txt"
-        return Finding(name, False, "not installed", fix)
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", install_command(name))
+    fix = install_command(name, again=True)
+    if not wanted.specifier.contains(version, prereleases=True):
+        return Finding(name, False, f"{version}, topotune needs {wanted.specifier}", fix)
+    try:
+        importlib.import_module(IMPORT_NAMES.get(name, name))
+    except Exception as error:  # noqa: BLE001 - a broken package may raise anything
+        seen = f"{version} cannot be imported: {type(error).__name__}: {brief(str(error), 200)}"
+        return Finding(name, False, seen, fix)
+    return Finding(name, True, version)
 
 
 def _devices() -> Finding:
@@ -88,7 +106,7 @@ def _data(data_dir: Path | None) -> Finding:
             splits = build_task(name, {}).splits(options)
             sizes.append(f"{name} {len(splits.train)}/{len(splits.val)}/{len(splits.test)}")
     except TopotuneError as error:
-        return Finding("data", False, str(error), "Reinstall topotune with its dependencies")
+        return Finding("data", False, brief(str(error), 300), "Do what that says")
     return Finding("data", True, ", ".join(sizes) + " (train/validation/test)")
 
 

@@ -26,11 +26,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from topotune.errors import TopotuneError
 from topotune.redaction import brief
+from topotune.requirements import install_command
 from topotune.search.address import ENVIRONMENT as STUDY
+from topotune.search.address import with_driver
 from topotune.search.cluster import Cluster
 from topotune.search.findings import MIN_FREE_BYTES, Finding
 from topotune.search.objects.address import StoreAddress, is_address
@@ -221,7 +224,7 @@ def _versions(expected: dict[str, str]) -> Finding:
         if found[name] != version
     ]
     if wrong:
-        fix = "Install the same versions on every node (one image, or constraints.txt)"
+        fix = "Install the same versions on every node: one image, or the driver's 'pip freeze'"
         return Finding("versions", False, ", ".join(wrong), fix)
     return Finding("versions", True, ", ".join(f"{name} {found[name]}" for name in found))
 
@@ -255,8 +258,7 @@ def _disk() -> Finding:
 def _study(address: str | None) -> str:
     if not address:
         return "a SQLite file beside each search"
-    url = address.replace("postgresql://", "postgresql+psycopg://", 1)
-    engine = create_engine(url, connect_args={"connect_timeout": 10})
+    engine = create_engine(with_driver(make_url(address)), connect_args={"connect_timeout": 10})
     try:
         with engine.connect() as connection:
             may = connection.execute(text("SELECT has_schema_privilege(current_schema, 'CREATE')"))
@@ -297,7 +299,12 @@ def _gpus(promised: float) -> Finding:
         return Finding("gpus", False, "torch does not answer", "Look into the GPU's driver")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return Finding("gpus", False, f"torch fails: {brief(last, 200)}", "Reinstall torch")
+        return Finding(
+            "gpus",
+            False,
+            f"torch fails: {brief(last, 200)}",
+            f"Do {install_command('torch', again=True)}",
+        )
     names: list[str] = json.loads(done.stdout.strip().splitlines()[-1])
     seen = f"torch sees {len(names)} ({', '.join(sorted(set(names)))})" if names else "none"
     if promised > len(names):

@@ -19,6 +19,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, SearchFolderError
+from topotune.requirements import install_command
 from topotune.search.address import study_name, study_place
 from topotune.search.folder import SearchFolder, searches
 from topotune.search.storage import open_storage
@@ -140,7 +141,7 @@ def _optuna_dashboard() -> Callable[[Any], WSGIApplication]:
         raise ConfigError(
             "--optuna",
             "needs the package optuna-dashboard, which is not installed",
-            "Install it: pip install 'topotune[dashboards]'",
+            f"Install it: {install_command('optuna-dashboard')}",
         ) from None
     make: Callable[[Any], WSGIApplication] = wsgi
     return make

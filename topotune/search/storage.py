@@ -14,8 +14,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, ExceptionContext
 
 from topotune.config import SearchConfig
-from topotune.errors import ConfigError, ResourceError
-from topotune.search.address import study_place, study_uri
+from topotune.errors import ResourceError
+from topotune.search.address import study_place, study_uri, with_driver
 from topotune.search.folder import SearchFolder
 from topotune.search.patience import Patience, StudyAwayError, absence
 from topotune.search.running import RunningTrials, attribute_set, param_set, value_set
@@ -72,24 +72,26 @@ def check_study(folder: SearchFolder, config: SearchConfig, note: Callable[[str]
         open_storage(folder, config, patience).close()
 
 
+class _Database(RDBStorage):
+    """Optuna's, which gives its connections back when it is dropped, also half-way through its
+    opening of a damaged file: Python 3.13 warns of connections that are left to the collector."""
+
+    def __del__(self) -> None:
+        if engine := vars(self).get("engine"):
+            engine.dispose()
+
+
 def _connect(folder: SearchFolder, url: URL | None) -> RDBStorage:
     if url is None:
         options = {"connect_args": {"timeout": _BUSY_SECONDS}}
-        storage = RDBStorage(folder.study_url, engine_kwargs=options)
+        storage = _Database(folder.study_url, engine_kwargs=options)
         event.listen(storage.engine, "connect", _use_write_ahead_log)
         storage.engine.dispose()  # connections from before the listener
         return storage
-    address = url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    try:
-        # Optuna formats the address: braces in a password stand for themselves.
-        escaped = address.replace("{", "{{").replace("}", "}}")
-        return RDBStorage(escaped, engine_kwargs={"connect_args": dict(POSTGRESQL)})
-    except ImportError:
-        raise ConfigError(
-            "study.uri",
-            "PostgreSQL needs the package psycopg, which is not installed",
-            "Install it: pip install 'topotune[postgres]'",
-        ) from None
+    address = with_driver(url).render_as_string(hide_password=False)
+    # Optuna formats the address: braces in a password stand for themselves.
+    escaped = address.replace("{", "{{").replace("}", "}}")
+    return _Database(escaped, engine_kwargs={"connect_args": dict(POSTGRESQL)})
 
 
 def _use_write_ahead_log(connection: Any, _record: object) -> None:

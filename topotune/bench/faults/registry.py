@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from topotune.bench.faults.clocks import CLOCKS
 from topotune.bench.faults.disk import DISK
 from topotune.bench.faults.drivers import DRIVERS
@@ -27,16 +29,25 @@ SCENARIOS: tuple[Scenario, ...] = (
 )
 
 
-def named(names: list[str] | None, slow: bool) -> list[Scenario]:
-    """The scenarios of these names; without names all, the slow ones only where asked for.
+QUICK = (
+    *("worker-killed", "node-killed", "driver-killed-with-orphans"),
+    *("user-errors", "print-and-fork", "not-a-number"),
+    *("stopped-by-sigint", "second-sigint", "second-driver"),
+    *("tracking-gone", "tracking-errors"),
+    *("study-locked", "study-damaged", "checkpoints-damaged"),
+    *("disk-full", "clock-set-back"),
+)
+"""Every kind of fault, by its shorter rows: what ``--quick`` and the usual tests run."""
+
+
+def named(names: Sequence[str]) -> list[Scenario]:
+    """The scenarios of these names; without names all.
 
     Raises:
         UnknownNameError: there is no such row.
     """
     known = {scenario.name: scenario for scenario in SCENARIOS}
-    for name in names or ():
+    for name in names:
         if name not in known:
             raise UnknownNameError("row", name, known)
-    if names:
-        return [known[name] for name in names]
-    return [scenario for scenario in SCENARIOS if slow or not scenario.slow]
+    return [known[name] for name in names] if names else list(SCENARIOS)

@@ -99,7 +99,7 @@ def _ended_when_cut_short(scratch: str) -> Iterator[None]:
 
 
 def _run_named(name: str, folder: Path, shared: Path) -> Finding:
-    (scenario,) = named([name], slow=True)
+    (scenario,) = named([name])
     return run_one(scenario, folder, shared)
 
 

@@ -31,8 +31,6 @@ class Scenario:
         run: injects the fault for real and checks; what was seen, in a line. It raises
             :class:`BrokenPromiseError` where an expectation fails.
         seconds: wall time on two idle cores, about.
-        slow: left out of the tests and of ``bench faults --quick`` because a shorter row shows
-            the same thing.
         alone: it measures the whole machine, so that nothing else may run beside it.
     """
 
@@ -41,7 +39,6 @@ class Scenario:
     expected: str
     run: Callable[[Site], str]
     seconds: float = 30.0
-    slow: bool = False
     alone: bool = False
 
 

@@ -230,7 +230,6 @@ SIGNALS = (
             f"{number.name} to the driver",
             _STOPS,
             _stopped_by(number),
-            slow=number is signal.SIGHUP,  # the closed terminal sends one too
         )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     ),
@@ -260,7 +259,6 @@ SIGNALS = (
         "completes; no finished epoch is repeated; equal to the undisturbed search",
         _killed_ten_times,
         seconds=200,
-        slow=True,
     ),
     Scenario(
         "suspended",
@@ -275,6 +273,5 @@ SIGNALS = (
         f"as before; no more than {MAX_GAP:.0f} s of it are charged as work",
         _suspended(120.0),
         seconds=155,
-        slow=True,
     ),
 )

@@ -237,7 +237,6 @@ TRACKING = (
         _EXPECTED,
         measured(_outage(60, 18)),
         seconds=180,
-        slow=True,
     ),
     Scenario(
         "tracking-gone",
@@ -250,7 +249,6 @@ TRACKING = (
         "MLflow server down at the start",
         _EXPECTED,
         measured(_down_at_start),
-        slow=True,
     ),
     Scenario("tracking-slow", "MLflow slow: 2 s a call", _EXPECTED, measured(_slow), seconds=100),
     Scenario(

@@ -28,6 +28,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from topotune.errors import LeaseLostError, ResourceError, SearchFolderError
+from topotune.search.address import with_driver
 from topotune.search.lease import BEAT_SECONDS, EXPIRY_SECONDS, Holder, this_machine
 from topotune.search.patience import Patience
 
@@ -221,9 +222,8 @@ def tenant(url: URL, search: str) -> str | None:
 def _engine(url: URL) -> Engine:
     from topotune.search.storage import POSTGRESQL
 
-    address = url.set(drivername="postgresql+psycopg")
     options = {"pool_size": 1, "pool_pre_ping": True}
-    return create_engine(address, connect_args=dict(POSTGRESQL), **options)
+    return create_engine(with_driver(url), connect_args=dict(POSTGRESQL), **options)
 
 
 def _has_table(connection: Connection) -> bool:
