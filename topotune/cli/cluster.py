@@ -167,16 +167,40 @@ def logs(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The search's name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="What this trial has printed, here or on a cluster.")
+    ] = None,
+    results_dir: ResultsDir = DEFAULT_RESULTS,
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """What the newest driver of a search on a cluster prints."""
-    from topotune.service import searches
+    """What the newest driver of a search on a cluster prints, or one trial of any search."""
 
     def show(text: str) -> None:
         for line in text.splitlines(keepends=True):
-            sys.stdout.write(shown(line.rstrip("\r\n")) + ("\n" if line.endswith("\n") else ""))
+            indent = line[: len(line) - len(line.lstrip(" \t"))]  # a traceback's
+            end = "\n" if line.endswith("\n") else ""
+            sys.stdout.write(indent + shown(line.rstrip("\r\n")) + end)
         sys.stdout.flush()
+
+    if trial is not None:
+        if follow:
+            raise ConfigError("--follow", "follows a driver; --trial shows the output so far")
+        if cluster := elsewhere(context, address):
+            forward(context, cluster, ["--trial", str(trial)], name)
+            return
+        from topotune.search import reading
+
+        show(reading.printed(results_dir, name, trial))
+        return
+    if elsewhere(context, address) is None:
+        raise ConfigError(
+            "logs",
+            "shows a driver on a cluster, and no cluster is named",
+            f"Give --address http://HEAD:8265 or set {ADDRESS}; --trial N shows what a trial of a "
+            "search on this machine has printed",
+        )
+    from topotune.service import searches
 
     searches.logs(connect(context, address, allow_open), name, follow, show)
 

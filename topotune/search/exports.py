@@ -19,7 +19,7 @@ from topotune.search.objects.pull import fetch_trial
 from topotune.search.recorder import leaderboard, objectives
 from topotune.search.shipping import open_store
 from topotune.tracking.registry import register_model
-from topotune.train.checkpoint import CheckpointStore
+from topotune.train.checkpoint import CHECKPOINT_FILE, CheckpointStore
 
 GPU_TOLERANCE = 5e-3
 """Accepted difference of a verified metric off the CPU, where kernels sum in varying order."""
@@ -83,7 +83,7 @@ def export_top(
     exported = []
     for rank, row in enumerate(best, start=1):
         spec = parse_spec(row.spec, f"{folder.root}: trial {row.number}", {})
-        fetch_trial(folder.root.parent, folder.name, row.number)
+        fetch_trial(folder.root.parent, folder.name, row.number, CHECKPOINT_FILE)
         weights, history = _weights(spec, folder.trial(row.number), note)
         from topotune.weights import evaluate_test
 

@@ -23,6 +23,7 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.results.plot_process import Kind, PlotProcess
 from topotune.search.folder import SearchFolder, write_text
 from topotune.search.objects.files import AllHere, TrialFiles
+from topotune.search.output import OUTPUT_FILE, tidy
 from topotune.search.rows import summaries
 from topotune.tracking.entries import RUNNING
 from topotune.tracking.labels import MODEL, SEARCH, USER, title, trial_name
@@ -237,6 +238,8 @@ class Recorder:
     def _finish_trial(self, row: TrialSummary) -> None:
         self._files.fetch(row.number)
         trial = self._folder.trial(row.number)
+        if row.state == Outcome.FAILED:
+            tidy(trial / OUTPUT_FILE)  # its worker may have been killed
         title = f"{self._config.name}, trial {row.number} ({row.state})"
         kinds: tuple[tuple[Kind, str, EpochFolder, Path], ...] = (
             ("trace", TRACE_FOLDER, step_traces(trial), trial / TRACE_FILE),

@@ -43,12 +43,11 @@ from topotune.search.folder import SearchFolder
 from topotune.search.guard import Guard
 from topotune.search.objects.address import StoreAddress, store_address
 from topotune.search.objects.courier import Courier
+from topotune.search.output import ERROR_FILE, Output
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
 from topotune.shipped import await_env
 from topotune.tracking.base import Tracker
-
-ERROR_FILE = "error.txt"
 
 
 class TrialActor(tune.Trainable):
@@ -61,6 +60,7 @@ class TrialActor(tune.Trainable):
     """
 
     _loaded = False
+    _output: Output | None = None
     _slate: Slate | None = None
     _guard: Guard | None = None
     _courier: Courier | None = None
@@ -112,6 +112,9 @@ class TrialActor(tune.Trainable):
         if self._guard is not None:
             self._guard.close()
         self._guard = None
+        if self._output is not None:
+            self._output.close()
+        self._output = None
         if self._courier is not None:
             self._courier.close()
         self._courier = None
@@ -129,6 +132,8 @@ class TrialActor(tune.Trainable):
         if self._courier is None:
             return progress
         try:
+            if self._output is not None:
+                self._output.tidy()
             self._courier.push()
         except TopotuneError as error:
             return Progress((), progress.metrics, stop=progress.stop or str(error))
@@ -209,6 +214,7 @@ class TrialActor(tune.Trainable):
 
             if self._courier is not None:
                 self._courier.fetch()
+            self._output = self._output or Output(self._folder)
             if self._gpus > 0:
                 check_gpus(self._gpus)
                 cap_memory(self._share())
