@@ -326,12 +326,12 @@ def package(
     from topotune.errors import SearchFolderError
     from topotune.search.folder import SearchFolder
     from topotune.search.objects.hold import holder
-    from topotune.search.objects.pull import fetch_code
+    from topotune.search.objects.pull import fetch_folder
 
     folder = SearchFolder.open(results_dir, name)
     driver = holder(folder, folder.config())
     if driver is not None:
         raise SearchFolderError(f"search {name!r}: is being driven by {driver}")
-    fetch_code(results_dir, name)
+    fetch_folder(results_dir, name, "code")
     if folder.code.is_dir():
         answer.bring(folder.code)

@@ -30,9 +30,11 @@ from topotune.search.preflight import (
 from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, remembered
 from topotune.search.signals import Interrupts
+from topotune.search.source import CODE_TAG, Source, changed, check_unchanged, code_of, keep
 from topotune.search.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
 from topotune.shipped import keep_code
+from topotune.usercode import hashes
 
 if TYPE_CHECKING:
     from topotune.search.book import Book
@@ -95,6 +97,7 @@ def start(
         folder = SearchFolder.check_free(results_dir, config)
         check_writable(results_dir)
         check_study(folder, config, listener.note)
+        code_now = Source.here(config, Path.cwd())  # before any of it is imported
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
@@ -115,6 +118,7 @@ def start(
                     concurrency,
                     interrupts,
                     lease,
+                    code_now,
                 )
 
 
@@ -124,11 +128,22 @@ def resume(
     listener: Listener,
     extra_trials: int = 0,
     address: str = "local",
+    changed_code: bool = False,
+    code: Path | None = None,
 ) -> SearchReport:
     """Continue a search where it was left, with ``extra_trials`` more than it had.
 
+    Args:
+        results_dir: where the search's folder lies.
+        name: the search.
+        listener: who watches.
+        extra_trials: how many trials more.
+        address: the Ray cluster; "local" starts one of its own.
+        changed_code: go on also where the user's modules are not what they were.
+        code: a folder with code that was shipped in place of what is kept beside the results.
+
     Raises:
-        UserError: there is no such search, or another process drives it.
+        UserError: there is no such search, another process drives it, or its code has changed.
         RunError: as :func:`start`.
     """
     listener = SafeListener(listener)
@@ -139,12 +154,27 @@ def resume(
         check_writable(results_dir)
         if extra_trials:
             config = extended(config, extra_trials)
+        source = Source.here(config, code or code_of(folder))
+        if not changed_code:
+            check_unchanged(folder, source)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
             gpus, concurrency = fit_resources(config, ray_session.cluster())
             folder.save(config)
-            return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
+            if code is not None:
+                keep_code(code, folder.code)
+            return _run(
+                folder,
+                config,
+                listener,
+                ray_session,
+                gpus,
+                concurrency,
+                interrupts,
+                lease,
+                source,
+            )
 
 
 def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: float) -> Sharing:
@@ -204,6 +234,7 @@ def _run(
     concurrency: int,
     interrupts: Interrupts,
     lease: Hold,
+    source: Source,
 ) -> SearchReport:
     """One session of a search on a running Ray."""
     from topotune.search.book import Book
@@ -219,6 +250,7 @@ def _run(
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
     recorder = Recorder(folder, config, lease.check, lease.files)
+    kept = keep(folder, source)
     before = store.rows(ledger.trials)
     listener.note(f"{config.name}: {BEGUN}, {concurrency} trials at once")
     retention = Retention(folder, config, before, lease.files)
@@ -241,7 +273,9 @@ def _run(
                 "topotune.task": config.task.name,
                 "topotune.method": config.method,
                 "topotune.folder": str(folder.root),
-            }
+                **source.search_tags,
+            },
+            kept,
         )
         recorder.recover(before)
         del before  # of thousands of trials, for days
@@ -250,9 +284,25 @@ def _run(
         pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
         failure: TopotuneError | None = None
         try:
-            execute(folder, config, book, pulse, gpus, listener.note, concurrency, lease.files)
+            execute(
+                folder,
+                config,
+                book,
+                pulse,
+                gpus,
+                listener.note,
+                code_of(folder),
+                source,
+                concurrency,
+                lease.files,
+            )
         except TopotuneError as error:
             failure = error
+        if changes := changed(source.hashes, hashes(source.files)):
+            listener.note(
+                f"warning: edited while the search ran: {', '.join(changes)}. Trials whose worker "
+                f"started after that ran the new code; the tag {CODE_TAG} tells them apart"
+            )
         if sharing is not None:
             sharing.close()
         failure = book.fatal or failure

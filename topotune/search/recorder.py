@@ -13,7 +13,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from topotune.config import SearchConfig
@@ -109,8 +109,13 @@ class Recorder:
         self._dropped = threading.Event()
         self._best: float | None = None
 
-    def start(self, tags: dict[str, str]) -> None:
-        """Record what is searched, and begin to work."""
+    def start(self, tags: dict[str, str], files: Sequence[Path] = ()) -> None:
+        """Record what is searched, and begin to work.
+
+        Args:
+            tags: of the search's own run, besides those that its config gives.
+            files: more of its files to keep with the run, under their own paths.
+        """
         config = self._config
         params = {
             "task": config.task.name,
@@ -132,7 +137,10 @@ class Recorder:
             USER: self._tracker.tag(USER) or submitter(),  # who resumes it did not submit it
         }
         self._tracker.start(params, {**tags, **changing})
-        self._tracker.artifact(self._folder.root / "search.yaml")
+        root = self._folder.root
+        self._tracker.artifact(root / "search.yaml")
+        for path in files:
+            self._tracker.artifact(path, path.parent.relative_to(root).as_posix())
         self._thread.start()
 
     def recover(self, finished: list[TrialSummary]) -> None:

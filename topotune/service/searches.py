@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from topotune.config import SearchConfig
+from topotune.configfile import read_yaml
 from topotune.errors import ResourceError, RunError, SearchFolderError
 from topotune.search.view import BEGUN
 from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
 from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
 from topotune.service.package import pack
-from topotune.shipped import SEARCH_FILE, from_archive, ship_env
+from topotune.shipped import REPOSITORY_FILE, SEARCH_FILE, from_archive, ship_env
 
 BEGIN_SECONDS = 180.0
 """How long a command waits for the driver to have checked its search and begun."""
@@ -51,7 +52,13 @@ def submit(
         return cluster.submit([*arguments, *options], labels, Path(folder))
 
 
-def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None) -> str:
+def again(
+    cluster: Cluster,
+    name: str,
+    trials: int,
+    env_file: Path | None = None,
+    code: Path | None = None,
+) -> str:
     """Start a driver for a search that exists, with the code that it was submitted with.
 
     Args:
@@ -59,8 +66,10 @@ def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None
         name: the search.
         trials: how many more than it had; 0 only resumes.
         env_file: variables of the driver and its workers.
+        code: a folder whose modules take the place of those that it was submitted with.
 
     Raises:
+        ConfigError: a module cannot be packed.
         SearchFolderError: it is being driven.
         RemoteError: the cluster's storage has no such search.
     """
@@ -75,6 +84,12 @@ def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None
         if answer.files:
             from_archive(answer.files, place)
         (place / SEARCH_FILE).touch()  # a package must not be empty
+        if code is not None:
+            if (place / REPOSITORY_FILE).exists():
+                (place / REPOSITORY_FILE).write_text("null", encoding="utf-8")  # of the old code
+            text = (place / SEARCH_FILE).read_text(encoding="utf-8")
+            pack(place, text, read_yaml(place / SEARCH_FILE)[0], code)
+            more += ["--changed-code"]
         if env_file is not None:
             ship_env(env_file, place)
         arguments = [verb, name, *more, "--ray-address", "auto"]

@@ -52,8 +52,8 @@ def fetch_searches(results_dir: Path) -> set[str] | None:
     return set(names)
 
 
-def fetch_code(results_dir: Path, name: str) -> None:
-    """Bring the code that a search was submitted with, if its results are in a store.
+def fetch_folder(results_dir: Path, name: str, folder: str) -> None:
+    """Bring a folder of a search (``code``, ``sources``), if its results are in a store.
 
     Raises:
         ResourceError: the store cannot be asked.
@@ -62,10 +62,10 @@ def fetch_code(results_dir: Path, name: str) -> None:
     if address is None:
         return
     store = ObjectStore(address, limit=READER_SECONDS)
-    files = [file for file in store.objects(f"{name}/code") if layout.belongs(file)]
+    files = [file for file in store.objects(f"{name}/{folder}") if layout.belongs(file)]
 
     def one(file: str) -> None:
-        store.download(f"{name}/code/{file}", results_dir.absolute() / name / "code" / file)
+        store.download(f"{name}/{folder}/{file}", results_dir.absolute() / name / folder / file)
 
     each(one, files)
 
