@@ -91,6 +91,19 @@ def test_the_code_of_a_session_is_kept_once_without_its_secrets(
     assert (folder.sources / "1/code/own_task.py").read_text() == "import own_helper\n"
 
 
+def test_what_is_kept_is_what_was_hashed_and_the_right_file_is_named(
+    user: Path, folder: SearchFolder
+) -> None:
+    source = here(user)
+    (user / "own_task.py").write_text("import own_helper, task\n")  # before it could be kept
+    (user / "task.py").write_text("")
+    keep(folder, source)
+    assert (folder.sources / "1/code/own_task.py").read_text() == "import own_helper\n"
+    with pytest.raises(ConfigError) as caught:
+        check_unchanged(folder, here(user))
+    assert caught.value.place == str(user / "own_task.py")  # not task.py, whose name it contains
+
+
 def test_a_search_of_built_in_parts_has_no_code_of_its_own(
     user: Path, folder: SearchFolder
 ) -> None:

@@ -34,7 +34,7 @@ from topotune.search.source import CODE_TAG, Source, changed, check_unchanged, c
 from topotune.search.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
 from topotune.shipped import keep_code
-from topotune.usercode import hashes
+from topotune.usercode import contents, hashes
 
 if TYPE_CHECKING:
     from topotune.search.book import Book
@@ -298,7 +298,7 @@ def _run(
             )
         except TopotuneError as error:
             failure = error
-        if changes := changed(source.hashes, hashes(source.files)):
+        if changes := changed(source.hashes, hashes(contents(source.files))):
             listener.note(
                 f"warning: edited while the search ran: {', '.join(changes)}. Trials whose worker "
                 f"started after that ran the new code; the tag {CODE_TAG} tells them apart"

@@ -35,7 +35,7 @@ from topotune.shipped import REPOSITORY_FILE
 from topotune.tracking.entries import Start
 from topotune.tracking.spool import TRIAL_SPOOL
 from topotune.tracking.tails import read_all
-from topotune.usercode import code_digest, hashes, module_paths, user_files
+from topotune.usercode import code_digest, contents, hashes, module_paths, user_files
 
 CODE_TAG, COMMAND_TAG, COMMIT_TAG = "topotune.code", "topotune.command", "topotune.commit"
 RECORD_FILE, DIFF_FILE = "source.json", "git.diff"
@@ -57,7 +57,8 @@ class Source:
         command: the command line, without secrets.
         topotune: topotune's version, and its commit where it runs from a checkout.
         modules: full names of the modules that the search file names.
-        files: where each module lies now; empty for a record that was read.
+        files: where each module lies.
+        contents: what each module held when it was hashed, before it was imported.
     """
 
     hashes: Mapping[str, str]
@@ -66,6 +67,7 @@ class Source:
     topotune: str
     modules: tuple[str, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
+    contents: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
     def here(cls, config: SearchConfig, root: Path) -> Self:
@@ -79,12 +81,13 @@ class Source:
         files = user_files(modules, root)
         words = [Path(sys.argv[0]).name, *sys.argv[1:]]
         return cls(
-            hashes=hashes(files),
+            hashes=hashes(found := contents(files)),
             repository=_shipped(root) or Repository.of(root),
             command=redact(shlex.join(words)),
             topotune=f"{__version__} ({commit})" if (commit := own_commit()) else __version__,
             modules=modules,
             files=files,
+            contents=found,
         )
 
     @property
@@ -151,12 +154,7 @@ def keep(folder: SearchFolder, source: Source) -> list[Path]:
     make_folder(home)
     if diff:
         write_text(home / DIFF_FILE, diff)
-    for name, path in source.files.items():
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            _log.warning("%s: is not kept with the results: %s", path, error.strerror)
-            continue
+    for name, content in source.contents.items():
         if len(content) <= MAX_KEPT:
             text = redact(content.decode("utf-8", "surrogateescape"))
             make_folder((home / "code" / name).parent)
@@ -190,7 +188,7 @@ def check_unchanged(folder: SearchFolder, source: Source) -> None:
     newest = max(known)
     before = known[newest]["hashes"]
     if changes := changed(before, source.hashes):
-        first = next(name for name in sorted({**before, **source.hashes}) if name in changes[0])
+        first = changes[0].partition(" ")[0]
         place = source.files.get(first, Path(first))
         raise ConfigError(
             str(place),

@@ -49,7 +49,7 @@ from topotune.search.slate import Slate
 from topotune.search.source import CODE_TAG, Source
 from topotune.shipped import await_env
 from topotune.tracking.base import Tracker
-from topotune.usercode import code_digest, hashes, user_files
+from topotune.usercode import code_digest, contents, hashes, user_files
 
 
 class TrialActor(tune.Trainable):
@@ -258,7 +258,7 @@ class TrialActor(tune.Trainable):
         """
         modules = tuple(self._source["modules"])
         if TrialActor._code[0] != modules:
-            found = code_digest(hashes(user_files(modules, Path.cwd())))
+            found = code_digest(hashes(contents(user_files(modules, Path.cwd()))))
             TrialActor._code = (modules, found)
         code, tags = TrialActor._code[1], dict(self._source["tags"])
         return tags if code == tags.get(CODE_TAG, "") else {CODE_TAG: code or "none"}
