@@ -198,6 +198,16 @@ def test_what_is_wrong_on_the_cluster_only_is_told_here(
     assert code == 2
     assert "taken" in line
     assert "--name" in line
+    assert user.run("logs", "taken", "--trial", "0") == "trial 0 of taken has printed nothing\n"
+    module = user.folder / "paced_rings.py"
+    module.write_text(module.read_text(encoding="utf-8") + "\nprint('of the new code')\n")
+    user.run("extend", "taken", "--trials", "1")  # with the code that it was submitted with
+    until(lambda: user.list()["taken"]["job_status"] == "SUCCEEDED", 120, "it has ended again")
+    assert user.run("logs", "taken", "--trial", "1") == "trial 1 of taken has printed nothing\n"
+    user.run("extend", "taken", "--trials", "1", "--changed-code")
+    until(lambda: user.list()["taken"]["job_status"] == "SUCCEEDED", 120, "it has ended again")
+    assert user.run("logs", "taken", "--trial", "2") == "of the new code\n"
+    assert user.fails("logs", "taken", "--trial", "9")[0] == 2
     code, line = user.fails("resume", "never-was")
     assert code == 2
     assert "never-was" in line

@@ -37,6 +37,13 @@ def test_a_gpu_may_differ_within_a_stated_tolerance() -> None:
     assert found.difference == pytest.approx(1e-4)
 
 
+def test_what_is_known_to_differ_is_named() -> None:
+    with pytest.raises(VerificationError, match="Not as it was recorded: a has changed; torch was"):
+        verify({"m": 1}, {"m": 2}, "m", "cpu", differs=["a has changed", "torch was 1, is 2"])
+    with pytest.raises(VerificationError, match="kernels and versions are as they were recorded"):
+        verify({"m": 1}, {"m": 2}, "m", "cpu")
+
+
 @pytest.mark.parametrize(("first", "second"), [({}, {"m": 1.0}), ({"m": 1.0}, {"n": 1.0})])
 def test_a_missing_metric_is_named(first: dict[str, float], second: dict[str, float]) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown (recorded|reproduced) metric 'm'"):

@@ -19,7 +19,7 @@ from topotune.records import Outcome
 from topotune.search.adapters import recorded
 from topotune.search.book import Progress, Turn
 from topotune.search.deaths import Cause, Death, classify, restarts, take_note, verdict
-from topotune.search.guard import CRASH_FILE
+from topotune.search.guard import GUARD_FILE
 from topotune.search.study import Handout
 from topotune.search.sweep import MARK, Sweeper, sweep
 from topotune.tracking.spool import TRIAL_SPOOL, SpoolTracker
@@ -104,8 +104,9 @@ def test_causes_are_told_apart(error: str, note: str, cause: Cause, words: str) 
 def test_a_note_is_read_once_and_kept_as_evidence(tmp_path: Path) -> None:
     assert take_note(tmp_path) == ""
     for _ in range(2):
-        (tmp_path / CRASH_FILE).write_text("Fatal Python error: Aborted\n")
+        (tmp_path / GUARD_FILE).write_text("Fatal Python error: Aborted\n")
         assert take_note(tmp_path).startswith("Fatal")
+    (tmp_path / GUARD_FILE).touch()  # of a worker that was killed
     assert take_note(tmp_path) == ""
     assert sorted(p.name for p in tmp_path.iterdir()) == ["crash-1.txt", "crash-2.txt"]
 

@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 
 from topotune.search import stalls as stalls_module
 from topotune.search.deaths import Cause, classify, take_note
-from topotune.search.guard import CRASH_FILE, HANG_FILE, Guard, machine_memory, resident
+from topotune.search.guard import GUARD_FILE, HANG_FILE, Guard, machine_memory, resident
 from topotune.search.stalls import Stalls
 
 KILLED = "The actor is dead because its worker process has died."
@@ -34,10 +34,11 @@ def worker(body: str, stall: str, memory: str = "None") -> str:
 
 
 def guarded(tmp_path: Path, body: str, stall: str = "None", memory: str = "None") -> str:
-    """Run them; what the crash file holds then."""
+    """Run them; what the guard's file holds then, empty where it is gone."""
     code = worker(body, stall, memory)
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
-    return (tmp_path / CRASH_FILE).read_text()
+    file = tmp_path / GUARD_FILE
+    return file.read_text() if file.exists() else ""
 
 
 def test_a_hang_is_ended_with_its_traceback(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def watch(folder: Path, seconds: float) -> None:
     stalls._patience = 0.0
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not any(
-        path.stat().st_size for path in folder.glob(CRASH_FILE)
+        path.stat().st_size for path in folder.glob(GUARD_FILE)
     ):
         stalls.look(cast("dict[int, Trial]", {0: Still()}))
         time.sleep(0.02)
@@ -88,7 +89,7 @@ def test_a_worker_whose_sign_of_life_is_not_to_be_seen_is_not_judged(
     monkeypatch.setattr(stalls_module, "LOOK_EVERY", 0.05)
     watch(tmp_path, 1.0)
     assert not list(tmp_path.iterdir())  # nothing was said of it
-    (tmp_path / CRASH_FILE).touch()
+    (tmp_path / GUARD_FILE).touch()
     watch(tmp_path, 1.0)
     assert "frozen" in classify(KILLED, take_note(tmp_path)).text
 
@@ -115,7 +116,7 @@ def test_a_worker_suspended_with_its_machine_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGCONT)
         assert process.wait(30) == 0
     assert (tmp_path / "done").exists()
-    assert (tmp_path / CRASH_FILE).read_text() == ""
+    assert not (tmp_path / GUARD_FILE).exists()
     assert not (tmp_path / HANG_FILE).exists()
 
 
@@ -137,7 +138,7 @@ def test_a_guard_that_is_closed_is_over(tmp_path: Path, monkeypatch: pytest.Monk
     guard.close()
     faulthandler.enable()  # pytest's own
     assert seen == [True, False]  # it came to its end before the descriptors were closed
-    assert (tmp_path / CRASH_FILE).read_text() == ""
+    assert list(tmp_path.iterdir()) == []  # a trial that ended well leaves no file of its guard
 
 
 def test_progress_and_idleness_are_no_stall(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from topotune.search.objects.address import (
     store_address,
 )
 from topotune.search.objects.courier import KEEP_SECONDS, Courier, sweep
+from topotune.search.objects.pull import fetch_trial
 from topotune.search.objects.store import ObjectStore, connect
+from topotune.search.output import Output
 
 FAST = 3.0
 
@@ -248,11 +250,12 @@ def test_every_file_has_one_writer() -> None:
         *("leaderboard.md", "history.png", "curves.png", "shipped.json", "refused.jsonl"),
         *("trials/0007/trial.jsonl", "trials/0007/trace.npz", "trials/0007/trace.png"),
         *("trials/0007/relaxation.npz", "trials/0007/relaxation.png", "trials/0007/crash-1.txt"),
-        "trials.lost/0003-1/trace/epoch-00001.npz",
+        *("trials.lost/0003-1/trace/epoch-00001.npz", "sources/1/git.diff"),
+        *("sources/1/source.json", "sources/1/code/own_parts/inner.py"),
     )
     worker = (
-        *("checkpoint.pt", "spool.jsonl", "overhead.json", "error.txt", "crash.txt"),
-        *("trace/epoch-00001.npz", "relaxation/epoch-00002.npz"),
+        *("checkpoint.pt", "spool.jsonl", "overhead.json", "error.txt", "guard.txt"),
+        *("trace/epoch-00001.npz", "relaxation/epoch-00002.npz", "output.txt"),
     )
     nobody = (
         *("driver.lock", ".shipper.lock", ".shipped.json.12.tmp", "ledger.previous.json"),
@@ -268,6 +271,8 @@ def test_every_file_has_one_writer() -> None:
     for name in worker:
         assert layout.of_worker(name), name
         assert not layout.of_driver(f"trials/0007/{name}"), name
+    assert layout.for_worker("output.txt")  # goes on where it was
+    assert not layout.for_driver("output.txt")  # until somebody asks for it
     for name in nobody:
         assert not layout.of_driver(name), name
         trial = layout.split_trial(name)
@@ -410,10 +415,35 @@ def test_a_crash_note_is_sent_by_the_process_that_ends_itself(
 ) -> None:
     courier = Node(place, tmp_path / "a", monkeypatch).worker()
     courier.fetch()
-    (courier.folder / "crash.txt").write_text("")
+    (courier.folder / "guard.txt").write_text("")
     courier.push()
-    assert store.read("demo/trials/0000/crash.txt") is None
-    (courier.folder / "crash.txt").write_text("Memory: 2 GiB resident, limit 1 GiB\n")
+    assert store.read("demo/trials/0000/guard.txt") is None
+    (courier.folder / "guard.txt").write_text("Memory: 2 GiB resident, limit 1 GiB\n")
     courier.send_note()
-    assert store.read("demo/trials/0000/crash.txt") == b"Memory: 2 GiB resident, limit 1 GiB\n"
+    assert store.read("demo/trials/0000/guard.txt") == b"Memory: 2 GiB resident, limit 1 GiB\n"
     courier.close()
+
+
+def test_what_a_trial_prints_is_stored_with_each_epoch_and_goes_on_elsewhere(
+    place: str, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWN_TOKEN", "hunter2hunter2")
+    stored = "demo/trials/0000/output.txt"
+    for node, words in (("a", b"one hunter2hunter2\n"), ("b", b"two\n")):
+        courier = Node(place, tmp_path / node, monkeypatch).worker()
+        courier.fetch()
+        output = Output(courier.folder)
+        courier.push()  # nothing was printed yet
+        assert store.read(stored) == (None if node == "a" else b"one ***\n")
+        os.write(1, words)
+        output.tidy()
+        courier.push()
+        output.close()
+        courier.close()
+        assert not courier.folder.exists()  # the store has all of it
+    assert store.read(stored) == b"one ***\ntwo\n"
+    root = tmp_path / "reader"
+    monkeypatch.setenv(SCRATCH, str(root))
+    fetch_trial(results_folder(place), "demo", 0, "output.txt", "error.txt")
+    (found,) = root.rglob("output.txt")
+    assert found.read_bytes() == b"one ***\ntwo\n"

@@ -128,6 +128,36 @@ def test_everything_arrives_in_a_parent_and_its_children(search: Search) -> None
     assert (check.recorded, check.stored, check.runs) == (30, 30, 4)
 
 
+def test_the_data_of_a_trial_are_a_dataset_input_however_often_they_are_sent(
+    search: Search,
+) -> None:
+    search.driver().start({}, {"topotune.task": "my_tasks:Rings", "topotune.method": "adam"})
+    for number, digest in enumerate(("aaaa", "aaaa", "bbbb")):
+        tags = {"data.digest": digest, "data.rows": "60 train, 20 validation"}
+        search.trial(number).start({}, tags)
+    search.trial(3).start({}, {"device": "cpu"})
+    shipper = search.shipper()
+    for _ in range(2):
+        assert shipper.ship_once()
+        shipper.rewind()
+    assert shipper.close().complete
+
+    def inputs(run: StoredRun) -> list[tuple[str, ...]]:
+        found = search.store.client().get_run(run.run_id).inputs
+        assert found is not None
+        return [
+            (one.dataset.name, one.dataset.digest, str(one.dataset.profile), one.tags[0].value)
+            for one in found.dataset_inputs
+        ]
+
+    a, b = (
+        ("Rings", digest, '{"rows": "60 train, 20 validation"}', "training")
+        for digest in ("aaaa", "bbbb")
+    )
+    assert [inputs(search.run(number)) for number in range(4)] == [[a], [a], [b], []]
+    assert sorted(inputs(search.parent())) == [a, b]
+
+
 def test_losing_the_offsets_duplicates_nothing(search: Search) -> None:
     small_search(search)
     search.trial(0).epoch(report(4, nan=math.nan, inf=math.inf))

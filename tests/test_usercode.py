@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from topotune.repository import MAX_DIFF, Repository, own_commit
-from topotune.usercode import code_digest, hashes, module_paths, user_files
+from topotune.usercode import code_digest, contents, hashes, module_paths, user_files
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -79,7 +79,7 @@ def test_a_library_that_is_used_from_its_sources_is_the_users(
 
 def test_the_digest_follows_content_and_names_and_nothing_else(user: Path) -> None:
     def digest() -> str:
-        return code_digest(hashes(user_files(["own_task"], user)))
+        return code_digest(hashes(contents(user_files(["own_task"], user))))
 
     first = digest()
     assert len(first) == 12

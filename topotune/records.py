@@ -18,6 +18,10 @@ Value: TypeAlias = bool | int | float | str | list[float] | None
 """What a parameter may be: a scalar, or a list of numbers such as ``betas``."""
 
 
+DATA_TAG, ROWS_TAG = "data.digest", "data.rows"
+"""Tags of a trial: which training and validation rows it saw, and how many."""
+
+
 class Outcome(StrEnum):
     """How a trial ended; each comes with a reason."""
 

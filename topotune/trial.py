@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from topotune.data.splits import TensorPair
+from topotune.data.splits import TensorPair, data_tags
 from topotune.errors import CheckpointError, DivergedError, StoppedError
 from topotune.files import make_folder
 from topotune.records import (
@@ -60,9 +60,14 @@ class TrialRun:
     """
 
     def __init__(
-        self, spec: TrialSpec, tracker: Tracker, folder: Path | None, beat: Callable[[], None]
+        self,
+        spec: TrialSpec,
+        tracker: Tracker,
+        folder: Path | None,
+        beat: Callable[[], None],
+        tags: Mapping[str, str],
     ) -> None:
-        self.spec = spec
+        self.spec, self._more_tags = spec, tags
         self._beat = beat
         self._tracker = tracker
         self._folder = folder
@@ -165,7 +170,12 @@ class TrialRun:
             self._tracker.metrics(self._overhead.metrics, 0, self._overhead.timestamp_ms)
 
     def _tags(self) -> dict[str, str]:
-        return {"seed": str(self.spec.seed), **provenance(self._device)}
+        return {
+            "seed": str(self.spec.seed),
+            **provenance(self._device),
+            **data_tags(self._parts.train, self._parts.val),
+            **self._more_tags,
+        }
 
     def _find_overhead(self) -> Overhead:
         """Measured once a trial: kept before it is reported, so that a resume repeats it."""
@@ -229,6 +239,7 @@ def open_trial(
     tracker: Tracker | None = None,
     folder: Path | None = None,
     beat: Callable[[], None] = lambda: None,
+    tags: Mapping[str, str] | None = None,
 ) -> TrialRun:
     """Build a trial and restore its newest checkpoint, if its folder has one.
 
@@ -240,13 +251,15 @@ def open_trial(
         tracker: where reports go; None keeps nothing.
         folder: the trial's own folder, for checkpoints and the step trace; None writes nothing.
         beat: called at every sign of progress, many times an epoch.
+        tags: what the tracker is given besides device, versions and data, such as whose code it is.
 
     Raises:
         UserError: the spec names something that does not exist or breaks a rule.
         CheckpointError: the folder's checkpoints belong to another spec.
     """
     check_spec(spec)
-    return TrialRun(spec, NullTracker() if tracker is None else tracker, folder, beat)
+    tracker = NullTracker() if tracker is None else tracker
+    return TrialRun(spec, tracker, folder, beat, tags or {})
 
 
 def run_trial(

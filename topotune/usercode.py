@@ -86,9 +86,14 @@ def user_files(modules: Iterable[str], root: Path) -> dict[str, Path]:
     return found
 
 
-def hashes(files: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of each file's content, by the same names; empty text for one that cannot be read."""
-    return {name: _hash(path) for name, path in sorted(files.items())}
+def contents(files: Mapping[str, Path]) -> dict[str, bytes]:
+    """What each file holds, by the same names; nothing for one that cannot be read."""
+    return {name: _read(path) for name, path in sorted(files.items())}
+
+
+def hashes(found: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of each of :func:`contents`, by the same names."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 
 def code_digest(found: Mapping[str, str]) -> str:
@@ -99,11 +104,11 @@ def code_digest(found: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
 
-def _hash(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return path.read_bytes()
     except OSError:
-        return ""
+        return b""
 
 
 def _elsewhere(root: Path) -> list[str]:

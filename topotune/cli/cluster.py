@@ -170,16 +170,40 @@ def logs(
     context: typer.Context,
     name: SearchName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    trial: Annotated[
+        int | None, typer.Option(min=0, help="What this trial has printed, here or on a cluster.")
+    ] = None,
+    results_dir: ResultsDir = DEFAULT_RESULTS,
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """What the newest driver of a search on a cluster prints."""
-    from topotune.service import searches
+    """What the newest driver of a search on a cluster prints, or one trial of any search."""
 
     def show(text: str) -> None:
         for line in text.splitlines(keepends=True):
-            sys.stdout.write(shown(line.rstrip("\r\n")) + ("\n" if line.endswith("\n") else ""))
+            indent = line[: len(line) - len(line.lstrip(" \t"))]  # a traceback's
+            end = "\n" if line.endswith("\n") else ""
+            sys.stdout.write(indent + shown(line.rstrip("\r\n")) + end)
         sys.stdout.flush()
+
+    if trial is not None:
+        if follow:
+            raise ConfigError("--follow", "follows a driver; --trial shows the output so far")
+        if cluster := elsewhere(context, address):
+            forward(context, cluster, ["--trial", str(trial)], name)
+            return
+        from topotune.search import reading
+
+        show(reading.printed(results_dir, name, trial))
+        return
+    if elsewhere(context, address) is None:
+        raise ConfigError(
+            "logs",
+            "shows a driver on a cluster, and no cluster is named",
+            f"Give --address http://HEAD:8265 or set {ADDRESS}; --trial N shows what a trial of a "
+            "search on this machine has printed",
+        )
+    from topotune.service import searches
 
     searches.logs(connect(context, address, allow_open), name, follow, show)
 
@@ -311,7 +335,7 @@ def package(
     from topotune.search import reading
     from topotune.search.folder import SearchFolder
     from topotune.search.objects.hold import holder
-    from topotune.search.objects.pull import fetch_code
+    from topotune.search.objects.pull import fetch_folder
 
     folder = SearchFolder.open(results_dir, name)
     driver = holder(folder, folder.config())
@@ -326,6 +350,6 @@ def package(
         print_board(out, report.board, limit=10)
         print_best(out, report.board)
         return
-    fetch_code(results_dir, name)
+    fetch_folder(results_dir, name, "code")
     if folder.code.is_dir():
         answer.bring(folder.code)

@@ -66,11 +66,11 @@ def export(
     log_to_stderr()
     from topotune.search.exports import export_top
     from topotune.search.folder import SearchFolder
-    from topotune.search.objects.pull import fetch_code
+    from topotune.search.objects.pull import fetch_folder
 
     search = SearchFolder.open(results_dir, name)
     if on_cluster(context):
-        fetch_code(results_dir, name)
+        fetch_folder(results_dir, name, "code")
         sys.path.append(str(search.code))  # last: a file there stands in for no library
     exported = export_top(
         search,

@@ -103,6 +103,10 @@ RayAddress = Annotated[
         show_default=True,
     ),
 ]
+ChangedCode = Annotated[
+    bool,
+    typer.Option("--changed-code", help="Go on also where your own modules have changed since."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]
 
 

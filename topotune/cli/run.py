@@ -13,6 +13,7 @@ from topotune.cli.options import (
     Address,
     AllowOpen,
     AsJson,
+    ChangedCode,
     EnvFile,
     RayAddress,
     ResultsDir,
@@ -106,13 +107,14 @@ def resume(
     address: Address = None,
     env_file: EnvFile = None,
     allow_open: AllowOpen = False,
+    changed_code: ChangedCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a search that was stopped or killed; finished epochs are not repeated."""
     if cluster := elsewhere(context, address):
-        _again_there(context, cluster, name, 0, env_file, allow_open, as_json)
+        _again_there(context, cluster, name, 0, env_file, allow_open, changed_code, as_json)
     else:
-        _again(context, name, results_dir, 0, ray_address, as_json)
+        _again(context, name, results_dir, 0, ray_address, changed_code, as_json)
 
 
 def extend(
@@ -124,13 +126,14 @@ def extend(
     address: Address = None,
     env_file: EnvFile = None,
     allow_open: AllowOpen = False,
+    changed_code: ChangedCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Add trials to a search, finished or not."""
     if cluster := elsewhere(context, address):
-        _again_there(context, cluster, name, trials, env_file, allow_open, as_json)
+        _again_there(context, cluster, name, trials, env_file, allow_open, changed_code, as_json)
     else:
-        _again(context, name, results_dir, trials, ray_address, as_json)
+        _again(context, name, results_dir, trials, ray_address, changed_code, as_json)
 
 
 def _again_there(
@@ -140,6 +143,7 @@ def _again_there(
     trials: int,
     env_file: Path | None,
     allow_open: bool,
+    changed_code: bool,
     as_json: bool,
 ) -> None:
     """Start a driver on the cluster, and wait until it has begun."""
@@ -147,7 +151,8 @@ def _again_there(
     from topotune.service import searches
 
     cluster = connect(context, address, allow_open)
-    job_id, results = searches.again(cluster, name, trials, env_file, as_json)
+    code = Path.cwd() if changed_code else None
+    job_id, results = searches.again(cluster, name, trials, env_file, as_json, code)
     if job_id:
         begun(cluster, name, job_id, True, as_json)
     else:
@@ -155,7 +160,13 @@ def _again_there(
 
 
 def _again(
-    context: typer.Context, name: str, results_dir: Path, trials: int, address: str, as_json: bool
+    context: typer.Context,
+    name: str,
+    results_dir: Path,
+    trials: int,
+    address: str,
+    changed_code: bool,
+    as_json: bool,
 ) -> None:
     from topotune.search import driver
     from topotune.search.folder import SearchFolder
@@ -163,7 +174,15 @@ def _again(
     config = SearchFolder.open(results_dir, name).config()
     _finish(
         config,
-        lambda listener: driver.resume(results_dir, name, listener, trials, address),
+        lambda listener: driver.resume(
+            results_dir,
+            name,
+            listener,
+            trials,
+            address,
+            changed_code,
+            Path.cwd() if on_cluster(context) and changed_code else None,
+        ),
         results_dir,
         "" if on_cluster(context) else where(results_dir),
         as_json,

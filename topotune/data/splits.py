@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from topotune.records import DATA_TAG, ROWS_TAG
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,14 @@ class Splits:
     def to(self, device: torch.device) -> Splits:
         """All three on ``device``."""
         return Splits(self.train.to(device), self.val.to(device), self.test.to(device))
+
+
+def data_tags(train: TensorPair, val: TensorPair) -> dict[str, str]:
+    """Tags that say which data these are: a digest of every value and its place, and the sizes."""
+    digest = hashlib.sha256()
+    for rows in (train, val):
+        for tensor in (rows.inputs, rows.targets):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    sizes = f"{len(train)} train, {len(val)} validation"
+    return {DATA_TAG: digest.hexdigest()[:16], ROWS_TAG: sizes}

@@ -23,6 +23,7 @@ class Provenance:
         packages: package name to version, of what computed the result.
         device: in words, such as "cpu (2 threads)" or the GPU's name.
         created: date and time of the export, ISO 8601.
+        source: what the trial itself recorded of its code, commit and data.
     """
 
     search: str
@@ -33,6 +34,7 @@ class Provenance:
     packages: Mapping[str, str]
     device: str
     created: str
+    source: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self, summary: TrialSummary, rank: int) -> dict[str, Any]:
         """All of it, with the trial's number, rank and seed, in strict JSON types."""
@@ -48,6 +50,7 @@ class Provenance:
                 "code_version": self.code_version,
                 "packages": self.packages,
                 "device": self.device,
+                "source": self.source,
                 "created": self.created,
             },
             "provenance",

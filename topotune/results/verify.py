@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from topotune.errors import UnknownNameError, VerificationError
@@ -38,6 +38,7 @@ def verify(
     device: str,
     *,
     tolerance: float = 0.0,
+    differs: Sequence[str] = (),
 ) -> Verification:
     """Compare one metric of two trainings: the same number on a CPU, within ``tolerance`` else.
 
@@ -49,6 +50,7 @@ def verify(
             one of these, where the first one may have run on another.
         tolerance: largest absolute difference accepted off the CPU, where kernels may add in
             another order at every run; a CPU repeats exactly and gets none.
+        differs: what is known to be another than in the first training, in words.
 
     Raises:
         UnknownNameError: one side has no such metric.
@@ -62,9 +64,14 @@ def verify(
     allowed = 0.0 if device.partition(":")[0] == "cpu" else tolerance
     # NaN on either side, or infinity on both, makes the difference NaN, which fails too
     if not abs(second - first) <= allowed:
+        why = (
+            f"Not as it was recorded: {'; '.join(differs)}"
+            if differs
+            else "Code, data, kernels and versions are as they were recorded, as far as that was "
+            "done. The same machine, device and thread count repeat a training"
+        )
         raise VerificationError(
             f"{metric}: recorded {first!r}, reproduced {second!r} on {device} (difference "
-            f"{second - first!r}, allowed {allowed!r}). The same machine, device, thread count "
-            "and package versions repeat a training; provenance.json lists the recorded ones"
+            f"{second - first!r}, allowed {allowed!r}). {why}"
         )
     return Verification(metric, first, second, device, exact=first == second)

@@ -11,7 +11,7 @@ from pathlib import Path
 from topotune.config_budget import Budget
 from topotune.errors import GpuMemoryError
 from topotune.redaction import brief
-from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, MEMORY_PREFIX, STALL_PREFIX
+from topotune.search.guard import FROZEN_NOTE, GUARD_FILE, MEMORY_PREFIX, STALL_PREFIX
 
 
 class Cause(StrEnum):
@@ -94,7 +94,7 @@ def verdict(death: Death, times: int) -> str:
 
 def take_note(folder: Path) -> str:
     """What a dead worker's guard wrote; the file is put aside, so that it is read once."""
-    path = folder / CRASH_FILE
+    path = folder / GUARD_FILE
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -102,6 +102,8 @@ def take_note(folder: Path) -> str:
     with contextlib.suppress(OSError):
         if text:
             path.rename(folder / f"crash-{len(list(folder.glob('crash-*.txt'))) + 1}.txt")
+        else:
+            path.unlink()
     return text
 
 
@@ -110,7 +112,7 @@ def classify(error: str, note: str) -> Death:
 
     Args:
         error: Ray's words.
-        note: what its guard left in the crash file.
+        note: what its guard left in its file.
     """
     if note.startswith(STALL_PREFIX):
         return Death(Cause.STALL, f"no progress for longer than limits.stall, hung{_where(note)}")

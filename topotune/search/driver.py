@@ -33,9 +33,11 @@ from topotune.search.reading import is_finished
 from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, look_first, remembered
 from topotune.search.signals import Interrupts
+from topotune.search.source import CODE_TAG, Source, changed, check_unchanged, code_of, keep
 from topotune.search.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
 from topotune.shipped import keep_code
+from topotune.usercode import contents, hashes
 
 if TYPE_CHECKING:
     from topotune.search.book import Book
@@ -102,6 +104,7 @@ def start(
         check_study(folder, config, listener.note)
         for remark in remarks(config):
             listener.note(f"note: {remark}")
+        code_now = Source.here(config, Path.cwd())  # before any of it is imported
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
@@ -123,6 +126,7 @@ def start(
                     concurrency,
                     interrupts,
                     lease,
+                    code_now,
                 )
 
 
@@ -132,11 +136,22 @@ def resume(
     listener: Listener,
     extra_trials: int = 0,
     address: str = "local",
+    changed_code: bool = False,
+    code: Path | None = None,
 ) -> SearchReport:
     """Continue a search where it was left, with ``extra_trials`` more than it had.
 
+    Args:
+        results_dir: where the search's folder lies.
+        name: the search.
+        listener: who watches.
+        extra_trials: how many trials more.
+        address: the Ray cluster; "local" starts one of its own.
+        changed_code: go on also where the user's modules are not what they were.
+        code: a folder with code that was shipped in place of what is kept beside the results.
+
     Raises:
-        UserError: there is no such search, or another process drives it.
+        UserError: there is no such search, another process drives it, or its code has changed.
         RunError: as :func:`start`.
     """
     listener = SafeListener(listener)
@@ -153,13 +168,28 @@ def resume(
         look_first(folder, config, listener.note)
         if not extra_trials and is_finished(folder):
             listener.note(f"{name}: finished, nothing is left to do")
-            return _run(folder, config, listener, None, 0, 1, interrupts, lease)
+            return _run(folder, config, listener, None, 0, 1, interrupts, lease, None)
+        source = Source.here(config, code or code_of(folder))
+        if not changed_code:
+            check_unchanged(folder, source)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
             gpus, concurrency = fit_resources(config, ray_session.cluster())
             folder.save(config)
-            return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
+            if code is not None:
+                keep_code(code, folder.code)
+            return _run(
+                folder,
+                config,
+                listener,
+                ray_session,
+                gpus,
+                concurrency,
+                interrupts,
+                lease,
+                source,
+            )
 
 
 def _on_disk(config: SearchConfig) -> str:
@@ -234,6 +264,7 @@ def _run(
     concurrency: int,
     interrupts: Interrupts,
     lease: Hold,
+    source: Source | None,
 ) -> SearchReport:
     """One session of a search on a running Ray; without one, of a search that is finished: what an
     earlier session did not come to record is recorded, and sent."""
@@ -250,6 +281,7 @@ def _run(
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
     recorder = Recorder(folder, config, lease.check, lease.files)
+    kept = [] if source is None else keep(folder, source)
     before = store.rows(ledger.trials)
     if ray_session is not None:
         listener.note(f"{config.name}: {BEGUN}, {concurrency} trials at once")
@@ -273,21 +305,40 @@ def _run(
                 "topotune.task": config.task.name,
                 "topotune.method": config.method,
                 "topotune.folder": str(folder.root),
-            }
+                **({} if source is None else source.search_tags),
+            },
+            kept,
         )
         recorder.recover(before)
         del before  # of thousands of trials, for days
         sharing = None
         live = LiveFile(folder.live, lease.check)
         failure: TopotuneError | None = None
-        if ray_session is not None:
+        if ray_session is not None and source is not None:
             if not ray_session.local:
                 sharing = _sharing(folder, book, ray_session, gpus)
             pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
             try:
-                execute(folder, config, book, pulse, gpus, listener.note, concurrency, lease.files)
+                execute(
+                    folder,
+                    config,
+                    book,
+                    pulse,
+                    gpus,
+                    listener.note,
+                    code_of(folder),
+                    source,
+                    concurrency,
+                    lease.files,
+                )
             except TopotuneError as error:
                 failure = error
+            if changes := changed(source.hashes, hashes(contents(source.files))):
+                listener.note(
+                    f"warning: edited while the search ran: {', '.join(changes)}. Trials whose "
+                    f"worker started after that ran the new code; the tag {CODE_TAG} tells them "
+                    "apart"
+                )
         if sharing is not None:
             sharing.close()
         failure = book.fatal or failure

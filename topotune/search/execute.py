@@ -18,6 +18,7 @@ from topotune.search.objects.files import TrialFiles
 from topotune.search.objects.places import Places
 from topotune.search.pulse import Pulse
 from topotune.search.repairs import out_of_memory_is_a_death
+from topotune.search.source import Source
 
 KILL_SECONDS = 3.0
 """How long the end of killed workers may take to be noticed."""
@@ -30,6 +31,8 @@ def execute(
     pulse: Pulse,
     gpus: float,
     note: Callable[[str], None],
+    modules: Path,
+    source: Source,
     most_at_once: int = 1,
     files: TrialFiles | None = None,
 ) -> None:
@@ -42,6 +45,8 @@ def execute(
         pulse: called on every turn.
         gpus: GPUs a trial.
         note: told, in a line, of a worker that died.
+        modules: the folder that workers import the user's modules from.
+        source: which code that is.
         most_at_once: trials that may wait for a device at once; what waits is what an autoscaler
             sees.
 
@@ -83,8 +88,6 @@ def execute(
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
         [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
     )
-    # A package that Ray unpacked may be gone while the search still runs: its copy is not.
-    modules = folder.code if folder.code.is_dir() else Path.cwd()
     # Tune would start the workers one after another and, while one loads, drop those of trials that
     # end. How many trials there are at once, the book says.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most_at_once)
@@ -112,6 +115,7 @@ def execute(
                         gpus=gpus,
                         gpu_memory=config.resources.gpu_memory,
                         alone=handout.alone,
+                        source=source,
                     ),
                 ),
                 scheduler=StudyScheduler(book, places.died, note, request),

@@ -4,25 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from topotune.configfile import parse_spec
 from topotune.errors import CheckpointError, RunError, TrackingError
-from topotune.records import EpochReport, OverheadOptions, TrialResult, TrialSpec
+from topotune.records import (
+    DATA_TAG,
+    ROWS_TAG,
+    EpochReport,
+    OverheadOptions,
+    TrialResult,
+    TrialSpec,
+    Value,
+)
+from topotune.repository import own_commit
 from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
 from topotune.results.leaderboard import top
 from topotune.search.folder import SearchFolder
-from topotune.search.objects.pull import fetch_trial
+from topotune.search.objects.pull import fetch_folder, fetch_trial
 from topotune.search.recorder import leaderboard, objectives
 from topotune.search.shipping import experiment, open_store
+from topotune.search.source import (
+    CODE_TAG,
+    COMMIT_TAG,
+    GIT_TAGS,
+    Source,
+    code_differences,
+    other_differences,
+    trial_starts,
+)
+from topotune.tracking.base import NullTracker
 from topotune.tracking.registry import register_model
-from topotune.train.checkpoint import CheckpointStore
+from topotune.tracking.spool import TRIAL_SPOOL
+from topotune.train.checkpoint import CHECKPOINT_FILE, CheckpointStore
 
 GPU_TOLERANCE = 5e-3
 """Accepted difference of a verified metric off the CPU, where kernels sum in varying order."""
+
+
+_SOURCE = (CODE_TAG, *GIT_TAGS, COMMIT_TAG, DATA_TAG, ROWS_TAG, "kernels")
+"""What an export says of where its trial came from."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +106,15 @@ def export_top(
             f"export ({board.summary})"
         )
     exported = []
+    fetch_folder(folder.root.parent, folder.name, "sources")
+    now = Source.here(config, Path.cwd())
     for rank, row in enumerate(best, start=1):
         spec = parse_spec(row.spec, f"{folder.root}: trial {row.number}", {})
-        fetch_trial(folder.root.parent, folder.name, row.number)
+        fetch_trial(folder.root.parent, folder.name, row.number, CHECKPOINT_FILE, TRIAL_SPOOL)
+        starts = trial_starts(folder, row.number)
+        differs = code_differences(folder, starts, now.hashes)
+        if differs:
+            note(f"warning: trial {row.number} ran other code than there is now: {differs[0]}")
         weights, history = _weights(spec, folder.trial(row.number), note)
         from topotune.weights import evaluate_test
 
@@ -95,7 +125,7 @@ def export_top(
             objectives=objectives(config),
             out=out,
             weights=weights,
-            provenance=_provenance(folder, spec, len(board.trials)),
+            provenance=_provenance(folder, spec, len(board.trials), starts),
             history=history,
             test_metrics=test,
             force=force,
@@ -109,7 +139,7 @@ def export_top(
                 (o.metric for o in config.objective if not o.metric.startswith("overhead_")),
                 "val_loss",
             )
-            verification = _verify(spec, dict(row.metrics), metric)
+            verification = _verify(spec, dict(row.metrics), metric, differs, starts)
         exported.append(Exported(row.number, paths, test, verification, None))
     if register is not None:
         exported[0] = _register(folder, exported[0], register, alias)
@@ -160,17 +190,38 @@ def _without_overhead(spec: TrialSpec) -> TrialSpec:
     return dataclasses.replace(spec, overhead=OverheadOptions(blocks=0))
 
 
-def _verify(spec: TrialSpec, recorded: dict[str, float], metric: str) -> Verification:
+class _Tags(NullTracker):
+    """Remembers the tags that a training begins with."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def start(self, params: Mapping[str, Value], tags: Mapping[str, str]) -> None:
+        """Remember them."""
+        self.found |= tags
+
+
+def _verify(
+    spec: TrialSpec,
+    recorded: dict[str, float],
+    metric: str,
+    differs: list[str],
+    starts: list[dict[str, str]],
+) -> Verification:
     from topotune.train.process import resolve_device
     from topotune.trial import run_trial
 
-    again: TrialResult = run_trial(_without_overhead(spec))
+    tags = _Tags()
+    again: TrialResult = run_trial(_without_overhead(spec), tags)
+    differs = [*differs, *(other_differences(starts[-1], tags.found) if starts else [])]
     # What ran on a GPU, as "auto" may have meant there, is not to be had bit for bit on a CPU.
     where = f"auto, {resolve_device('auto')}" if spec.device == "auto" else spec.device
-    return verify(recorded, again.metrics, metric, where, tolerance=GPU_TOLERANCE)
+    return verify(recorded, again.metrics, metric, where, tolerance=GPU_TOLERANCE, differs=differs)
 
 
-def _provenance(folder: SearchFolder, spec: TrialSpec, trials: int) -> Provenance:
+def _provenance(
+    folder: SearchFolder, spec: TrialSpec, trials: int, starts: list[dict[str, str]]
+) -> Provenance:
     from topotune.train.process import provenance, resolve_device
 
     found = provenance(resolve_device(spec.device))
@@ -179,15 +230,17 @@ def _provenance(folder: SearchFolder, spec: TrialSpec, trials: int) -> Provenanc
         for name, value in found.items()
         if name.startswith("version.")
     }
+    version = packages.pop("topotune")
     return Provenance(
         search=folder.name,
         search_id=folder.search_id,
         experiment=experiment(folder.config()),
         trials=trials,
-        code_version=packages.pop("topotune"),
+        code_version=f"{version} ({commit})" if (commit := own_commit()) else version,
         packages=packages,
         device=f"{found['device']} ({found['device_name']}, {spec.threads} threads)",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        source={name: starts[-1][name] for name in _SOURCE if name in starts[-1]} if starts else {},
     )
 
 

@@ -12,6 +12,7 @@
       driver.spool.jsonl what the driver records for MLflow
       trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
       code/              what was shipped with it to a cluster: the user's own modules
+      sources/           which code each session ran (topotune.search.source)
       trials.lost/       folders of trials whose records were lost before a rebuild
 """
 
@@ -98,6 +99,11 @@ class SearchFolder:
     def code(self) -> Path:
         """What was shipped with the search to a cluster."""
         return self.root / "code"
+
+    @property
+    def sources(self) -> Path:
+        """Which code its sessions ran."""
+        return self.root / "sources"
 
     @property
     def live(self) -> Path:

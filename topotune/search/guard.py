@@ -1,8 +1,9 @@
 """The watchdog of a worker: it ends its own process when a trial hangs or takes too much memory.
 
-Why a trial's process ended stands in ``crash.txt`` in the trial's folder, which is empty while all
-is well: the traceback of a hang, the line of Python under a fatal signal, or the memory that was
-taken. The driver reads it (:mod:`topotune.search.deaths`). Its modification time is the trial's
+Why a trial's process ended stands in ``guard.txt`` in the trial's folder, which is empty while all
+is well and gone with the trial: the traceback of a hang, the line of Python under a fatal signal,
+or the memory that was taken. The driver reads it and keeps it as ``crash-N.txt``
+(:mod:`topotune.search.deaths`). Its modification time is the trial's
 sign of life: the driver ends a process that shows none and cannot end itself
 (:mod:`topotune.search.stalls`): it is frozen, or a library hangs that holds Python's lock.
 
@@ -27,7 +28,7 @@ from typing import Literal
 
 import psutil
 
-CRASH_FILE = "crash.txt"
+GUARD_FILE = "guard.txt"
 HANG_FILE = "hang.txt"
 MEMORY_PREFIX = "Memory: "
 STALL_PREFIX = "Timeout ("
@@ -73,8 +74,8 @@ class Guard:
         self._over = threading.Event()
         self._busy = threading.Event()
         self._beats = 0
-        self._file, self._hang = _open(folder / CRASH_FILE), _open(folder / HANG_FILE)
-        self._hang_path = folder / HANG_FILE
+        self._file, self._hang = _open(folder / GUARD_FILE), _open(folder / HANG_FILE)
+        self._paths = folder / GUARD_FILE, folder / HANG_FILE
         faulthandler.enable(self._file)
         _adopt_orphans()
         self._watcher = threading.Thread(target=self._watch, name="guard", daemon=True)
@@ -111,8 +112,9 @@ class Guard:
         faulthandler.disable()
         os.close(self._file)
         os.close(self._hang)
-        with contextlib.suppress(OSError):
-            self._hang_path.unlink()
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
         left = set(psutil.Process().children(recursive=True)) - self._before
         if not left:
             return

@@ -19,8 +19,11 @@ from topotune.search.live import Live
 from topotune.search.objects.address import store_address
 from topotune.search.objects.hold import Hold
 from topotune.search.objects.hold import holder as holder_of
+from topotune.search.objects.pull import fetch_trial
+from topotune.search.output import ERROR_FILE, OUTPUT_FILE, read
 from topotune.search.recorder import leaderboard
 from topotune.search.shipping import default_server, open_store
+from topotune.search.trialfile import TRIAL_FILE
 from topotune.search.view import SilentListener
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.loopback import check_port
@@ -136,6 +139,32 @@ def _status(folder: SearchFolder) -> SearchStatus:
         wall_seconds=read_ledger(folder.ledger)["wall_seconds"],
         live=Live.read(folder.live, holder),
     )
+
+
+def printed(results_dir: Path, name: str, number: int) -> str:
+    """What a trial has printed by now, and the traceback that it failed with.
+
+    Raises:
+        SearchFolderError: there is no such search or trial.
+        ResourceError: the files cannot be read.
+    """
+    folder = SearchFolder.open(results_dir, name)
+    fetch_trial(results_dir, name, number, TRIAL_FILE, OUTPUT_FILE, ERROR_FILE)
+    home = folder.trial(number)
+    if not (home / TRIAL_FILE).is_file():
+        raise SearchFolderError(
+            f"search {name!r}: has no trial {number}. 'topotune status {name}' lists its trials"
+        )
+    try:
+        found = {file: read(home / file) for file in (OUTPUT_FILE, ERROR_FILE)}
+    except OSError as error:
+        raise ResourceError(f"{home}: cannot be read: {error.strerror}") from error
+    if not any(found.values()):
+        return f"trial {number} of {name} has printed nothing\n"
+    lines = [found[OUTPUT_FILE]]
+    if found[ERROR_FILE]:
+        lines += [f"--- {home / ERROR_FILE}\n", found[ERROR_FILE]]
+    return "".join(text if not text or text.endswith("\n") else f"{text}\n" for text in lines)
 
 
 def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from topotune.config import SearchConfig
@@ -23,6 +23,7 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.results.plot_process import Kind, PlotProcess
 from topotune.search.folder import SearchFolder, write_text
 from topotune.search.objects.files import AllHere, TrialFiles
+from topotune.search.output import OUTPUT_FILE, tidy
 from topotune.search.rows import summaries
 from topotune.tracking.entries import RUNNING
 from topotune.tracking.labels import MODEL, SEARCH, USER, trial_name
@@ -108,8 +109,13 @@ class Recorder:
         self._dropped = threading.Event()
         self._best: dict[str, float] = {}
 
-    def start(self, tags: dict[str, str]) -> None:
-        """Record what is searched, and begin to work."""
+    def start(self, tags: dict[str, str], files: Sequence[Path] = ()) -> None:
+        """Record what is searched, and begin to work.
+
+        Args:
+            tags: of the search's own run, besides those that its config gives.
+            files: more of its files to keep with the run, under their own paths.
+        """
         config = self._config
         params = {
             "task": config.task.name,
@@ -131,7 +137,10 @@ class Recorder:
             USER: self._tracker.tag(USER) or submitter(),  # who resumes it did not submit it
         }
         self._tracker.start(params, {**tags, **changing})
-        self._tracker.artifact(self._folder.root / "search.yaml")
+        root = self._folder.root
+        self._tracker.artifact(root / "search.yaml")
+        for path in files:
+            self._tracker.artifact(path, path.parent.relative_to(root).as_posix())
         self._thread.start()
 
     def recover(self, finished: list[TrialSummary]) -> None:
@@ -238,6 +247,8 @@ class Recorder:
     def _finish_trial(self, row: TrialSummary) -> None:
         self._files.fetch(row.number)
         trial = self._folder.trial(row.number)
+        if row.state == Outcome.FAILED:
+            tidy(trial / OUTPUT_FILE)  # its worker may have been killed
         title = f"{self._config.name}, trial {row.number} ({row.state})"
         kinds: tuple[tuple[Kind, str, EpochFolder, Path], ...] = (
             ("trace", TRACE_FOLDER, step_traces(trial), trial / TRACE_FILE),

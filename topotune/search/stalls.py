@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 from ray.tune.experiment import Trial
 
-from topotune.search.guard import CRASH_FILE, FROZEN_NOTE, HANG_FILE
+from topotune.search.guard import FROZEN_NOTE, GUARD_FILE, HANG_FILE
 
 LOOK_EVERY = 2.0
 
@@ -48,7 +48,7 @@ class Stalls:
         self._last = now
         before, self._idle = self._idle, {}
         for number, trial in working.items():
-            path = self._folder(number) / CRASH_FILE
+            path = self._folder(number) / GUARD_FILE
             sign = _modified(path)
             if sign is None:
                 continue

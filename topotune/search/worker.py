@@ -43,13 +43,14 @@ from topotune.search.folder import SearchFolder
 from topotune.search.guard import Guard
 from topotune.search.objects.address import StoreAddress, store_address
 from topotune.search.objects.courier import Courier
+from topotune.search.output import ERROR_FILE, Output
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
+from topotune.search.source import CODE_TAG, Source
 from topotune.search.system_metrics import SystemMetrics
 from topotune.shipped import await_env
 from topotune.tracking.base import Tracker
-
-ERROR_FILE = "error.txt"
+from topotune.usercode import code_digest, contents, hashes, user_files
 
 
 class TrialActor(tune.Trainable):
@@ -58,10 +59,12 @@ class TrialActor(tune.Trainable):
     Its config: ``number``, ``spec`` (JSON), ``search`` (the search's folder), ``store`` (the
     object store that it is kept in, empty for none), ``limits``, ``cwd`` (where a user's modules
     are found), ``version`` (the driver's), ``gpus`` (that a trial holds), ``gpu_memory``, ``alone``
-    (whether it holds at least a whole one, to itself).
+    (whether it holds at least a whole one, to itself), ``source`` (which code the driver found).
     """
 
     _loaded = False
+    _code: tuple[object, str] = (None, "")
+    _output: Output | None = None
     _slate: Slate | None = None
     _guard: Guard | None = None
     _courier: Courier | None = None
@@ -81,6 +84,7 @@ class TrialActor(tune.Trainable):
             self._search = self._courier.search
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
+        self._source = config["source"]
         self._gpus, self._alone = float(config["gpus"]), bool(config[ALONE])
         self._gpu_memory = config["gpu_memory"]
         limits = Limits.model_validate(config["limits"])
@@ -113,6 +117,9 @@ class TrialActor(tune.Trainable):
         if self._guard is not None:
             self._guard.close()
         self._guard = None
+        if self._output is not None:
+            self._output.close()
+        self._output = None
         if self._courier is not None:
             self._courier.close()
         self._courier = None
@@ -130,6 +137,8 @@ class TrialActor(tune.Trainable):
         if self._courier is None:
             return progress
         try:
+            if self._output is not None:
+                self._output.tidy()
             self._courier.push()
         except TopotuneError as error:
             return Progress((), progress.metrics, stop=progress.stop or str(error))
@@ -210,12 +219,14 @@ class TrialActor(tune.Trainable):
 
             if self._courier is not None:
                 self._courier.fetch()
+            self._output = self._output or Output(self._folder)
             if self._gpus > 0:
                 check_gpus(self._gpus)
                 cap_memory(self._share())
             self._record = self._tracker()
             self._system = SystemMetrics()
-            self._run = open_trial(self._spec, self._record, self._folder, self._beat)
+            tags = self._code_tags()
+            self._run = open_trial(self._spec, self._record, self._folder, self._beat, tags)
             if self._slate is None:
                 self._slate = Slate()
             self._reports = self._run.reports()
@@ -244,6 +255,18 @@ class TrialActor(tune.Trainable):
                 "where all nodes have them under one path (TOPOTUNE_STORAGE, --results-dir): a "
                 "shared file system, s3:// or gs://. 'topotune doctor --address' tries it"
             )
+
+    def _code_tags(self) -> dict[str, str]:
+        """Which code this process runs: what it found when it imported it, for its first trial.
+
+        Only where that is the driver's, it is of the driver's commit.
+        """
+        modules = tuple(self._source["modules"])
+        if TrialActor._code[0] != modules:
+            found = code_digest(hashes(contents(user_files(modules, Path.cwd()))))
+            TrialActor._code = (modules, found)
+        code, tags = TrialActor._code[1], dict(self._source["tags"])
+        return tags if code == tags.get(CODE_TAG, "") else {CODE_TAG: code or "none"}
 
     def _beat(self) -> None:
         if self._guard is not None:
@@ -301,8 +324,12 @@ def trial_config(
     gpus: float = 0.0,
     gpu_memory: float | Literal["auto"] = "auto",
     alone: bool = False,
+    source: Source | None = None,
 ) -> dict[str, Any]:
     """The config that a :class:`TrialActor` takes; ``modules`` is the folder of a user's own."""
+    code: dict[str, object] = {"modules": [], "tags": {}}
+    if source is not None:
+        code = {"modules": list(source.modules), "tags": source.trial_tags}
     return {
         "number": number,
         "spec": json.dumps(spec.to_dict()),
@@ -314,4 +341,5 @@ def trial_config(
         "gpus": gpus,
         "gpu_memory": gpu_memory,
         ALONE: alone,
+        "source": code,
     }

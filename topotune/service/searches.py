@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from topotune.config import SearchConfig
+from topotune.configfile import read_yaml
 from topotune.errors import ResourceError, RunError, SearchFolderError
 from topotune.search.shipping import EXPERIMENT
 from topotune.search.view import BEGUN
 from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
 from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
 from topotune.service.package import pack
-from topotune.shipped import SEARCH_FILE, from_archive, ship_env
+from topotune.shipped import REPOSITORY_FILE, SEARCH_FILE, from_archive, ship_env
 
 BEGIN_SECONDS = 180.0
 """How long a command waits for the driver to have checked its search and begun."""
@@ -61,6 +62,7 @@ def again(
     trials: int,
     env_file: Path | None = None,
     as_json: bool = False,
+    code: Path | None = None,
 ) -> tuple[str, str]:
     """Start a driver for a search that exists, with the code that it was submitted with.
 
@@ -70,12 +72,14 @@ def again(
         trials: how many more than it had; 0 only resumes.
         env_file: variables of the driver and its workers.
         as_json: show a finished search as JSON.
+        code: a folder whose modules take the place of those that it was submitted with.
 
     Returns:
         The job's id, and nothing; or nothing, and the results of a search that has nothing left to
         resume, for which no driver is started.
 
     Raises:
+        ConfigError: a module cannot be packed.
         SearchFolderError: it is being driven.
         RemoteError: the cluster's storage has no such search.
     """
@@ -95,6 +99,12 @@ def again(
         if answer.files:
             from_archive(answer.files, place)
         (place / SEARCH_FILE).touch()  # a package must not be empty
+        if code is not None:
+            if (place / REPOSITORY_FILE).exists():
+                (place / REPOSITORY_FILE).write_text("null", encoding="utf-8")  # of the old code
+            text = (place / SEARCH_FILE).read_text(encoding="utf-8")
+            pack(place, text, read_yaml(place / SEARCH_FILE)[0], code)
+            more += ["--changed-code"]
         if env_file is not None:
             ship_env(env_file, place)
         arguments = [verb, name, *more, "--ray-address", "auto"]

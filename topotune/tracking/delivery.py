@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from topotune.errors import RunError, SpoolError, TrackingError
-from topotune.records import Outcome
+from topotune.records import DATA_TAG, ROWS_TAG, Outcome
 from topotune.tracking.entries import (
     INTERRUPTED,
     OUTCOME_TAG,
@@ -24,7 +24,7 @@ from topotune.tracking.entries import (
     items,
     size,
 )
-from topotune.tracking.labels import Labels, trial_name
+from topotune.tracking.labels import TASK, Labels, short, trial_name
 from topotune.tracking.naming import clean_text
 from topotune.tracking.pages import (
     NOTE_TAG,
@@ -83,6 +83,7 @@ class Delivery:
         self._progress = progress
         self._refused = refused
         self._labels: Labels | None = None
+        self._data: set[str] = set()
         self._page_tries = _PAGE_TRIES
 
     def send(self, spool: str, entries: Sequence[tuple[int, Entry]], by_driver: bool) -> int:
@@ -109,6 +110,7 @@ class Delivery:
             run_id = self._run(entry.trial, entry.at)
             if isinstance(body, Start):
                 self._reopen(entry.trial, run_id, body)
+                self._say_data(run_id, body)
             ignored = isinstance(body, End) and not by_driver and self._outranked(entry.trial)
             taken += size(entry)
             if ignored:
@@ -201,6 +203,18 @@ class Delivery:
             with suppress(StoreRefusedError):  # deleted by hand: its items are refused as well
                 self._store.reopen(run_id)
             del self._progress.ended[_key(trial)]
+
+    def _say_data(self, run_id: str, start: Start) -> None:
+        """Make a dataset input of a trial's tags, for its run and, once for each, the search's."""
+        digest = start.tags.get(DATA_TAG)
+        if digest is None:
+            return
+        name = short(self._known_labels().tags.get(TASK, "")) or "data"
+        runs = [run_id] if digest in self._data else [run_id, self._run(None, start.at)]
+        for one in runs:
+            with suppress(StoreRefusedError):  # the tags say it, too
+                self._store.log_data(one, name, digest, start.tags.get(ROWS_TAG, ""))
+        self._data.add(digest)
 
     def _upload(self, spool: str, offset: int, run_id: str, artifact: Artifact) -> int:
         """Upload a file; returns 1 if it was refused."""

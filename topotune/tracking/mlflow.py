@@ -8,6 +8,7 @@ Environment variables that the user set stay as they are.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import re
@@ -281,6 +282,17 @@ class MlflowStore:
             # Not through the client, which remembers the place of a run of any store by its id.
             files = get_artifact_repository(place)
             files.log_artifact(str(path), folder or None)  # type: ignore[no-untyped-call]
+
+    def log_data(self, run_id: str, name: str, digest: str, rows: str) -> None:
+        """A dataset input: by its name and digest it is one and the same in the experiment."""
+        client, _ = self._connect()
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = json.dumps({"tags": {"mlflow.source.name": name}})
+        found = Dataset(name, digest, "code", source, profile=json.dumps({"rows": rows}))
+        used = [InputTag("mlflow.data.context", "training")]
+        with translated():
+            client.log_inputs(run_id, [DatasetInput(found, used)])
 
     def terminate(self, run_id: str, status: str, end_ms: int) -> None:
         """Set a final status; a run never ends before it began, whatever the clocks say."""

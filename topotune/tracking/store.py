@@ -121,6 +121,9 @@ class Store(Protocol):
     def log_artifact(self, run_id: str, path: Path, folder: str) -> None:
         """Upload one file, replacing one of the same name."""
 
+    def log_data(self, run_id: str, name: str, digest: str, rows: str) -> None:
+        """Say which data set a run saw; the same once more changes nothing."""
+
     def terminate(self, run_id: str, status: str, end_ms: int) -> None:
         """Set a final status."""
 

@@ -13,6 +13,7 @@ import torch
 
 from topotune import __version__
 from topotune.errors import ConfigError, ResourceError
+from topotune.repository import own_commit
 from topotune.seeding import seed_everything
 
 _OWN_THREADS = torch.get_num_threads()
@@ -101,20 +102,31 @@ def reset_process_state(seed: int, threads: int, device: torch.device) -> None:
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """Versions, device and host, as tags of a trial.
+    """Versions, kernels, device and host, as tags of a trial.
 
     ``device_count`` is of the GPUs that the process sees: under Ray those that the trial holds,
     one where it shares one. ``device_memory`` is all that one of them has.
     """
+    commit = {"topotune.commit": found} if (found := own_commit()) else {}
     return {
         "version.topotune": __version__,
+        **commit,
         "version.torch": str(torch.__version__),
         "version.python": platform.python_version(),
         "version.numpy": str(np.__version__),
         "device": str(device),
         **_device(device),
+        "kernels": _kernels(device),
         "host": socket.gethostname(),
     }
+
+
+def _kernels(device: torch.device) -> str:
+    """Which of its kernels torch takes: they sum in another order each."""
+    if device.type == "cuda":
+        cudnn: int = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        return f"CUDA {torch.version.cuda}, cuDNN {cudnn}"
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _device(device: torch.device) -> dict[str, str]:

@@ -13,6 +13,7 @@ from topotune.bench.faults.invariants import audit
 from topotune.bench.faults.rogue import IMPORT_PATH, PRINTED
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import NAME, Driver, Site
+from topotune.search.output import OUTPUT_FILE
 
 RESUMES_WITHIN = 15.0
 """Seconds from the kill of a worker to the next epoch of its trial."""
@@ -22,7 +23,7 @@ _ROOM, _LEAST_ROOM = 5e9, 3.5e9
 """Bytes that the machine may hold more before Ray ends a worker: as wanted, and at least. The
 search itself takes half."""
 PRINT_BOUND = 32 * 2**20
-"""Bytes that a session's logs may take while a trial prints ``PRINTED`` characters."""
+"""Bytes that a trial's output and all logs may take where it prints ``PRINTED`` characters."""
 
 
 def kill_worker(site: Site, driver: Driver, trial: int) -> tuple[int, float]:
@@ -152,7 +153,9 @@ def _left_behind(site: Site) -> str:
     )
     driver = site.start("search", site.folder / f"{NAME}.yaml")
     site.reach(driver, 0, 2)
-    logs = _log_bytes(driver)
+    kept = _size(site.results / NAME / "trials" / "0000" / OUTPUT_FILE)
+    logs = _log_bytes(driver) + kept
+    expect(kept > 0, "what a trial printed is not in its folder")
     expect(logs < PRINT_BOUND, f"{PRINTED / 1e6:.0f} MB printed, logs of {logs / 1e6:.0f} MB")
     site.reach(driver, 1, 2)
     (worker,) = driver.workers()

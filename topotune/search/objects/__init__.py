@@ -13,7 +13,7 @@ Only the layer here knows of objects: everything else reads and writes those fol
 
 =========  ========================================================================================
 worker     of its trial: ``checkpoint.pt``, ``spool.jsonl``, ``overhead.json``, ``error.txt``,
-           ``crash.txt``, and the chunks under ``trace/`` and ``relaxation/``
+           ``guard.txt``, ``output.txt``, and the chunks under ``trace/`` and ``relaxation/``
 driver     everything else: ``search.json``, ``search.yaml``, ``ledger.json``,
            ``driver.spool.jsonl``, the leaderboard's files, ``shipped.json``, ``refused.jsonl``; of
            a trial ``trial.jsonl``, ``crash-N.txt`` and the joined traces with their pictures. It

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.errors import TopotuneError
-from topotune.search.guard import CRASH_FILE
+from topotune.search.guard import GUARD_FILE
 from topotune.search.objects import layout
 from topotune.search.objects.address import StoreAddress, scratch, worker_folder
 from topotune.search.objects.replica import Replica
@@ -102,7 +102,7 @@ class Courier:
         def send() -> None:
             store = ObjectStore(self._address, limit=NOTE_SECONDS)
             with contextlib.suppress(TopotuneError):
-                store.upload(self.folder / CRASH_FILE, f"{self._prefix}/{CRASH_FILE}")
+                store.upload(self.folder / GUARD_FILE, f"{self._prefix}/{GUARD_FILE}")
 
         thread = threading.Thread(target=send, name="crash note", daemon=True)
         thread.start()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from topotune.search.guard import CRASH_FILE, HANG_FILE
+from topotune.search.guard import GUARD_FILE, HANG_FILE
+from topotune.search.output import OUTPUT_FILE
 from topotune.search.trialfile import PREVIOUS_TRIAL_FILE, TRIAL_FILE
 from topotune.tracking.spool import TRIAL_SPOOL
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
@@ -70,17 +71,17 @@ def of_worker(name: str) -> bool:
 
 def for_worker(name: str) -> bool:
     """Whether the next worker of a trial needs a file of the last one."""
-    return of_worker(name) and name != CRASH_FILE
+    return of_worker(name) and name != GUARD_FILE
 
 
 def for_driver(name: str) -> bool:
-    """Whether the driver reads a worker's file as it comes: a checkpoint is large and not for it,
-    and a crash note is asked for when a worker has died.
+    """Whether the driver reads a worker's file as it comes: a checkpoint and what was printed are
+    large and not for it, and a crash note is asked for when a worker has died.
 
     Args:
         name: relative to the trial's folder.
     """
-    return of_worker(name) and name not in (CHECKPOINT_FILE, CRASH_FILE)
+    return of_worker(name) and name not in (CHECKPOINT_FILE, GUARD_FILE, OUTPUT_FILE)
 
 
 def is_previous(name: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from topotune.errors import LeaseLostError, TopotuneError
-from topotune.search.guard import CRASH_FILE
+from topotune.search.guard import GUARD_FILE
 from topotune.search.objects import layout
 from topotune.search.objects.address import StoreAddress, shown, worker_folder
 from topotune.search.objects.replica import Replica, each
@@ -122,13 +122,13 @@ class Mirror:
         """Bring a trial's files, its crash note included."""
         store, home = ObjectStore(self.address, limit=READER_SECONDS), layout.trial_name(number)
         prefix = f"{self._name}/{home}"
-        wanted = [n for n in store.objects(prefix) if layout.for_driver(n) or n == CRASH_FILE]
+        wanted = [n for n in store.objects(prefix) if layout.for_driver(n) or n == GUARD_FILE]
         each(lambda n: store.download(f"{prefix}/{n}", self.root / home / n), wanted)
-        note = self._workers / home / CRASH_FILE  # of a worker here that could not send it
+        note = self._workers / home / GUARD_FILE  # of a worker here that could not send it
         with contextlib.suppress(OSError):
             if note.stat().st_size:
                 (self.root / home).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(note, self.root / home / CRASH_FILE)
+                shutil.copyfile(note, self.root / home / GUARD_FILE)
 
     def forget(self, number: int, *names: str) -> None:
         """Delete a trial's files from the store, soon."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from topotune.errors import TopotuneError
 from topotune.search.folder import SearchFolder
-from topotune.search.guard import CRASH_FILE
+from topotune.search.guard import GUARD_FILE
 from topotune.search.objects import layout
 from topotune.search.objects.address import store_address, worker_folder
 from topotune.search.objects.files import AllHere, TrialFiles
@@ -37,5 +37,5 @@ class Places:
         if self._address is not None:
             with contextlib.suppress(TopotuneError):  # then its end is told without them
                 self._files.fetch(number)
-            self._files.forget(number, CRASH_FILE)  # it is read once
+            self._files.forget(number, GUARD_FILE)  # it is read once
         return self._folder.trial(number)

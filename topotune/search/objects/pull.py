@@ -10,7 +10,6 @@ from topotune.search.objects.address import store_address
 from topotune.search.objects.mirror import driver_replica
 from topotune.search.objects.replica import each
 from topotune.search.objects.store import READER_SECONDS, ObjectStore
-from topotune.train.checkpoint import CHECKPOINT_FILE
 
 _IDENTITY = ("search.json", "ledger.json")
 
@@ -53,8 +52,8 @@ def fetch_searches(results_dir: Path) -> set[str] | None:
     return set(names)
 
 
-def fetch_code(results_dir: Path, name: str) -> None:
-    """Bring the code that a search was submitted with, if its results are in a store.
+def fetch_folder(results_dir: Path, name: str, folder: str) -> None:
+    """Bring a folder of a search (``code``, ``sources``), if its results are in a store.
 
     Raises:
         ResourceError: the store cannot be asked.
@@ -63,16 +62,16 @@ def fetch_code(results_dir: Path, name: str) -> None:
     if address is None:
         return
     store = ObjectStore(address, limit=READER_SECONDS)
-    files = [file for file in store.objects(f"{name}/code") if layout.belongs(file)]
+    files = [file for file in store.objects(f"{name}/{folder}") if layout.belongs(file)]
 
     def one(file: str) -> None:
-        store.download(f"{name}/code/{file}", results_dir.absolute() / name / "code" / file)
+        store.download(f"{name}/{folder}/{file}", results_dir.absolute() / name / folder / file)
 
     each(one, files)
 
 
-def fetch_trial(results_dir: Path, name: str, number: int) -> None:
-    """Bring a trial's checkpoint, if its results are in a store.
+def fetch_trial(results_dir: Path, name: str, number: int, *files: str) -> None:
+    """Bring files of a trial, if its results are in a store.
 
     Raises:
         ResourceError: the store cannot be asked.
@@ -81,7 +80,10 @@ def fetch_trial(results_dir: Path, name: str, number: int) -> None:
     if address is None:
         return
     store = ObjectStore(address, limit=READER_SECONDS)
-    file = f"{layout.trial_name(number)}/{CHECKPOINT_FILE}"
-    root = results_dir.absolute() / name
-    if not store.download(f"{name}/{file}", root / file):
-        (root / file).unlink(missing_ok=True)
+    home, root = layout.trial_name(number), results_dir.absolute() / name
+
+    def one(file: str) -> None:
+        if not store.download(f"{name}/{home}/{file}", root / home / file):
+            (root / home / file).unlink(missing_ok=True)
+
+    each(one, list(files))

@@ -15,8 +15,10 @@ from typing import Any
 
 from topotune.errors import LeaseLostError, ResourceError
 from topotune.files import make_folder, write_atomically
+from topotune.search.guard import GUARD_FILE
 from topotune.search.objects import layout
 from topotune.search.objects.store import ObjectStore, Stat
+from topotune.search.output import OUTPUT_FILE
 
 _AT_ONCE = 8
 """Files on their way at a time; each waits for the network nearly all of its time."""
@@ -218,7 +220,7 @@ class Replica:
                 yield name if inner == "." else f"{inner}/{name}"
 
 
-_EMPTY_IS_NOTHING = ("crash.txt",)
+_EMPTY_IS_NOTHING = (GUARD_FILE, OUTPUT_FILE)
 """Written only when something has gone wrong."""
 
 
