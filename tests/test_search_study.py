@@ -138,7 +138,8 @@ def test_qmc_takes_the_points_of_optunas_sequence_one_by_one(tmp_path: Path) -> 
         study.tell(trial, 0.0)
         lrs.append(trial.params["lr"])
     assert [row.params["lr"] for row in desk.rows()][1:] == lrs[1:]  # the first is a random one
-    assert not desk.store._storage.get_study_system_attrs(desk.store._study._study_id)
+    notes = desk.store._storage.get_study_system_attrs(desk.store._study._study_id)
+    assert [*notes] == ["study:metric_names"]
 
 
 def test_warm_start_points_come_first_and_once(tmp_path: Path) -> None:
