@@ -126,8 +126,11 @@ def check_mlflow(results: Path, trials: int) -> None:
     """One run a trial and one for the search, and every recorded point stored once."""
     folder = SearchFolder.open(results, "rings")
     store = MlflowStore.embedded(results)
-    runs = Counter(run.trial for run in store.runs(folder.search_id))
-    assert runs == Counter([None, *range(trials)])
+    found = store.runs(folder.search_id)
+    assert Counter(run.trial for run in found) == Counter([None, *range(trials)])
+    for run in found:
+        load = "system/cpu_utilization_percentage"
+        assert run.trial is None or 0 <= run.latest[load] <= 100
     shipper = Shipper(folder.root, store, folder.search_id, "rings")
     count = shipper.close(30)
     assert count.complete, count

@@ -108,10 +108,10 @@ def test_everything_arrives_in_a_parent_and_its_children(search: Search) -> None
     assert parent.tags["mlflow.runName"] == "digits"
     assert parent.tags["mlflow.note.content"].startswith("# A search")
     runs = [search.run(number) for number in range(3)]
-    assert [run.status for run in runs] == ["FINISHED", "FINISHED", "FAILED"]
+    assert [run.status for run in runs] == ["FINISHED", "KILLED", "FAILED"]
     assert [run.tags["topotune.outcome"] for run in runs] == [o.value for o in outcomes]
     assert {run.tags["mlflow.parentRunId"] for run in runs} == {parent.run_id}
-    assert runs[2].tags["mlflow.runName"] == "trial-0002"
+    assert runs[2].tags["mlflow.runName"] == "2 · running"
     assert client.get_run(runs[0].run_id).data.params == {"lr": "0.1", "betas": "[0.9, 0.99]"}
     assert [s for s, _, _ in search.store.history(runs[0].run_id, "val_loss")] == [1, 2, 3]
     assert runs[0].latest == {

@@ -11,10 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.search_cases import Desk, make_config
 from topotune.records import EpochReport, Outcome, TrialSummary
-from topotune.results.description import LINKED_TRIALS, describe
+from topotune.results.description import (
+    CURVE_POINTS,
+    LINKED_TRIALS,
+    describe,
+    describe_trial,
+    figures,
+)
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import markdown
 from topotune.search.folder import SearchFolder
@@ -22,8 +29,8 @@ from topotune.search.reading import serve
 from topotune.search.recorder import Recorder, budget_text, leaderboard, submitter
 from topotune.search.shipping import ENVIRONMENT
 from topotune.tracking.dashboard import serve_dashboard, server_address
-from topotune.tracking.entries import Start
-from topotune.tracking.labels import Labels, title, trial_name
+from topotune.tracking.entries import Metrics, Start
+from topotune.tracking.labels import Labels, trial_name
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.naming import MAX_TAG
 from topotune.tracking.pages import (
@@ -37,19 +44,54 @@ from topotune.tracking.pages import (
     search_view,
 )
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SpoolTracker
+from topotune.tracking.spool import DRIVER_SPOOL, SpoolTracker
 from topotune.tracking.store import StoreOfflineError
+from topotune.tracking.tails import read_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
 
 UP = "maximize"
 
 
-def test_a_runs_name_says_what_it_was_and_how_it_ended() -> None:
-    words = title("my_package.methods:Fancy", "digits")
-    assert trial_name(4, words) == "trial-0004 (Fancy, digits)"
-    assert trial_name(4, words, "PRUNED") == "trial-0004 pruned (Fancy, digits)"
-    assert trial_name(12345, "") == "trial-12345"
+def test_a_runs_name_begins_with_what_differs() -> None:
+    row = TrialSummary(14, "COMPLETE", values=(0.94591, 1.5))
+    assert trial_name(14, row.state, figures(row)) == "14 · 0.9459, 1.5000 · complete"
+    pruned = TrialSummary(15, "PRUNED", curve={1: 0.5, 2: 0.25})
+    assert trial_name(15, pruned.state, figures(pruned)) == "15 · 0.2500 · pruned"
+    assert trial_name(16, "FAILED", figures(TrialSummary(16, "FAILED"))) == "16 · failed"
+
+
+def test_a_trials_description_has_its_parameters_curve_and_config() -> None:
+    row = TrialSummary(
+        3,
+        "COMPLETE",
+        "",
+        {"lr": 0.01, "coupling": "a_[b](c)|d"},
+        values=(0.75,),
+        curve={epoch: epoch / 100 for epoch in range(1, 76)},
+        epochs=75,
+        device_seconds=1.25,
+        violated=("overhead_vs_adam: 3 > 2",),
+        spec={"task": "digits", "train": {"batch_size": 32}},
+    )
+    text = describe_trial(row, {"val_accuracy": UP})
+    shown = linked(text, lambda kind, number: f"#/{kind}/{number}")
+    first, parameters, reason, *_ = shown.split("\n\n")
+    assert first == (
+        "**COMPLETE**, val_accuracy (maximize): 0.7500; 75 epochs, 1.2 device-seconds. "
+        "[Curves](#/metrics/3), [files](#/files/3)"
+    )
+    assert parameters == "**lr** 0.01 · **coupling** a\\_\\[b\\](c)\\|d"
+    assert reason == "overhead_vs_adam: 3 \\> 2"
+    epochs = next(line for line in shown.splitlines() if line.startswith("| epoch"))
+    assert epochs.split()[3] == "3"  # every fourth, back from the last
+    assert epochs.split()[-2] == "75"
+    assert len(epochs.split("|")) - 3 <= CURVE_POINTS
+    config = shown.partition("```yaml\n")[2].removesuffix("\n```")
+    assert yaml.safe_load(config) == row.spec
+    failed = describe_trial(TrialSummary(4, "FAILED", "OSError: no"), {"val_accuracy": UP})
+    assert failed.startswith("**FAILED**, val_accuracy (maximize): no value; 0 epochs")
+    assert "OSError: no" in failed
 
 
 def test_labels_come_from_the_first_record_of_a_search() -> None:
@@ -58,7 +100,6 @@ def test_labels_come_from_the_first_record_of_a_search() -> None:
     labels = Labels.of(Start(params, {**tags, "topotune.budget": "9 trials"}, 0))
     assert (labels.metrics, labels.maximize) == (("val_loss", "val_accuracy"), False)
     assert labels.searched == ("lr", "beta")
-    assert labels.title == "tcep, digits"
     assert labels.tags == {
         **tags,
         "mlflow.user": "ada",
@@ -110,10 +151,10 @@ def test_an_experiments_page_is_written_once_and_never_over_somebody_elses() -> 
     assert NOTE_TAG not in first
     assert set(first) == {*views, PAGE_TAG}
     # A newer version renews what the former one wrote, and what was changed since stays.
-    older = {**tags, PAGE_TAG: tags[PAGE_TAG].replace("1 ", "0 ")}
+    older = {**tags, PAGE_TAG: tags[PAGE_TAG].replace("2 ", "1 ")}
     assert page_tags(older, 8)[NOTE_TAG] == _NOTE
     assert NOTE_TAG not in page_tags({**older, NOTE_TAG: "Edited"}, 8)
-    assert page_tags({**tags, PAGE_TAG: "2 abc"}, 8) == {}  # by a newer topotune
+    assert page_tags({**tags, PAGE_TAG: "3 abc"}, 8) == {}  # by a newer topotune
 
 
 def test_a_searchs_view_has_its_own_columns() -> None:
@@ -124,6 +165,10 @@ def test_a_searchs_view_has_its_own_columns() -> None:
     assert {"params.`lr`", "params.`model.hidden`", "metrics.`val_loss`"} < {
         *view["selectedColumns"]
     }
+    assert view["columnOrder"][:3] == ["attributes.`Run Name`", "metrics.`val_loss`", "params.`lr`"]
+    charts = [chart["metricKey"] for chart in view["compareRunCharts"]]
+    assert charts[:2] == ["val_loss", "train_loss"]
+    assert len(json.dumps(view)) <= 5000  # what older servers keep of a tag
     assert "orderByKey" not in json.loads(search_view(Labels(), "abc"))
 
 
@@ -251,7 +296,8 @@ def test_every_run_says_what_it_is(
         for number, state in enumerate(STATES):
             (run,) = store.runs(folder.search_id, number)
             assert run.tags["topotune.outcome"] == state
-            name = f"trial-{number:04d} {state.value.lower()} ({method}, digits)"
+            value = " · 0.5000" if state is Outcome.COMPLETE else ""
+            name = f"{number}{value} · {state.value.lower()}"
             assert client.get_run(run.run_id).info.run_name == run.tags["mlflow.runName"] == name
             info = client.get_run(run.run_id).info
             assert info.end_time - info.start_time >= 20  # it begins when its trial began
@@ -274,11 +320,10 @@ def test_every_link_of_a_search_leads_somewhere(
     for words, link in links.items():
         path, _, query = link.partition("?")
         fields = urllib.parse.parse_qs(query)
-        if words == "All trials as a table":
+        if words in ("All trials as a table", "their curves"):
+            assert ("compareRunsMode" in fields) == (words == "their curves")
             view = json.loads(store.experiment_tags()[VIEW_TAG + fields["viewStateShareKey"][0]])
             check_filter(store, view["searchFilter"], view["orderByKey"], 4)
-        elif words == "their curves":
-            check_filter(store, fields["searchFilter"][0], fields["orderByKey"][0], 4)
         else:
             assert path.removeprefix(root + "/").removesuffix("/artifacts") in runs
     assert {"0", "1", "2", "3", "trial 0", "All trials as a table"} < set(links)
@@ -410,5 +455,15 @@ def test_a_search_that_runs_has_a_description_and_keeps_its_submitter(
         note = second._tracker.tag(NOTE_TAG) or ""
         assert note.startswith("**RUNNING**, best: [trial ")
         assert second._tracker.tag("topotune.counts") == "6 complete"
+        points = [
+            (entry.body.step, entry.body.values["best_val_accuracy"])
+            for _, entry in read_all(desk.folder.root, DRIVER_SPOOL)
+            if isinstance(entry.body, Metrics) and "best_val_accuracy" in entry.body.values
+        ]
+        best: list[float] = []
+        rows = sorted(desk.rows(), key=lambda row: row.number)
+        for row in rows:
+            best.append(max(row.values[0], *best[-1:]) if best else row.values[0])
+        assert points == list(enumerate(best, start=1))
     finally:
         second.drop()

@@ -1,4 +1,5 @@
-"""A search's own description in MLflow: how it stands, the best trial, links, the leaderboard.
+"""Descriptions in MLflow: of a search (how it stands, the best trial, links, the leaderboard), and
+of a trial (how it ended, its parameters, curve and config).
 
 MLflow folds a description after some lines, so that what most people look for comes first. Links
 are written as ``(topotune:KIND/NUMBER)``: only whoever sends the text knows the runs' addresses.
@@ -6,12 +7,19 @@ are written as ``(topotune:KIND/NUMBER)``: only whoever sends the text knows the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
-from topotune.results.text import markdown
+from topotune.results.ranking import last_value
+from topotune.results.text import markdown, number, parameter
+from topotune.results.yamltext import dump_yaml
 
 LINKED_TRIALS = 10
 """Trials of the front and of the table that are links: each takes from the length that MLflow
 allows."""
+CURVE_POINTS = 24
+"""Epochs of a trial's curve that its description shows."""
 _TABLE = 5000
 _ABOUT = 800
 _LINKS = (
@@ -63,3 +71,51 @@ def describe(board: Leaderboard, outcome: str, about: str = "", next_command: st
         room = _TABLE - len(legend) - sum(map(len, front))
         lines += ["### Leaderboard", legend, board.markdown_table(room, cell)]
     return "\n\n".join(lines)
+
+
+def figures(trial: TrialSummary) -> str:
+    """The objectives' values of a trial, or the last one known; empty where there are none."""
+    known = (last_value(trial, index) for index in range(len(trial.values or trial.curves)))
+    return ", ".join(number(value) for value in known if value is not None)
+
+
+def describe_trial(trial: TrialSummary, objectives: Mapping[str, str]) -> str:
+    """Markdown for the tag ``mlflow.note.content`` of a trial's run.
+
+    Args:
+        trial: one that has ended.
+        objectives: metric name to "maximize" or "minimize", the first objective first.
+    """
+    names = ", ".join(f"{name} ({direction})" for name, direction in objectives.items())
+    ended = f"{trial.epochs} epochs, {trial.device_seconds:.1f} device-seconds"
+    reason = ". ".join(part for part in ("; ".join(trial.violated), trial.reason) if part)
+    lines = [
+        f"**{trial.state}**, {markdown(names)}: {figures(trial) or 'no value'}; {ended}. "
+        f"[Curves](topotune:metrics/{trial.number}), [files](topotune:files/{trial.number})",
+    ]
+    if trial.params:  # in one line: MLflow folds what follows
+        pairs = (f"**{markdown(k)}** {markdown(parameter(v))}" for k, v in trial.params.items())
+        lines.append(" · ".join(pairs))
+    if reason:
+        lines.append(markdown(reason))
+    for name, curve in zip(objectives, trial.curves, strict=False):
+        if curve:
+            lines += [f"### {markdown(name)} by epoch", _curve(curve)]
+    if trial.spec:
+        config = dump_yaml(dict(trial.spec)).rstrip()
+        lines += ["### Config, for `topotune train`", f"```yaml\n{config}\n```"]
+    return "\n\n".join(lines)
+
+
+def _curve(curve: Mapping[int, float]) -> str:
+    """A curve as a table of at most ``CURVE_POINTS`` epochs, the last one among them."""
+    epochs = sorted(curve)
+    every = -(-len(epochs) // CURVE_POINTS)
+    shown = epochs[::-1][::every][::-1]
+    return "\n".join(
+        (
+            "| epoch | " + " | ".join(map(str, shown)) + " |",
+            "| :--- |" + " ---: |" * len(shown),
+            "| value | " + " | ".join(number(curve[epoch]) for epoch in shown) + " |",
+        )
+    )

@@ -193,13 +193,15 @@ def _say_pages(
         parent = store.parent(folder.search_id)
         if parent is not None:
             say(f"{folder.name}: {run_page(dashboard.url, experiment, parent.run_id)}")
-            goal = folder.config().objective[0]
-            maximize = goal.direction == "maximize"
-            page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
             if VIEW_TAG + folder.search_id in views:
-                table = experiment_page(dashboard.url, experiment, folder.search_id)
-                say(f"  its trials: {table}")
-            say(f"  their curves: {page}")
+                view = (dashboard.url, experiment, folder.search_id)
+                say(f"  its trials: {experiment_page(*view)}")
+                say(f"  their curves: {experiment_page(*view, charts=True)}")
+            else:  # a server that takes no tags of an experiment
+                goal = folder.config().objective[0]
+                maximize = goal.direction == "maximize"
+                page = trials_page(dashboard.url, experiment, parent.run_id, goal.metric, maximize)
+                say(f"  their curves: {page}")
         elif name:
             say(f"{folder.name}: nothing is stored yet; try 'topotune sync {folder.name}'")
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from topotune.config import SearchConfig
 from topotune.records import Outcome, TrialSummary
-from topotune.results.description import describe
+from topotune.results.description import describe, describe_trial, figures
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.plot_process import Kind, PlotProcess
 from topotune.search.folder import SearchFolder, write_text
 from topotune.search.objects.files import AllHere, TrialFiles
 from topotune.search.rows import summaries
 from topotune.tracking.entries import RUNNING
-from topotune.tracking.labels import MODEL, SEARCH, USER, title, trial_name
+from topotune.tracking.labels import MODEL, SEARCH, USER, trial_name
 from topotune.tracking.pages import NOTE_TAG
 from topotune.tracking.spool import SearchTracker, now_ms
 from topotune.train.trace import (
@@ -106,7 +106,7 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._ended = self._filed = 0
         self._dropped = threading.Event()
-        self._best: float | None = None
+        self._best: dict[str, float] = {}
 
     def start(self, tags: dict[str, str]) -> None:
         """Record what is searched, and begin to work."""
@@ -138,7 +138,8 @@ class Recorder:
         """Record again what a killed driver may have left out; what is recorded is ignored."""
         for row in finished:
             if row.state in {outcome.value for outcome in Outcome}:
-                self._improves(row)
+                self._count(row)
+                self._record_best()
                 self._record_end(row)
                 chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
                 if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
@@ -149,35 +150,35 @@ class Recorder:
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
         self._record_end(row)
-        if self._improves(row):
-            self._record_best()
+        self._count(row)
+        self._record_best()
         self._work.put(row)
 
     def _record_end(self, row: TrialSummary) -> None:
         at, config = now_ms(), self._config
         costs = {"device_seconds": row.device_seconds, "epochs_trained": float(row.epochs)}
         self._tracker.trial_metrics(row.number, costs, 0, at)
-        name = trial_name(row.number, title(config.method, config.task.name), row.state)
-        tags = {"topotune.method": config.method, "mlflow.runName": name}
+        tags = {
+            "topotune.method": config.method,
+            "mlflow.runName": trial_name(row.number, row.state, figures(row)),
+            NOTE_TAG: describe_trial(row, objectives(config)),
+        }
         self._tracker.trial_tags(row.number, tags)
         self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
 
-    def _improves(self, row: TrialSummary) -> bool:
-        """Count a trial that ended; whether it is the best so far."""
+    def _count(self, row: TrialSummary) -> None:
+        """Count a trial that ended, and note where it is the best so far in an objective."""
         self._ended += 1
-        if row.state != Outcome.COMPLETE or not row.values or row.violated:
-            return False
-        sign = 1.0 if self._config.objective[0].direction == "maximize" else -1.0
-        if self._best is not None and sign * row.values[0] <= sign * self._best:
-            return False
-        self._best = row.values[0]
-        return True
+        if row.state != Outcome.COMPLETE or row.violated:
+            return
+        for objective, value in zip(self._config.objective, row.values, strict=False):
+            name = f"best_{objective.metric}"
+            better = max if objective.direction == "maximize" else min
+            self._best[name] = better(self._best.get(name, value), value)
 
     def _record_best(self) -> None:
-        """The best so far at a step that grows with time: MLflow shows the highest step's value."""
-        if self._best is not None:
-            name = f"best_{self._config.objective[0].metric}"
-            self._tracker.metrics({name: self._best}, self._ended, now_ms())
+        """The best so far, at the number of trials that have ended as its step."""
+        self._tracker.metrics(self._best, self._ended, now_ms())
 
     def drop(self) -> None:
         """Finish what the thread is at and leave the rest: another driver records from here on."""

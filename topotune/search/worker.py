@@ -45,6 +45,7 @@ from topotune.search.objects.address import StoreAddress, store_address
 from topotune.search.objects.courier import Courier
 from topotune.search.signals import unshield
 from topotune.search.slate import Slate
+from topotune.search.system_metrics import SystemMetrics
 from topotune.shipped import await_env
 from topotune.tracking.base import Tracker
 
@@ -212,14 +213,18 @@ class TrialActor(tune.Trainable):
             if self._gpus > 0:
                 check_gpus(self._gpus)
                 cap_memory(self._share())
-            self._run = open_trial(self._spec, self._tracker(), self._folder, self._beat)
+            self._record = self._tracker()
+            self._system = SystemMetrics()
+            self._run = open_trial(self._spec, self._record, self._folder, self._beat)
             if self._slate is None:
                 self._slate = Slate()
             self._reports = self._run.reports()
             replayed = [next(self._reports) for _ in range(self._run.restored)]
             if replayed:
                 return self._progress(replayed)
-        return self._progress([next(self._reports)])
+        report = next(self._reports)
+        self._record.metrics(self._system.sample(), report.epoch, report.timestamp_ms)
+        return self._progress([report])
 
     def _check_node(self) -> None:
         """See that this node can do what the driver asks for.

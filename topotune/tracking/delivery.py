@@ -15,6 +15,7 @@ from topotune.records import Outcome
 from topotune.tracking.entries import (
     INTERRUPTED,
     OUTCOME_TAG,
+    RUNNING,
     Artifact,
     End,
     Entry,
@@ -33,7 +34,6 @@ from topotune.tracking.pages import (
     page_tags,
     run_page,
     search_view,
-    trials_page,
 )
 from topotune.tracking.progress import Ended, Progress, Refused
 from topotune.tracking.store import NewRun, Store, StoreRefusedError
@@ -46,14 +46,14 @@ _log = logging.getLogger(__name__)
 
 _STATUS = {
     Outcome.COMPLETE.value: "FINISHED",
-    Outcome.PRUNED.value: "FINISHED",
+    Outcome.PRUNED.value: "KILLED",
     Outcome.DIVERGED.value: "FAILED",
     Outcome.FAILED.value: "FAILED",
     INTERRUPTED: "KILLED",
 }
-"""MLflow's status of each outcome. Its UI shows KILLED with the red cross of FAILED, and half of
-the trials of a good search are pruned, so PRUNED is FINISHED; the tag ``topotune.outcome`` tells
-them apart."""
+"""MLflow's status of each outcome. KILLED is its word for what was stopped from outside. FINISHED
+shows a green tick, which a trial that was given up has not earned; the name and the tag
+``topotune.outcome`` tell PRUNED from INTERRUPTED."""
 
 
 @dataclass(frozen=True)
@@ -140,20 +140,17 @@ class Delivery:
         """Where a link of a description leads, relative to the server's pages; None: nowhere."""
         runs, experiment = self._progress.runs, self._store.experiment_id
         match kind:
-            case "trial":
+            case "trial" | "metrics" | "files":
+                tab = {"metrics": "model-metrics", "files": "artifacts"}.get(kind, "")
                 run_id = runs.get(str(number))
-                return None if run_id is None else run_page("", experiment, run_id)
+                return None if run_id is None else run_page("", experiment, run_id, tab)
             case "trials":
                 return experiment_page("", experiment, self._search_id)
             case "artifacts":
                 return run_page("", experiment, runs["search"], "artifacts")
             case "curves":
-                return trials_page("", experiment, runs["search"], *self._goal())
+                return experiment_page("", experiment, self._search_id, charts=True)
         return None
-
-    def _goal(self) -> tuple[str, bool]:
-        labels = self._known_labels()
-        return (labels.metrics[0] if labels.metrics else "", labels.maximize)
 
     def _known_labels(self) -> Labels:
         if self._labels is None:
@@ -188,7 +185,7 @@ class Delivery:
                 runs[key] = found.run_id
             else:
                 labels = self._known_labels()
-                name = self._name if trial is None else trial_name(trial, labels.title)
+                name = self._name if trial is None else trial_name(trial, RUNNING)
                 parent = None if trial is None else self._run(None, at)
                 new = NewRun(self._search_id, trial, name, at, parent, labels.tags)
                 runs[key] = self._store.create_run(new)

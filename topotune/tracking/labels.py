@@ -24,14 +24,12 @@ class Labels:
 
     Attributes:
         tags: tags for each of its runs.
-        title: method and task, short, for the runs' names; empty where they are unknown.
         metrics: its objectives' metrics, the first one first.
         maximize: whether the highest value of the first is the best.
         searched: the parameters that it varies.
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
-    title: str = ""
     metrics: tuple[str, ...] = ()
     maximize: bool = True
     searched: tuple[str, ...] = ()
@@ -60,7 +58,6 @@ class Labels:
         goals = [goal.partition(" ") for goal in _words(start.params.get("objective", ""))]
         return cls(
             tags=tags,
-            title=title(method, task),
             metrics=tuple(metric for _, _, metric in goals),
             maximize=not goals or goals[0][0] == "maximize",
             searched=_words(start.params.get("searched", "")),
@@ -72,21 +69,16 @@ def short(name: str) -> str:
     return clean_text(name.rpartition(":")[2], 40)
 
 
-def title(method: str, task: str) -> str:
-    """Method and task for a run's name."""
-    return f"{short(method)}, {short(task)}" if method and task else ""
-
-
-def trial_name(number: int, title: str, outcome: str = "") -> str:
-    """A trial's run's name, the same in every part of the interface: which, how it ended, of what.
+def trial_name(number: int, outcome: str, figures: str = "") -> str:
+    """A trial's run's name, such as ``14 · 0.9459 · complete``: a narrow column cuts its end, so
+    it begins with what differs between the runs of a search.
 
     Args:
         number: the trial's number.
-        title: method and task; empty where they are unknown.
-        outcome: how it ended; empty before that.
+        outcome: how it ended, or RUNNING.
+        figures: its objectives' values as text; empty where there are none.
     """
-    ended = f" {outcome.lower()}" if outcome else ""
-    return f"trial-{number:04d}{ended}" + (f" ({title})" if title else "")
+    return " · ".join(part for part in (str(number), figures, outcome.lower()) if part)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from topotune.tracking.labels import Labels
@@ -27,13 +27,14 @@ VIEW_TAG = "mlflow.sharedViewState."
 
 _VIEW = "workflowType=machine_learning"
 _LINK = re.compile(r"(?<!\\)\[((?:\\.|[^\\\[\]])*)\]\(topotune:([a-z]+)(?:/([0-9]+))?\)")
-_PAGE_VERSION = 1
+_PAGE_VERSION = 2
 _OVERHEADS = ("overhead_vs_adam", "overhead_vs_bptt")
 """What a step costs; a column that no trial of a search has is not shown."""
 
 _NOTE = """\
-**Searches by topotune: one run a search, its trials nested below it; the rows' names say how each \
-trial ended.** The menu *Views* has ready tables; open this text for filters to paste.
+**Searches by topotune: one run a search, its trials nested below it; a trial's name gives its \
+number, its objectives and how it ended.** The menu *Views* has ready tables; open this text for \
+filters to paste.
 
 Open a search's run for its leaderboard and links. To narrow the table, paste into the search box:
 
@@ -52,7 +53,7 @@ tags.topotune.budget = '20 trials, 9 epochs'` |
 
 `topotune.outcome` of a trial is COMPLETE, PRUNED (stopped early as too weak), DIVERGED (left the \
 finite numbers) or FAILED, with the cause in `topotune.reason`; of a search COMPLETE, INTERRUPTED \
-(can be resumed) or FAILED; RUNNING before that. MLflow's own status is FINISHED for PRUNED, too. \
+(can be resumed) or FAILED; RUNNING before that. MLflow's own status is KILLED for PRUNED. \
 `objective` and `searched` among a search's parameters say what it optimises and what it varies.
 """
 
@@ -70,9 +71,10 @@ def run_page(base_url: str, experiment_id: str, run_id: str, tab: str = "") -> s
     return f"{_root(base_url)}/experiments/{experiment_id}/runs/{run_id}{end}?{_VIEW}"
 
 
-def experiment_page(base_url: str, experiment_id: str, view: str = "") -> str:
-    """The experiment's table of runs; with a view's key in that view."""
+def experiment_page(base_url: str, experiment_id: str, view: str = "", charts: bool = False) -> str:
+    """The experiment's table of runs; with a view's key in that view, as charts if wanted."""
     shared = f"&viewStateShareKey={view}" if view else ""
+    shared += "&compareRunsMode=CHART" if charts else ""
     return f"{_root(base_url)}/experiments/{experiment_id}/runs?{_VIEW}{shared}"
 
 
@@ -135,19 +137,47 @@ def page_tags(known: Mapping[str, str], now_ms: int) -> dict[str, str]:
 
 
 def search_view(labels: Labels, parent_id: str) -> str:
-    """The table of one search's trials, best first: outcome, objectives, cost, what is searched.
+    """The trials of one search, best first: a table of its objectives, what is searched and what
+    it cost, and charts that begin with the objectives.
 
-    MLflow puts attributes first, then metrics, parameters and tags, whatever the order here.
+    MLflow sorts columns by kind and name where a view does not order them, and charts by name.
     """
-    metrics = [*labels.metrics, *_OVERHEADS, "device_seconds", "epochs_trained"]
-    columns = [_column("tags", "topotune.outcome")]
-    columns += [_column("metrics", clean_name(name)) for name in metrics]
+    columns = [_column("metrics", clean_name(name)) for name in labels.metrics]
     columns += [_column("params", clean_name(name)) for name in labels.searched]
-    view: dict[str, Any] = {"searchFilter": _trials_of(parent_id), "selectedColumns": columns}
+    spreads = (f"{name}{part}" for name in _OVERHEADS for part in ("", "_iqr"))
+    costs = (*spreads, "device_seconds", "epochs_trained")
+    columns += [_column("metrics", name) for name in costs]
+    columns += [_column("tags", "topotune.outcome"), _column("attributes", "Dataset")]
+    view: dict[str, Any] = {
+        "searchFilter": _trials_of(parent_id),
+        "selectedColumns": columns,
+        "columnOrder": [_column("attributes", "Run Name"), *columns],
+    }
     if labels.metrics:
+        view |= _charts([*labels.metrics, "train_loss", *_OVERHEADS])
         order = _column("metrics", clean_name(labels.metrics[0]))
         view |= {"orderByKey": order, "orderByAsc": not labels.maximize}
     return json.dumps(view)
+
+
+def _charts(metrics: Sequence[str]) -> dict[str, Any]:
+    """Charts in this order, before those that MLflow adds for the other metrics.
+
+    A chart is written as the bar of a last value; MLflow 3.17 makes a line of it where the metric
+    has several steps.
+    """
+    section = "topotune"
+    charts = [
+        {"type": "BAR", "uuid": f"{section}-{i}", "metricSectionId": section, "metricKey": name}
+        | {"displayName": name, "isGenerated": True, "deleted": False}
+        for i, name in enumerate(map(clean_name, dict.fromkeys(metrics)))
+    ]
+    names = ("Model metrics", "System metrics")
+    sections = [
+        {"uuid": uuid, "name": name, "display": uuid == section, "isReordered": True}
+        for uuid, name in zip((section, "system"), names, strict=True)
+    ]
+    return {"compareRunCharts": charts, "compareRunSections": sections}
 
 
 def _root(base_url: str) -> str:
@@ -194,7 +224,8 @@ _VIEWS = {
             f"tags.{ROLE_TAG} = 'trial' and tags.topotune.outcome = 'COMPLETE'",
             _column("metrics", "val_accuracy"),
             f"{_COMMON} tags.topotune.search metrics.val_accuracy metrics.val_loss "
-            "metrics.overhead_vs_adam metrics.overhead_vs_bptt metrics.device_seconds",
+            "metrics.overhead_vs_adam metrics.overhead_vs_adam_iqr metrics.overhead_vs_bptt "
+            "metrics.overhead_vs_bptt_iqr metrics.device_seconds",
         ),
     ),
     "topotune-wrong": (
