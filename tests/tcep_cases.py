@@ -9,7 +9,7 @@ from torch import Tensor
 
 from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
-from topotune.tcep.options import Dynamics, Learning, Solver
+from topotune.tcep.options import TIMED, Dynamics, Learning, Solver
 
 SIDE = 6
 CLASSES = 4
@@ -17,9 +17,18 @@ CLASSES = 4
 
 def dynamics(**changes: Any) -> Dynamics:
     """Dynamics of a test; solver settings among the changes go to the solver."""
-    inner = {k: changes.pop(k) for k in ("name", "steps", "tolerance", "step") if k in changes}
+    inner = {
+        k: changes.pop(k) for k in ("name", "steps", "tolerance", "step", "fixed") if k in changes
+    }
     settings = {"steps": 400, "tolerance": 1e-6, **inner}
     return Dynamics(**changes, solver=Solver(**settings))
+
+
+def turn(kind: str, amount: float | None) -> dict[str, Any]:
+    """T of a recirculation, by the name that :class:`Dynamics` has for its unit."""
+    if amount is None:
+        return {}
+    return {"time" if kind in TIMED else "period": amount}
 
 
 def small_network(

@@ -24,6 +24,7 @@ ROOM_ORDER = (
         "config",
         "yamlfile",
         "configfile",
+        "spaces",
     ),
     ("optim", "data", "tcep"),
     ("models",),

@@ -141,7 +141,7 @@ def test_what_is_exact_here_agrees_with_dense_algebra() -> None:
 
 def test_the_oracle_of_the_orbit_is_exact_where_the_orbit_is_a_point(data: Data) -> None:
     """Without decay, ``gain`` is a constant: it has an equilibrium, and an implicit gradient."""
-    still = Dynamics(recirculation="gain", gamma=0.3, kappa=0.0, period=1.0)
+    still = Dynamics(recirculation="gain", gamma=0.3, kappa=0.0, time=1.0)
     network = build(data, still)
     batch = data.batch.rows(0, 4)
     through_steps = tcep_gradients.exact_gradient(network, batch)

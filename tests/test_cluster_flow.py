@@ -148,6 +148,9 @@ def check_finished(cluster: OneMachine, one: Client, eve: Client, name: str) -> 
         assert spec.task == "paced_rings:Paced"
         assert dict(spec.params) == row["params"]
     assert f"trial {status['trials'][0]['number']}:" in one.run("best", name)
+    job = eve.list()[name]["job"]
+    assert f"{name}: finished; " in eve.run("resume", name)
+    assert eve.list()[name]["job"] == job  # no driver was started to do nothing
 
 
 def recorded(cluster: OneMachine, name: str) -> list[list[int]]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from topotune.search.folder import SearchFolder, searches
 from topotune.search.lease import Lease, lease_holder
 from topotune.search.ledger import MAX_GAP, Ledger
 from topotune.search.preflight import check_writable
+from topotune.search.reading import status
 from topotune.search.retention import Retention
 from topotune.search.study import Handout
 from topotune.search.view import SafeListener
@@ -339,8 +341,55 @@ def test_extending_scales_every_limit() -> None:
     assert (budget.trials, budget.device_seconds, budget.wall_clock) == (15, 150.0, None)
     with pytest.raises(ConfigError, match="no limit of trials"):
         extended(make_config(budget={"wall_clock": 10.0}), 5)
-    with pytest.raises(ConfigError, match="grid"):
+    with pytest.raises(ConfigError, match="all 2 points of the grid"):
         extended(make_config(sampler="grid", space={"d": {"type": "int", "low": 1, "high": 2}}), 5)
+
+
+GRID: dict[str, Any] = {
+    "sampler": "grid",
+    "space": {
+        "lr": {"type": "categorical", "choices": [0.001, 0.01, 0.1]},
+        "model.hidden": {"type": "int", "low": 8, "high": 24, "step": 8},
+    },
+}
+
+
+def test_a_grid_with_fewer_trials_than_points_is_extended_up_to_them(tmp_path: Path) -> None:
+    config = make_config(budget={"trials": 4, "epochs": 1, "wall_clock": 100.0}, **GRID)
+    desk = Desk(tmp_path, config)
+    desk.run()
+    assert (len(desk.rows()), desk.book.short_of_trials()) == (4, "")
+    six = extended(config, 2)
+    assert (six.budget.trials, six.budget.wall_clock) == (6, 150.0)
+    nine = extended(config, 20)
+    assert nine.budget.trials == 9
+    desk.folder.save(nine)
+    desk = Desk(tmp_path, nine)
+    desk.run()
+    points = {(row.params["lr"], row.params["model.hidden"]) for row in desk.rows()}
+    assert (len(desk.rows()), len(points)) == (9, 9)
+    with pytest.raises(ConfigError, match=r"all 9 points .* Give a parameter more choices"):
+        extended(nine, 1)
+
+
+def test_a_search_says_why_it_ends_before_its_budget_of_trials(tmp_path: Path) -> None:
+    grid = Desk(tmp_path, make_config(budget={"trials": 10, "epochs": 1}, **GRID))
+    assert grid.book.view("running").total == 9
+    assert grid.book.short_of_trials() == ""
+    grid.run()
+    assert grid.book.short_of_trials() == "all 9 points of the grid have been tried"
+    timed = Desk(tmp_path / "t", make_config(budget={"trials": 10, "wall_clock": 5.0}))
+    timed.ledger.wall_seconds = 6.0
+    timed.run()
+    assert timed.book.short_of_trials() == "budget.wall_clock of 5 s is used up"
+
+
+def test_a_grid_that_was_killed_before_its_first_trial_is_not_finished(tmp_path: Path) -> None:
+    SearchFolder.create(tmp_path, make_config(**GRID), "")
+    assert status(tmp_path, "demo").state == "stopped"
+    desk = Desk(tmp_path, make_config(**GRID))
+    desk.run()
+    assert status(tmp_path, "demo").state == "finished"
 
 
 def test_the_identity_file_is_plain_json(tmp_path: Path) -> None:

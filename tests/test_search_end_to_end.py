@@ -152,6 +152,11 @@ def test_the_same_seed_twice_export_extend_and_a_foreign_folder(tmp_path: Path) 
     first, second = ([untimed(t) for t in b["trials"]] for b in boards)
     assert first == second
     check_mlflow(tmp_path / "a", 4)
+    again = run("resume", "rings", "--results-dir", tmp_path / "a")
+    assert again.startswith("rings: finished, nothing is left to do\n")  # no Ray is started
+    assert "topotune export rings" in again
+    assert [untimed(t) for t in status(tmp_path / "a")["trials"]] == first
+    check_mlflow(tmp_path / "a", 4)
 
     exports = tmp_path / "exports"
     out = run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tcep_cases import CLASSES, SIDE, batch, dynamics, small_network
+from tests.tcep_cases import CLASSES, SIDE, batch, dynamics, small_network, turn
 from topotune.errors import ConfigError, PluginError, UnknownNameError, UnstableError
 from topotune.tcep import network as module
 from topotune.tcep.fields import Field, build_field
@@ -68,7 +68,12 @@ def test_no_images_are_no_tokens(layout: str) -> None:
 def test_forward_reads_out_the_equilibrium(field: str, kind: str) -> None:
     gamma = None if kind == "none" else 0.2
     network = small_network(
-        field=field, recirculation=kind, gamma=gamma, period=2, damping=1.5, tolerance=1e-8
+        field=field,
+        recirculation=kind,
+        gamma=gamma,
+        damping=1.5,
+        tolerance=1e-8,
+        **turn(kind, 2),
     ).eval()
     inputs, _ = batch(5)
     with torch.no_grad():
@@ -92,7 +97,7 @@ def test_forward_reads_out_the_equilibrium(field: str, kind: str) -> None:
 @pytest.mark.parametrize("count", [1, 4, 5, 9])
 @pytest.mark.parametrize("kind", ["ring", "gain"])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, count: int) -> None:
-    network = small_network(recirculation=kind, gamma=0.2, period=2, tolerance=1e-7)
+    network = small_network(recirculation=kind, gamma=0.2, tolerance=1e-7, **turn(kind, 2))
     inputs, _ = batch(9)
     with torch.no_grad():
         whole = network(inputs)
@@ -105,7 +110,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, count
 @pytest.mark.parametrize("kind", ["ring", "gain"])
 @pytest.mark.parametrize("recorded", [False, True])
 def test_an_empty_batch_has_no_logits(kind: str, recorded: bool) -> None:
-    network = small_network(torch.float32, recirculation=kind, gamma=0.2, period=2)
+    network = small_network(torch.float32, recirculation=kind, gamma=0.2, **turn(kind, 2))
     with torch.set_grad_enabled(recorded):
         assert network(torch.zeros(0, 1, SIDE, SIDE)).shape == (0, CLASSES)
 
@@ -142,7 +147,7 @@ def test_energy_never_rises_along_a_relaxation(solver: str, kind: str, wild: boo
 @pytest.mark.parametrize("kind", ["delay", "fade"])
 def test_the_past_leads_to_the_network_without_it_at_lambda_eff(kind: str, period: float) -> None:
     network = small_network(
-        recirculation=kind, gamma=0.5, kappa=0.1, period=period, damping=1.5, steps=4000
+        recirculation=kind, gamma=0.5, kappa=0.1, time=period, damping=1.5, steps=4000
     )
     share = math.exp(-0.1 * period) if kind == "delay" else 1 - math.exp(-0.1 * period)
     bare = small_network(recirculation="none", damping=1.5 - 0.5 * share, tolerance=1e-9)
@@ -210,13 +215,13 @@ def test_a_network_that_was_trained_can_be_copied() -> None:
         network(inputs)
     twin = copy.deepcopy(network)
     with torch.no_grad():
-        for weight, _ in twin.field.capped():
+        for weight, _, _ in twin.field.capped():
             weight.mul_(5)
-        before = [w.clone() for w, _ in network.field.capped()]
+        before = [c.weight.clone() for c in network.field.capped()]
         twin.caps()
         norm = torch.linalg.matrix_norm(twin.field.capped()[-1].weight, ord=2)
     assert float(norm) == pytest.approx(network.dynamics.caps.hidden, rel=0.05)
-    for (weight, _), old in zip(network.field.capped(), before, strict=True):
+    for (weight, _, _), old in zip(network.field.capped(), before, strict=True):
         assert torch.equal(weight, old)
 
 
@@ -251,9 +256,9 @@ def refused(**sizes: Any) -> TCEPNetwork:
         ({"dynamics": Dynamics(gamma=1.0)}, UnstableError, "lambda: must be above |gain| = 1"),
         ({"dynamics": Dynamics(gamma=-1.5)}, UnstableError, "gamma -1.5"),
         (
-            {"dynamics": Dynamics(recirculation="delay", gamma=0.1, period=1e6)},
+            {"dynamics": Dynamics(recirculation="delay", gamma=0.1, time=1e6)},
             ConfigError,
-            "T: must be at most 10000 steps",
+            "T_time: must be at most 10000 steps",
         ),
     ],
 )

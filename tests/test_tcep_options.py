@@ -31,7 +31,7 @@ EVERYTHING: dict[str, Any] = {
     "recirculation": "fade",
     "gamma": 0.25,
     "kappa": 0.75,
-    "T": 3,
+    "T_time": 3,
     "c": 12.0,
     "sharpness": 0.5,
     "solver": "heun",
@@ -65,7 +65,7 @@ def test_every_name_of_a_search_file_arrives_where_it_belongs() -> None:
         recirculation="fade",
         gamma=0.25,
         kappa=0.75,
-        period=3,
+        time=3,
         scale=12.0,
         sharpness=0.5,
         solver=Solver("heun", 33, 1e-3, 0.4),
@@ -73,10 +73,11 @@ def test_every_name_of_a_search_file_arrives_where_it_belongs() -> None:
     )
     assert learning == Learning("bptt", 0.2, "one_sided", 0.3, 0.07, False, "poisson", 0.01, True)
     assert read_options({"gamma_fraction": 0.4})[0].gamma_fraction == 0.4
+    assert read_options({"T": 8})[0].period == 8
 
 
 def test_the_list_of_names_is_complete() -> None:
-    assert sorted(NAMES) == sorted({*EVERYTHING, "gamma_fraction", "field"})
+    assert sorted(NAMES) == sorted({*EVERYTHING, "gamma_fraction", "T", "field"})
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,22 @@ def test_beta_is_a_number_or_learned() -> None:
 def test_gamma_is_given_once() -> None:
     with pytest.raises(ConfigError, match=r"^gamma: is given twice: gamma 0.1 and .* 0.2"):
         read_options({"gamma": 0.1, "gamma_fraction": 0.2})
+
+
+@pytest.mark.parametrize("kind", RECIRCULATIONS)
+def test_tokens_and_time_are_two_parameters(kind: str) -> None:
+    """A number in the wrong unit is refused by the name of the right one."""
+    wrong, right = ("T", "T_time") if kind in TIMED else ("T_time", "T")
+    read_options({"recirculation": kind, right: 2})
+    if kind == "none":  # which takes neither, so that a space needs no condition for it
+        read_options({"recirculation": kind, wrong: 2})
+        return
+    with pytest.raises(ConfigError) as caught:
+        read_options({"recirculation": kind, wrong: 2})
+    assert caught.value.place == wrong
+    assert f"recirculation {kind!r} takes a" in str(caught.value)
+    assert f"(got {wrong} 2)" in str(caught.value)
+    assert f"Write {right}: 2" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", RECIRCULATIONS)

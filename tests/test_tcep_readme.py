@@ -167,7 +167,7 @@ def test_the_field_can_be_searched_and_has_the_mu_that_is_claimed(
         assert "val_accuracy" in preflight(_search())
         model = TCEPNetwork(1, 8, width=4, memory=6, field="my_field:Recall")
         with torch.no_grad():
-            for weight, _ in model.field.capped():
+            for weight, _, _ in model.field.capped():
                 weight.mul_(50.0)
             for _ in range(50):
                 model.caps()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.tcep_cases import turn
 from topotune.errors import ConfigError, UnstableError
 from topotune.tcep.options import RECIRCULATIONS, TIMED, Dynamics
 from topotune.tcep.recirculation import Memory, Recirculation, build_recirculation
@@ -25,7 +27,7 @@ def build(
     damping: float = 2.0,
     tokens: int = TOKENS,
 ) -> Recirculation:
-    dynamics = Dynamics(damping=damping, recirculation=kind, kappa=kappa, period=period)
+    dynamics = Dynamics(damping=damping, recirculation=kind, kappa=kappa, **turn(kind, period))
     return build_recirculation(dynamics, tokens, gamma)
 
 
@@ -199,15 +201,34 @@ def test_gain_memory_repeats_its_coefficients() -> None:
     for _ in range(9):
         seen.append(float(memory.term()[0, 0]))
         memory.push(h)
-    one = [0.7 * math.exp(-0.4 * 0.5 * phase) for phase in range(4)]
-    assert seen == pytest.approx([*one, *one, one[0]], rel=1e-14)
+    # of each of five steps, the mean of gamma exp(-kappa t) over it
+    edges = [0.7 / 0.4 * math.exp(-0.4 * 0.4 * phase) for phase in range(6)]
+    one = [(a - b) / 0.4 for a, b in itertools.pairwise(edges)]
+    assert seen == pytest.approx([*one, *one[:4]], rel=1e-13)
 
 
-def test_ahead_of_gain_stays_before_the_jump() -> None:
+@pytest.mark.parametrize("kappa", [0.0, 0.4, 3.0])
+@pytest.mark.parametrize("dt", [0.1, 0.7, 5.0])
+def test_the_mean_of_gain_does_not_depend_on_the_step(dt: float, kappa: float) -> None:
+    found = build("gain", 2.0, kappa=kappa)
+    count, step = found.time_step(dt)
+    assert count % 2 == 1
+    assert count * step == pytest.approx(2.0)
+    assert step <= dt
+    h = torch.ones(1, 2, dtype=torch.float64)
+    memory, seen = found.memory(h, dt), []
+    for _ in range(count):
+        seen.append(float(memory.term()[0, 0]))
+        memory.push(h)
+    assert sum(seen) / count == pytest.approx(found.gain, rel=1e-13)
+
+
+def test_ahead_of_gain_is_of_the_same_step() -> None:
     h = torch.ones(1, 2, dtype=torch.float64)
     memory = build("gain", 2.0).memory(h, 1.0)
-    memory.push(h)
-    assert float(memory.ahead(h)[0, 0]) == pytest.approx(0.7 * math.exp(-0.4 * 2.0), rel=1e-14)
+    for _ in range(memory.count):
+        assert torch.equal(memory.ahead(h), memory.term())
+        memory.push(h)
 
 
 @pytest.mark.parametrize("kind", TIMED)
@@ -298,7 +319,9 @@ def test_what_cannot_settle_is_refused(
     with pytest.raises(UnstableError) as caught:
         build(kind, 2, gamma=sign * unstable, kappa=kappa, damping=1.0)
     assert caught.value.place == "lambda"
-    for part in (f"gamma {sign * unstable:g}", f"kappa {kappa:g}", "T 2", "gain", "Raise lambda"):
+    unit = "T_time" if kind in TIMED else "T"
+    parts = (f"gamma {sign * unstable:g}", f"kappa {kappa:g}", f"{unit} 2", "gain", "Raise lambda")
+    for part in parts:
         assert part in str(caught.value)
 
 
@@ -329,4 +352,4 @@ def test_no_past_where_none_acts(kind: str) -> None:
 def test_a_past_has_a_size_limit() -> None:
     with pytest.raises(ConfigError, match=r"at most 10000 steps") as caught:
         build("delay", 1e9).time_step(0.5)
-    assert caught.value.place == "T"
+    assert caught.value.place == "T_time"

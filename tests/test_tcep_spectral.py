@@ -7,14 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.tcep_cases import batch, small_network, train
+from topotune.errors import PluginError
 from topotune.tcep import probe
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.fields import Capped, Field
+from topotune.tcep.functions import smooth_relu_integral
 from topotune.tcep.margin import one_sided_lipschitz
 from topotune.tcep.network import TCEPNetwork
-from topotune.tcep.options import Caps, Learning
+from topotune.tcep.options import Caps, Dynamics, Learning
 from topotune.tcep.spectral import SpectralCaps, largest_eigenvalue
 from topotune.tcep.transformer import TransformerField
 
@@ -45,7 +48,7 @@ def test_caps_hold_after_steps_of_an_optimizer() -> None:
     with torch.no_grad():
         weights[0][1] *= 0.01  # a head that is far below the cap of the others
     quiet = weights[0][1].detach().clone()
-    caps = SpectralCaps([Capped(w, 0.5 + 0.5 * i) for i, w in enumerate(weights)])
+    caps = SpectralCaps([Capped(w, 0.5 + 0.5 * i, w.ndim == 3) for i, w in enumerate(weights)])
     assert torch.equal(weights[0][1], quiet)
     assert norms(weights[0])[[0, 2]].tolist() == pytest.approx([0.5, 0.5], rel=0.01)
     optimizer = torch.optim.Adam(weights, lr=3e-3)
@@ -66,7 +69,7 @@ def test_caps_hold_in_the_training_of_a_network() -> None:
     network = small_network(torch.float32, caps=caps, gamma=0.1, steps=60, tolerance=1e-5)
     train(network, Learning(), 15, lr=0.02)
     expected = [0.3, 0.3, 0.4, 0.6]
-    for (weight, cap), right in zip(network.field.capped(), expected, strict=True):
+    for (weight, cap, _), right in zip(network.field.capped(), expected, strict=True):
         assert cap == right
         assert float(norms(weight).max()) <= 1.01 * cap
         assert float(norms(weight).max()) > 0.9 * cap
@@ -83,7 +86,7 @@ def test_a_cap_scales_and_turns_nothing() -> None:
 def test_what_is_below_its_cap_or_has_none_is_left_alone(cap: float) -> None:
     weight = nn.Parameter(some(2, 6, 4))
     before = weight.detach().clone()
-    caps = SpectralCaps([Capped(weight, cap)])
+    caps = SpectralCaps([Capped(weight, cap, heads=True)])
     for _ in range(3):
         caps()
     assert torch.equal(weight.detach(), before)
@@ -92,7 +95,7 @@ def test_what_is_below_its_cap_or_has_none_is_left_alone(cap: float) -> None:
 
 def test_weights_that_start_at_zero_are_capped_once_they_have_grown() -> None:
     weights = [nn.Parameter(torch.zeros(4, 5)), nn.Parameter(torch.zeros(2, 4, 5))]
-    caps = SpectralCaps([Capped(w, 1.0) for w in weights])
+    caps = SpectralCaps([Capped(w, 1.0, w.ndim == 3) for w in weights])
     for weight in weights:
         assert not weight.any()
         nn.init.normal_(weight, std=10.0)
@@ -104,6 +107,114 @@ def test_weights_that_start_at_zero_are_capped_once_they_have_grown() -> None:
         )
 
 
+KERNELS = [(6, 4, 3, 3), (3, 8, 1, 5), (5, 4, 3), (4, 2, 2, 2, 2), (7, 5)]
+"""Of convolutions over two, one and three dimensions; and a matrix."""
+
+
+@pytest.mark.parametrize("shape", KERNELS, ids=str)
+def test_a_kernel_is_capped_as_the_operator_of_a_patch(shape: tuple[int, ...]) -> None:
+    """(out, in*k*k), by dense singular values, at once and while the weights are pushed out."""
+    weight = nn.Parameter(some(*shape))
+    before = weight.detach().clone()
+    norm = norms(before.reshape(shape[0], -1))
+    caps = SpectralCaps([Capped(weight, 1.0)])
+    torch.testing.assert_close(weight.detach(), before / norm, rtol=1e-2, atol=0)
+    assert float(caps.norms()[0]) == pytest.approx(1.0, rel=1e-2)
+    for step in range(20):
+        with torch.no_grad():
+            weight.add_(0.03 * weight + 0.005 * some(*shape, seed=step))
+        caps()
+    assert float(norms(weight.detach().reshape(shape[0], -1))) == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_what_the_cap_of_a_kernel_says_about_its_convolution(stride: int) -> None:
+    """Patches that do not overlap: its norm is the cap. Overlapping ones: at most 3 times it."""
+    weight = nn.Parameter(some(4, 2, 3, 3))
+    SpectralCaps([Capped(weight, 1.0)])
+    columns = torch.eye(2 * 9 * 9, dtype=torch.float64).view(-1, 2, 9, 9)
+    images = nn.functional.conv2d(columns, weight.detach(), stride=stride).flatten(1)
+    whole = float(norms(images))
+    if stride == 3:
+        assert whole == pytest.approx(1.0, rel=1e-2)
+    else:
+        assert 1.0 < whole <= 3.0
+
+
+def test_heads_are_capped_one_by_one_and_only_when_named() -> None:
+    heads, kernel = nn.Parameter(some(3, 5, 4)), nn.Parameter(some(3, 5, 4))
+    SpectralCaps([Capped(heads, 0.5, heads=True), Capped(kernel, 0.5)])
+    assert norms(heads).tolist() == pytest.approx([0.5] * 3, rel=1e-2)
+    assert float(norms(kernel.detach().reshape(3, 20))) == pytest.approx(0.5, rel=1e-2)
+
+
+class Convolved(Field):
+    """``E = -<u, h> - sum Phi(conv(h))`` over a ring of tokens: a kernel in its energy."""
+
+    shape: tuple[int, ...] = (6, 4, 1, 3)
+    heads = False
+    cap = 0.5
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__(tokens, width, tokens * width, tokens * width)
+        self.kernel = nn.Parameter(some(*self.shape, dtype=torch.float32))
+
+    def energy(self, state: Tensor, drive: Tensor) -> Tensor:
+        rows = functional.pad(self.split(state)[0].transpose(1, 2), (1, 1), mode="circular")
+        seen = functional.conv1d(rows, self.kernel.reshape(6, self.width, 3))
+        driven = (state * drive.flatten(1)).sum(dim=1)
+        return -driven - smooth_relu_integral(seen).sum(dim=(1, 2))
+
+    def features(self, state: Tensor) -> Tensor:
+        return state
+
+    def capped(self) -> list[Capped]:
+        return [Capped(self.kernel, self.cap, self.heads)]
+
+
+class Flat(Convolved):
+    shape = (72,)
+
+
+class NoHeads(Convolved):
+    heads = True
+
+
+class BelowZero(Convolved):
+    cap = -1.0
+
+
+def convolved(field: type[Field], fraction: float | None = None) -> TCEPNetwork:
+    path = f"{__name__}:{field.__name__}"
+    dynamics = Dynamics(damping=4.0, gamma_fraction=fraction)
+    return TCEPNetwork(1, 6, 4, width=4, field=path, dynamics=dynamics)
+
+
+def test_a_field_with_a_kernel_is_capped_and_its_gamma_follows_from_the_cap() -> None:
+    made = convolved(Convolved, 0.5)
+    (capped,) = made.field.capped()
+    assert float(norms(capped.weight.reshape(6, -1))) == pytest.approx(0.5, rel=1e-2)
+    # Phi'' is at most 1, so mu is at most the convolution's norm squared, 3 cap^2 at the most.
+    assert 0.05 < made.reference_mu <= 0.75
+    assert made.recirculation.gamma == pytest.approx(0.5 * (4.0 - made.reference_mu))
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        (Flat, "holds a weight of shape (72,); a spectral norm needs at least two dimensions"),
+        (NoHeads, "holds a weight of shape (6, 4, 1, 3); a spectral norm a head needs (heads,"),
+        (BelowZero, "holds a cap of -1.0; it must be a finite number of at least 0"),
+    ],
+)
+def test_what_has_no_spectral_norm_is_refused_by_the_name_of_the_field(
+    field: type[Field], text: str
+) -> None:
+    with pytest.raises(PluginError) as caught:
+        convolved(field)
+    assert f"field {field.__name__}: capped() {text}" in str(caught.value)
+
+
 def test_what_caps_follow_is_in_the_state() -> None:
     """A resumed training caps as an undisturbed one: bit for bit."""
     network, other = (small_network(seed=seed, gamma=0.1) for seed in (0, 1))
@@ -113,7 +224,7 @@ def test_what_caps_follow_is_in_the_state() -> None:
     other.load_state_dict(network.state_dict())
     for made in (network, other):
         with torch.no_grad():
-            for weight, _ in made.field.capped():
+            for weight, _, _ in made.field.capped():
                 weight.add_(some(*weight.shape, seed=5))
         made.caps()
     for name, value in network.state_dict().items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tcep_cases import CLASSES, SIDE, batch, dynamics
+from tests.tcep_cases import CLASSES, SIDE, batch, dynamics, turn
 from topotune.errors import ConfigError
 from topotune.tcep import probe
 from topotune.tcep.fields import Capped, Field
@@ -102,7 +102,7 @@ def network(field: type[Field], dtype: torch.dtype = torch.float64, **changes: A
 @pytest.mark.parametrize("field", [Springs, Whirl])
 @pytest.mark.parametrize("kind", ["ring", "delay", "gain", "shift"])
 def test_forward_and_its_unrolling(field: type[Field], kind: str) -> None:
-    made = network(field, recirculation=kind, period=2).eval()
+    made = network(field, recirculation=kind, **turn(kind, 2)).eval()
     inputs, _ = batch(4)
     with torch.inference_mode():
         found = made(inputs)

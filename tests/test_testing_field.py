@@ -44,7 +44,7 @@ class TestTrainedSizes(EnergyContract):
     def make_field(self) -> EnergyField:
         field = EnergyField(3, 3, 1, hidden=4, memory=3, scale=20.0, sharpness=0.8)
         with torch.no_grad():
-            for weight, cap in field.capped():
+            for weight, cap, _ in field.capped():
                 norms = torch.linalg.matrix_norm(weight, 2)
                 weight.mul_(cap / norms[..., None, None])
         return field
@@ -242,7 +242,11 @@ class NegativeCap(Springs):
         (FewFeatures, "shapes", "features() has shape (3, 1), not (3, 2)"),
         (StaleEliminated, "eliminated_agrees_with_the_flow_at_rest", "eliminated() differs by"),
         (CapsABias, "capped_matrices_are_parameters", "no parameter of the field"),
-        (NegativeCap, "capped_matrices_are_parameters", "the cap of root is -1, below 0"),
+        (
+            NegativeCap,
+            "capped_matrices_are_parameters",
+            "capped() holds a cap of -1",
+        ),
     ],
 )
 def test_the_contract_finds(broken: Callable[[], Field], check: str, words: str) -> None:

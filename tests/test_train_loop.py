@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.train_cases import Line
 from topotune.data.splits import TensorPair
 from topotune.errors import ConfigError
+from topotune.optim import TopologicalAdam
 from topotune.records import EpochReport, TrainOptions
 from topotune.tasks.base import DataOptions
 from topotune.train import evaluation
@@ -180,6 +182,67 @@ def test_a_learners_own_metrics_are_asked_for_once_an_epoch() -> None:
     task = Line(rows=5)
     _, reports = _train(_parts(task, 1e-3, Counting(task)), epochs=2)
     assert [r.metrics["learner_batches"] for r in reports] == [3.0, 3.0]
+
+
+class _Choosy(Backprop):
+    """Learns nothing of the batches whose turns are named."""
+
+    def __init__(self, task: Line, refused: set[int]) -> None:
+        super().__init__(task)
+        self.refused, self.turn, self.after = refused, 0, 0
+
+    def gradients(self, model: nn.Module, batch: TensorPair) -> BatchResult:
+        self.turn += 1
+        if self.turn not in self.refused:
+            return super().gradients(model, batch)
+        with torch.no_grad():
+            outputs = model(batch.inputs)
+            return BatchResult(self._task.loss(outputs, batch.targets), outputs)
+
+    def after_step(self, model: nn.Module) -> None:
+        self.after += 1
+
+
+@pytest.mark.parametrize("clip", [None, 10.0])
+def test_a_batch_without_gradients_takes_no_step(clip: float | None) -> None:
+    """The optimizer counts, traces and moves as if the batch had never been."""
+    task = Line(rows=10)
+    learner = _Choosy(task, refused={2, 5})
+    parts = _parts(task, 0.1, learner)
+    optimizer = TopologicalAdam(parts.model.parameters(), lr=0.1)
+    parts = dataclasses.replace(parts, optimizer=optimizer)
+    loop, (report,) = _train(parts, grad_clip=clip)
+    assert loop.step == 5
+    assert learner.after == 3
+    (weight,) = parts.model.parameters()
+    assert float(optimizer.state[weight]["step"]) == 3
+    trace = loop.trace.columns()
+    assert [norm > 0 for norm in trace["grad_norm"]] == [True, False, True, True, False]
+    taken = trace["grad_norm"] > 0
+    assert np.isnan(trace["energy"]).tolist() == (~taken).tolist()
+    assert report.metrics["grad_norm"] == pytest.approx(trace["grad_norm"][taken].mean())
+    assert report.metrics["train_loss"] == pytest.approx(trace["loss"].mean())
+
+    # The same three batches, and no others.
+    model = task.model(None, {})
+    optimizer = TopologicalAdam(model.parameters(), lr=0.1)
+    for place in (0, 2, 3):
+        inputs = torch.tensor(task.batches[place]).unsqueeze(1)
+        optimizer.zero_grad()
+        loss = task.loss(model(inputs), 2 * inputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), clip or 1e9)
+        optimizer.step()
+    torch.testing.assert_close(next(model.parameters()), weight)
+
+
+def test_an_epoch_without_any_gradient_moves_nothing() -> None:
+    task = Line(rows=4)
+    parts = _parts(task, 0.1, _Choosy(task, refused={1, 2}))
+    _, (report,) = _train(parts)
+    assert not any(bool(p.any()) for p in parts.model.parameters())
+    assert report.metrics["grad_norm"] == report.metrics["grad_spikes"] == 0
+    assert np.isfinite(report.metrics["train_loss"])
 
 
 def test_a_learner_without_state_refuses_one() -> None:

@@ -110,6 +110,7 @@ def test_a_trial_trains_and_leaves_its_columns_its_curves_and_its_weights(tmp_pa
     both = {f"{name}_{p}" for name in ("energy", "residual", "nfe") for p in ("free", "nudged")}
     assert both | {"unconverged_share", "diverged_share"} <= trace.keys()
     last = result.history[-1].metrics
+    assert last["skipped_steps"] == 0.0
     for name in both:
         assert np.isfinite(trace[name]).all()
         assert last[name] == pytest.approx(float(np.mean(trace[name][3:])), rel=1e-6)
@@ -133,6 +134,10 @@ def test_the_table_of_parameters_says_what_the_dynamics_came_to() -> None:
     assert params["gamma_fraction"] == 0.5
     assert params["resolved.gamma"] == model.resolved()["resolved.gamma"]
     assert model.resolved().items() <= params.items()
+    assert params["resolved.T"] == 8
+    timed = built(tcep_method(recirculation="delay", T_time=2.5)).resolved()
+    assert timed["resolved.T_time"] == 2.5
+    assert "resolved.T" not in timed
 
 
 def test_parameters_go_to_tcep_or_to_its_optimizer() -> None:
@@ -180,6 +185,8 @@ def test_any_optimizer_can_take_the_gradients(name: str | None, kind: type) -> N
         ({"field": "enrgy"}, UnknownNameError, "did you mean 'energy'?"),
         ({"gamma": 5.0}, UnstableError, "gamma"),
         ({"recirculation": "delay", "gradient": "adjoint"}, ConfigError, "not defined with"),
+        ({"recirculation": "delay", "T": 4}, ConfigError, "Write T_time: 4"),
+        ({"recirculation": "ring", "T_time": 4.0}, ConfigError, "Write T: 4"),
     ],
 )
 def test_bad_parameters_are_refused_before_and_at_the_start(
@@ -252,6 +259,12 @@ def test_epochs_that_do_not_converge_are_marked_and_then_no_further_one_starts(
     assert len(result.history) == PATIENCE
     assert [r.metrics["unconverged_marked"] for r in result.history] == [1.0] * PATIENCE
     assert all(r.metrics["unconverged_share"] > TOLERATED for r in result.history)
+    # None of the three batches of an epoch settled, so that no step was taken.
+    assert [r.metrics["skipped_steps"] for r in result.history] == [3.0] * PATIENCE
+    assert [r.metrics["grad_norm"] for r in result.history] == [0.0] * PATIENCE
+    fresh = built(TcepMethod(spec)).state_dict()
+    for name, value in load_weights(spec, tmp_path).items():
+        assert name.startswith("caps.") or torch.equal(value, fresh[name]), name
     assert result.reason == (
         "unconverged: at least 100.0% of the samples did not reach tolerance 1e-05 within 1 steps "
         "in each of the last 3 epochs; raise steps or lambda, lower gamma or the caps"

@@ -9,20 +9,41 @@ of the training loop (:class:`topotune.records.TrainOptions`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import GenerateJsonSchema
 
 from topotune.config_budget import Budget, Limits
 from topotune.config_resources import Resources
-from topotune.config_space import Frozen, Param, Scalar
+from topotune.config_space import Frozen, Param, Scalar, no_flag, one_given
 from topotune.errors import did_you_mean
 from topotune.records import Value
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PARAM_NAME = re.compile(r"(?:(?:model|task|train)\.)?[A-Za-z_][A-Za-z0-9_]*")
+_PARAM_NAMES: dict[str, Any] = {"propertyNames": {"pattern": f"^{PARAM_NAME.pattern}$"}}
+
+
+def _numbers(value: object) -> object:
+    """Options as they are; their lists hold numbers, which true and false are not."""
+    for inner in value.values() if isinstance(value, dict) else ():
+        for item in inner if isinstance(inner, list) else ():
+            no_flag(item)
+    return value
+
+
+Options: TypeAlias = Annotated[dict[str, Value], BeforeValidator(_numbers)]
 
 
 class TaskConfig(Frozen):
@@ -38,7 +59,7 @@ class TaskConfig(Frozen):
     """
 
     name: str
-    options: dict[str, Value] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
     data_dir: str | None = None
     download: bool = True
     split_seed: int = Field(default=0, ge=0, lt=2**63)
@@ -48,7 +69,7 @@ class ModelConfig(Frozen):
     """Which of the task's models; no name means the task's default."""
 
     name: str | None = None
-    options: dict[str, Value] = Field(default_factory=dict)
+    options: Options = Field(default_factory=dict)
 
 
 class Objective(Frozen):
@@ -60,6 +81,8 @@ class Objective(Frozen):
 
 class Bound(Frozen):
     """A constraint on a metric: at most ``max``, at least ``min``."""
+
+    model_config = ConfigDict(json_schema_extra=one_given("max", "min"))
 
     max: float | None = Field(default=None, allow_inf_nan=False)
     min: float | None = Field(default=None, allow_inf_nan=False)
@@ -75,15 +98,34 @@ SAMPLERS = ("tpe", "gp", "cmaes", "nsga2", "random", "grid", "qmc")
 PRUNERS = ("asha", "hyperband", "median", "none")
 
 
+_OLD_NAMES = {"successive_halving": "asha"}
+
+
 def _by_name(value: object) -> object:
     """A bare name stands for a block with that name and default options."""
     return {"name": value} if isinstance(value, str) else value
 
 
-def _known(kind: str, name: str, known: tuple[str, ...]) -> str:
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}")
-    return name
+def _one_of(kind: str, known: tuple[str, ...]) -> AfterValidator:
+    """A name out of a fixed set; an old one is read as its new one."""
+
+    def check(name: str) -> str:
+        name = _OLD_NAMES.get(name, name)
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}{did_you_mean(name, known)}")
+        return name
+
+    return AfterValidator(check)
+
+
+SamplerName: TypeAlias = Annotated[
+    str, _one_of("sampler", SAMPLERS), WithJsonSchema({"type": "string", "enum": [*SAMPLERS]})
+]
+PrunerName: TypeAlias = Annotated[
+    str,
+    _one_of("pruner", PRUNERS),
+    WithJsonSchema({"type": "string", "enum": [*PRUNERS, *_OLD_NAMES]}),
+]
 
 
 class SamplerConfig(Frozen):
@@ -94,13 +136,8 @@ class SamplerConfig(Frozen):
         startup_trials: random trials before a model-based sampler (tpe, gp, cmaes) takes over.
     """
 
-    name: str = "tpe"
+    name: SamplerName = "tpe"
     startup_trials: int = Field(default=10, ge=1)
-
-    @field_validator("name")
-    @classmethod
-    def _name(cls, name: str) -> str:
-        return _known("sampler", name, SAMPLERS)
 
 
 class PrunerConfig(Frozen):
@@ -113,15 +150,10 @@ class PrunerConfig(Frozen):
         startup_trials: median waits for this many finished trials.
     """
 
-    name: str = "asha"
+    name: PrunerName = "asha"
     min_epochs: int = Field(default=1, ge=1)
     reduction_factor: int = Field(default=3, ge=2)
     startup_trials: int = Field(default=5, ge=1)
-
-    @field_validator("name")
-    @classmethod
-    def _name(cls, name: str) -> str:
-        return _known("pruner", "asha" if name == "successive_halving" else name, PRUNERS)
 
 
 class TrainConfig(Frozen):
@@ -177,6 +209,9 @@ def _as_list(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
+_Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
+
+
 SAVED = "saved"
 """Validation context of a search that exists: a secret in it is kept already, and refusing it
 would only stop the search."""
@@ -199,19 +234,28 @@ class SearchConfig(Frozen):
         seed: seed of the sampler and, hashed with the trial number, of each trial.
     """
 
-    name: str
+    name: str = Field(json_schema_extra={"pattern": f"^{SAFE_NAME.pattern}$"})
     description: str = ""
-    task: Annotated[TaskConfig, BeforeValidator(_by_name)]
-    model: Annotated[ModelConfig, BeforeValidator(_by_name)] = ModelConfig()
+    task: Annotated[TaskConfig, BeforeValidator(_by_name, json_schema_input_type=str | TaskConfig)]
+    model: Annotated[
+        ModelConfig, BeforeValidator(_by_name, json_schema_input_type=str | ModelConfig)
+    ] = ModelConfig()
     method: str
     train: TrainConfig = TrainConfig()
-    fixed: dict[str, Value] = Field(default_factory=dict)
-    space: dict[str, Param]
+    fixed: Options = Field(default_factory=dict, json_schema_extra=_PARAM_NAMES)
+    space: dict[str, Param] = Field(json_schema_extra={"minProperties": 1, **_PARAM_NAMES})
     warm_start: tuple[dict[str, Scalar | None], ...] = ()
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    objective: Annotated[
+        _Objectives,
+        BeforeValidator(_as_list, json_schema_input_type=Objective | _Objectives),
+    ]
     constraints: dict[str, Bound] = Field(default_factory=dict)
-    sampler: Annotated[SamplerConfig, BeforeValidator(_by_name)] = SamplerConfig()
-    pruner: Annotated[PrunerConfig, BeforeValidator(_by_name)] = PrunerConfig()
+    sampler: Annotated[
+        SamplerConfig, BeforeValidator(_by_name, json_schema_input_type=SamplerName | SamplerConfig)
+    ] = SamplerConfig()
+    pruner: Annotated[
+        PrunerConfig, BeforeValidator(_by_name, json_schema_input_type=PrunerName | PrunerConfig)
+    ] = PrunerConfig()
     budget: Budget
     limits: Limits = Limits()
     resources: Resources = Resources()
@@ -264,6 +308,38 @@ class SearchConfig(Frozen):
         return SearchConfig.model_validate(data, context=SAVED)
 
 
-def json_schema() -> Mapping[str, Any]:
-    """The JSON schema of a search file."""
-    return SearchConfig.model_json_schema()
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a search file: what :class:`SearchConfig` accepts, in every short form."""
+    return {
+        "$schema": GenerateJsonSchema.schema_dialect,
+        **SearchConfig.model_json_schema(schema_generator=_AsRead),
+        "title": "topotune search file",
+    }
+
+
+_INT_TEXT = r"^\s*[+-]?\d[\d_]*(\.0*)?\s*$"
+_FLOAT_TEXT = r"^\s*[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][+-]?\d[\d_]*)?\s*$"
+_FLAGS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "1", "0")
+_FLAG_TEXT = "|".join("".join(f"[{c}{c.upper()}]" for c in word) for word in _FLAGS)
+
+
+class _AsRead(GenerateJsonSchema):
+    """Numbers and flags may be quoted, as pydantic reads them.
+
+    A keyword of JSON schema is for one type of value: ``minimum`` passes over texts, ``pattern``
+    over numbers.
+    """
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False  # the key with a capital letter
+
+    def int_schema(self, schema: Any) -> dict[str, Any]:
+        return super().int_schema(schema) | {"type": ["integer", "string"], "pattern": _INT_TEXT}
+
+    def float_schema(self, schema: Any) -> dict[str, Any]:
+        found = super().float_schema(schema)
+        return found | {"type": ["number", "string"], "pattern": _FLOAT_TEXT}
+
+    def bool_schema(self, schema: Any) -> dict[str, Any]:
+        kinds = ["boolean", "string", "integer"]
+        return {"type": kinds, "pattern": f"^({_FLAG_TEXT})$", "minimum": 0, "maximum": 1}

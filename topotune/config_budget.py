@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from topotune.config_space import Frozen
+from topotune.config_space import Frozen, one_given
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = r"([0-9]*\.?[0-9]+)\s*([smhd])"
 
 
 def _seconds(value: object) -> object:
     """Seconds from a number or from text such as "90s", "20m", "1.5h", "2d"."""
     if isinstance(value, str):
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smhd])", value.strip())
+        found = re.fullmatch(_DURATION, value.strip())
         if found is None:
             raise ValueError(
                 f"expected seconds or a number with s, m, h or d, such as 20m (got {value!r})"
@@ -24,7 +25,17 @@ def _seconds(value: object) -> object:
     return value
 
 
-Seconds: TypeAlias = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+def _text(pattern: str) -> object:
+    """The type of a text of this form, spaces around it apart, for the JSON schema."""
+    return Annotated[str, Field(pattern=rf"^\s*{pattern}\s*$")]
+
+
+_Positive = Annotated[float, Field(gt=0)]
+_Patience = Annotated[float, Field(ge=1)]
+Seconds: TypeAlias = Annotated[
+    _Positive,
+    BeforeValidator(_seconds, json_schema_input_type=_Positive | _text(_DURATION)),
+]
 
 
 class Budget(Frozen):
@@ -41,6 +52,8 @@ class Budget(Frozen):
         max_node_failures: the same after the loss of a whole node, which is no fault of the trial.
         max_out_of_memory: the same after Ray ended the worker because its node ran out of memory.
     """
+
+    model_config = ConfigDict(json_schema_extra=one_given("trials", "wall_clock", "device_seconds"))
 
     trials: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=5, ge=1)
@@ -59,19 +72,23 @@ class Budget(Frozen):
 
 _BYTES = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _BYTES |= {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40}
+_SIZE = r"([0-9]*\.?[0-9]+)\s*([kKmMgGtT][iI]?[bB])"
 
 
 def _bytes(value: object) -> object:
     """Bytes from a number or from text such as "800MB", "1.5GB", "2GiB"."""
     if isinstance(value, str) and value != "auto":
-        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([a-z]+)", value.strip().lower())
-        if found is None or found[2] not in _BYTES:
+        found = re.fullmatch(_SIZE, value.strip())
+        if found is None:
             raise ValueError(
                 f"expected bytes, a number with MB, GB, MiB or GiB, such as 4GB, or auto "
                 f"(got {value!r})"
             )
-        return float(found[1]) * _BYTES[found[2]]
+        return float(found[1]) * _BYTES[found[2].lower()]
     return value
+
+
+_Memory = Annotated[float, Field(ge=2.0**20)] | Literal["auto"]
 
 
 class Limits(Frozen):
@@ -84,8 +101,14 @@ class Limits(Frozen):
             of the memory of the machine (or of its container). null for no limit.
     """
 
-    stall: Annotated[Seconds, Field(ge=1)] | None = 1800.0
+    stall: (
+        Annotated[
+            _Patience,
+            BeforeValidator(_seconds, json_schema_input_type=_Patience | _text(_DURATION)),
+        ]
+        | None
+    ) = 1800.0
     memory: (
-        Annotated[Literal["auto"] | Annotated[float, Field(ge=2.0**20)], BeforeValidator(_bytes)]
+        Annotated[_Memory, BeforeValidator(_bytes, json_schema_input_type=_Memory | _text(_SIZE))]
         | None
     ) = "auto"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from topotune.config_space import Frozen
+from topotune.config_space import Frozen, no_flag
 
 _RAYS_OWN = ("cpu", "gpu", "memory", "object_store_memory")
 """Names that Ray gives a meaning to, whatever their case."""
@@ -32,9 +32,9 @@ class Resources(Frozen):
     cpus: int = Field(default=1, ge=1)
     gpus: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     gpu_memory: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
-    custom: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default_factory=dict
-    )
+    custom: dict[
+        str, Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(no_flag)]
+    ] = Field(default_factory=dict)
     concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     priority: int = Field(default=1, ge=1, le=100)
 

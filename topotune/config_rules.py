@@ -5,6 +5,7 @@ A message begins with the key that it is about, so that the file reader can find
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from topotune.redaction import address_with_secret, names_secret
 if TYPE_CHECKING:
     from topotune.config import SearchConfig
     from topotune.config_space import Param
+
+
+MAX_GRID = 100_000
 
 
 class RuleError(ValueError):
@@ -157,6 +161,15 @@ def is_active(param: Param, chosen: Mapping[str, Value]) -> bool:
     )
 
 
+def active_part(space: Mapping[str, Param], point: Mapping[str, Value]) -> dict[str, Value]:
+    """A point without the values of parameters whose condition does not hold in it."""
+    chosen: dict[str, Value] = {}
+    for name in sampling_order(space):
+        if name in point and is_active(space[name], chosen):
+            chosen[name] = point[name]
+    return chosen
+
+
 def same(left: Value, right: Value) -> bool:
     """Equality that keeps True and 1 apart."""
     return left == right and isinstance(left, bool) == isinstance(right, bool)
@@ -185,6 +198,28 @@ def describe(param: Param) -> str:
     text = f"{param.type} {param.low:g} to {param.high:g}"
     text += ", log" if param.log else ""
     return text + (f", step {param.step:g}" if param.step not in (None, 1) else "")
+
+
+def grid_axis(param: Param) -> int:
+    """How many values a grid gives a parameter, which has choices or a step."""
+    if param.type == "categorical":
+        return len(param.choices)
+    assert param.step is not None
+    return int((param.high - param.low) / param.step + 1e-9) + 1
+
+
+def grid_size(space: Mapping[str, Param]) -> int:
+    """How many points a grid has."""
+    return math.prod(grid_axis(param) for param in space.values())
+
+
+def planned_trials(config: SearchConfig) -> int | None:
+    """How many trials a search starts at most; None where only time limits it."""
+    limit = config.budget.trials
+    if config.sampler.name != "grid":
+        return limit
+    points = grid_size(config.space)
+    return points if limit is None else min(points, limit)
 
 
 def _check_point(
@@ -217,6 +252,8 @@ def _check_sampler(config: SearchConfig) -> None:
                 raise RuleError(
                     ("space", name), "the grid sampler takes no log scale; list choices instead"
                 )
+        if grid_size(space) > MAX_GRID:
+            raise RuleError(("space",), f"the grid has more than {MAX_GRID} points; raise a step")
     if sampler == "cmaes":
         if len(config.objective) > 1:
             raise RuleError(("sampler",), "cmaes takes one objective; use tpe or nsga2 for several")

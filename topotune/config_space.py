@@ -3,28 +3,60 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Scalar: TypeAlias = bool | int | float | str
+When: TypeAlias = dict[str, Scalar | list[Scalar | None] | None]
+"""Parameter to the value, or the values, that it must have."""
 
 
-class Frozen(BaseModel):
-    """Base of all blocks: immutable; unknown keys, NaN and infinities are errors."""
+def no_flag(value: object) -> object:
+    """Refuse true and false where a number stands: pydantic would read them as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError(f"must not be {str(value).lower()}")
+    return value
 
+
+class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class FloatParam(Frozen):
+class Frozen(_Block):
+    """Base of all blocks: immutable; unknown keys, NaN and infinities are errors."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag(cls, value: object, info: ValidationInfo) -> object:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        return value if kind in (bool, str) else no_flag(value)
+
+
+def one_given(*names: str) -> dict[str, Any]:
+    """The JSON schema of a block in which at least one of these keys has a value."""
+    given = {"not": {"type": "null"}}
+    return {"anyOf": [{"required": [name], "properties": {name: given}} for name in names]}
+
+
+class FloatParam(_Block):
     """A float between ``low`` and ``high``, optionally on a log scale or a grid of ``step``."""
+
+    _no_flag = field_validator("low", "high", "step", mode="before")(no_flag)
 
     type: Literal["float"]
     low: float
     high: float
     log: bool = False
     step: float | None = Field(default=None, gt=0)
-    when: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
+    when: When = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -32,15 +64,17 @@ class FloatParam(Frozen):
         return self
 
 
-class IntParam(Frozen):
+class IntParam(_Block):
     """An integer between ``low`` and ``high``, both included."""
+
+    _no_flag = field_validator("low", "high", "step", mode="before")(no_flag)
 
     type: Literal["int"]
     low: int
     high: int
     log: bool = False
     step: int = Field(default=1, ge=1)
-    when: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
+    when: When = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -48,12 +82,12 @@ class IntParam(Frozen):
         return self
 
 
-class CategoricalParam(Frozen):
+class CategoricalParam(_Block):
     """One of ``choices``."""
 
     type: Literal["categorical"]
     choices: tuple[Scalar | None, ...] = Field(min_length=1)
-    when: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
+    when: When = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from topotune.config import SAVED, SearchConfig
+from topotune.config import SAVED, SearchConfig, json_schema
 from topotune.config_rules import RuleError
 from topotune.errors import ConfigError, did_you_mean
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec
@@ -88,7 +88,7 @@ def parse_spec(data: object, source: str, lines: Lines) -> TrialSpec:
 
 @functools.cache
 def _search_schema() -> dict[str, Any]:
-    return SearchConfig.model_json_schema()
+    return json_schema()
 
 
 @functools.cache
@@ -197,4 +197,5 @@ def _unfold(option: dict[str, Any], root: dict[str, Any]) -> list[dict[str, Any]
     if "$ref" in option:
         return _unfold(root["$defs"][option["$ref"].rsplit("/", 1)[1]], root)
     inner = [*option.get("anyOf", ()), *option.get("oneOf", ()), *option.get("allOf", ())]
-    return [leaf for one in inner for leaf in _unfold(one, root)] if inner else [option]
+    found = [leaf for one in inner for leaf in _unfold(one, root)]
+    return [*found, option] if "properties" in option or not inner else found

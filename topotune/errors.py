@@ -11,6 +11,7 @@ The tree::
     |   +-- DataUnavailableError   a data set is neither on disk nor downloadable
     |   +-- ResourceError          more devices than there are, or a folder that cannot be written
     |   +-- SearchFolderError      a results folder that is missing, foreign or in use
+    +-- InterruptError             a signal ended the command: exit code 130
     +-- RunError                   the input was fine, the run was not: exit code 1
         +-- CheckpointError        a checkpoint is unreadable or belongs to another trial
         +-- DivergedError          training left the finite numbers or its energy bound
@@ -94,6 +95,21 @@ class ResourceError(UserError):
 
 class SearchFolderError(UserError):
     """A results folder is missing, belongs to another search, or is in use."""
+
+
+class InterruptError(TopotuneError):
+    """A signal ended a command.
+
+    Args:
+        cause: what the signal raised; its text is the signal's name, or a sentence.
+        rest: what is kept and what to type next; may be empty.
+    """
+
+    exit_code = 130
+
+    def __init__(self, cause: KeyboardInterrupt, rest: str = "") -> None:
+        text = str(cause) or "SIGINT"
+        super().__init__((text if " " in text else f"stopped by {text}") + rest)
 
 
 class RunError(TopotuneError):

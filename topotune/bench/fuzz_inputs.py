@@ -8,13 +8,12 @@ import math
 import random
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-import topotune
 from topotune.records import EpochReport, Outcome
+from topotune.spaces import shipped_spaces
 from topotune.tracking.entries import Artifact, End, Entry, Epoch, Metrics, Start, Tags, to_payload
 
 _TOKENS = (
@@ -45,9 +44,7 @@ _VALUES: tuple[Any, ...] = (
 
 def space_files() -> list[bytes]:
     """The search files that come with topotune, whether it is installed or checked out."""
-    package = Path(topotune.__file__).parent
-    folders = (package / "search_spaces", package.parent / "search_spaces")
-    return [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    return [path.read_bytes() for path in shipped_spaces().values()]
 
 
 def spool_lines() -> list[dict[str, Any]]:

@@ -52,8 +52,8 @@ class Case:
     correction: bool = True
 
 
-def _recirculating(kind: str, period: float | None = None) -> Dynamics:
-    return Dynamics(recirculation=kind, gamma=GAMMA, kappa=KAPPA, period=period)
+def _recirculating(kind: str, period: float | None = None, time: float | None = None) -> Dynamics:
+    return Dynamics(recirculation=kind, gamma=GAMMA, kappa=KAPPA, period=period, time=time)
 
 
 _PLAIN, _SHIFT = Dynamics(recirculation="none"), _recirculating("shift", 1)
@@ -61,9 +61,9 @@ _PLAIN, _SHIFT = Dynamics(recirculation="none"), _recirculating("shift", 1)
 CASES: tuple[Case, ...] = (
     Case("energy", "energy", "energy", _PLAIN),
     Case("energy, ring", "ring", "energy", _recirculating("ring")),
-    Case("energy, delay", "delay", "energy", _recirculating("delay", 1.0)),
-    Case("energy, fade", "fade", "energy", _recirculating("fade", 4.0)),
-    Case("energy, gain", "gain", "energy", _recirculating("gain", 2.0)),
+    Case("energy, delay", "delay", "energy", _recirculating("delay", time=1.0)),
+    Case("energy, fade", "fade", "energy", _recirculating("fade", time=4.0)),
+    Case("energy, gain", "gain", "energy", _recirculating("gain", time=2.0)),
     Case("energy, shift, corrected", "shift", "energy", _SHIFT),
     Case("energy, shift, uncorrected", "shift", "energy", _SHIFT, correction=False),
     Case("transformer, corrected", "transformer", "transformer", _PLAIN),

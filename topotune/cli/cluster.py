@@ -19,7 +19,10 @@ from topotune.cli.options import (
     AsJson,
     EnvFile,
     ResultsDir,
+    SearchFile,
+    SearchName,
     changed,
+    complete_name,
     console,
     elsewhere,
     print_json,
@@ -27,7 +30,7 @@ from topotune.cli.options import (
     shown,
     waiting,
 )
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, InterruptError
 from topotune.settings import ADDRESS, STORAGE
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ Wait = Annotated[
 
 def submit(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
+    file: SearchFile,
     address: Address = None,
     name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
     trials: Annotated[int | None, typer.Option(help="Another number of trials.")] = None,
@@ -93,12 +96,9 @@ def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = 
             with waiting(f"{name}: until its driver begins"):
                 has_begun = searches.await_begin(cluster, job_id)
             searches.check_begun(has_begun, name)
-        except KeyboardInterrupt:
-            say(
-                f"{name}: goes on without being waited for; 'topotune stop {name}' ends it",
-                err=True,
-            )
-            raise
+        except KeyboardInterrupt as error:
+            rest = f". {name} goes on without being waited for; 'topotune stop {name}' ends it"
+            raise InterruptError(error, rest) from None
         say(f"{name}: begun. This machine is no longer needed.", err=as_json)
     if as_json:
         print_json({"search": name, "job": job_id, "address": cluster.address})
@@ -165,7 +165,7 @@ def list_searches(
 
 def logs(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
     address: Address = None,
     allow_open: AllowOpen = False,
@@ -183,7 +183,9 @@ def logs(
 
 def stop(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="The search's name.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The search's name.", autocompletion=complete_name)
+    ] = None,
     all_of_them: Annotated[bool, typer.Option("--all", help="All that run there.")] = False,
     address: Address = None,
     allow_open: AllowOpen = False,
@@ -295,11 +297,15 @@ def arrive(version: str) -> None:
 
 
 def package(
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     results_dir: ResultsDir = DEFAULT_RESULTS,
+    unfinished: Annotated[bool, typer.Option(help="Show a finished search instead.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Send the code that a search was submitted with to whoever asks."""
+    from topotune.cli.boards import print_best, print_board
     from topotune.errors import SearchFolderError
+    from topotune.search import reading
     from topotune.search.folder import SearchFolder
     from topotune.search.objects.hold import holder
     from topotune.search.objects.pull import fetch_code
@@ -308,6 +314,15 @@ def package(
     driver = holder(folder, folder.config())
     if driver is not None:
         raise SearchFolderError(f"search {name!r}: is being driven by {driver}")
+    if unfinished and (report := reading.status(results_dir, name)).finished:
+        if as_json:
+            print_json({**report.to_dict(), "finished": True})
+            return
+        out = console()
+        out.print(shown(report.line()), markup=False)
+        print_board(out, report.board, limit=10)
+        print_best(out, report.board)
+        return
     fetch_code(results_dir, name)
     if folder.code.is_dir():
         answer.bring(folder.code)

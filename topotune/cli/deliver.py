@@ -17,6 +17,7 @@ from topotune.cli.options import (
     AllowOpen,
     AsJson,
     ResultsDir,
+    SearchName,
     elsewhere,
     log_to_stderr,
     on_cluster,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 def export(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     top: Annotated[int, typer.Option(min=1, help="How many of the best.")] = 1,
     front: Annotated[
         bool, typer.Option("--front", help="Every trial of the Pareto front instead.")

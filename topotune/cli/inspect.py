@@ -14,6 +14,8 @@ from topotune.cli.options import (
     AllowOpen,
     AsJson,
     ResultsDir,
+    SearchName,
+    complete_name,
     console,
     elsewhere,
     on_cluster,
@@ -28,7 +30,10 @@ from topotune.settings import VARIABLES
 
 def status(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="A search; none lists all.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A search; none lists all.", autocompletion=complete_name),
+    ] = None,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     address: Address = None,
     allow_open: AllowOpen = False,
@@ -68,7 +73,7 @@ def status(
 
 def best(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     address: Address = None,
     allow_open: AllowOpen = False,
@@ -105,7 +110,10 @@ def best(
 
 def dashboard(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="A search whose pages are printed.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A search whose pages are printed.", autocompletion=complete_name),
+    ] = None,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     port: Annotated[
         int | None,
@@ -151,7 +159,7 @@ def dashboard(
 
 def sync(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     timeout: Annotated[float, typer.Option(help="Seconds to try for.")] = 60.0,
     address: Address = None,

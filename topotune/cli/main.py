@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
+import typer.core
 
 from topotune import __version__
 from topotune.cli import answer, bench, cluster, deliver, doctor, inspect, run, validate
 from topotune.cli.options import shown
-from topotune.errors import TopotuneError
+from topotune.cli.surroundings import give_a_home, open_closed_streams
+from topotune.errors import InterruptError, TopotuneError
+from topotune.search.signals import discard
 from topotune.settings import apply_settings
 
 EPILOG = (
@@ -20,12 +23,21 @@ EPILOG = (
     "130 interrupted, resumable with 'topotune resume NAME'."
 )
 
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # Typer would end with 130 and not one word
+            raise InterruptError(error) from None
+
+
 app = typer.Typer(
     name="topotune",
+    cls=_Commands,
     help="Distributed hyperparameter search for physics-inspired training.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,7 +48,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     *(inspect.status, inspect.best, inspect.dashboard, inspect.sync),
     *(deliver.export, deliver.train),
     *(cluster.submit, cluster.logs, cluster.stop),
-    *(validate.check, validate.schema, validate.tasks, doctor.doctor),
+    *(validate.check, validate.schema, validate.spaces, validate.tasks, doctor.doctor),
 )
 for _command in _COMMANDS:
     app.command()(_command)
@@ -63,6 +75,8 @@ def _root(
 
 def main() -> None:
     """Entry point of the process."""
+    open_closed_streams()
+    give_a_home()
     if answer.asked():
         sys.exit(answer.answered(_main))
     _main()
@@ -75,15 +89,23 @@ def _main() -> None:
             app()
         finally:
             sys.stdout.flush()  # or a full disk would be met while Python ends
+    except InterruptError as error:
+        _end(str(error), error.exit_code)
     except TopotuneError as error:
-        sys.stderr.write(f"error: {shown(str(error))}\n")
-        sys.exit(error.exit_code)
+        _end(f"error: {error}", error.exit_code)
     except OSError as error:  # of a path or of standard output; what a search meets it handles
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
+        discard(1)
         place = "standard output" if error.filename is None else f"{error.filename!r:.200}"
-        sys.stderr.write(f"error: {shown(f'{place}: {error.strerror}')}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write("aborted\n")
-        sys.exit(130)
+        _end(f"error: {place}: {error.strerror}", 2)
+    except KeyboardInterrupt as error:  # before or after the command itself
+        _end(str(InterruptError(error)), InterruptError.exit_code)
+
+
+def _end(text: str, exit_code: int) -> None:
+    """Say why the command ends, if standard error takes it, and end it."""
+    try:
+        sys.stderr.write(f"{shown(text)}\n")
+        sys.stderr.flush()
+    except OSError:  # full or gone, too: the exit code still says it
+        discard(2)
+    sys.exit(exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from topotune.errors import ConfigError
 from topotune.redaction import redact
 from topotune.results.text import clean
 from topotune.settings import ADDRESS, STORAGE
+from topotune.spaces import find_space, shipped_spaces
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +41,32 @@ def option_for(results: Path) -> str:
     return "" if results == DEFAULT_RESULTS else f" --results-dir {shown(results)}"
 
 
+def _complete_file(incomplete: str) -> list[str]:
+    """Shipped search files, and files and folders here, for the shell's completion."""
+    found = glob.glob(f"{glob.escape(incomplete)}*")  # noqa: PTH207 - the text as it was typed
+    here = [f"{path}/" if Path(path).is_dir() else path for path in found]
+    return [name for name in shipped_spaces() if name.startswith(incomplete)] + sorted(here)
+
+
+def complete_name(context: typer.Context, incomplete: str) -> list[str]:
+    """Searches of the results folder on this machine, for the shell's completion."""
+    place = context.params.get("results_dir") or os.environ.get(STORAGE) or DEFAULT_RESULTS
+    if "://" in str(place):
+        return []  # a key press asks no server
+    found = Path(place).glob(f"{glob.escape(incomplete)}*/search.json")
+    return sorted(path.parent.name for path in found)
+
+
+SearchFile = Annotated[
+    Path,
+    typer.Argument(
+        parser=find_space,
+        metavar="FILE",
+        help="The search file (YAML), or the name of a shipped one.",
+        autocompletion=_complete_file,
+    ),
+]
+SearchName = Annotated[str, typer.Argument(help="The search's name.", autocompletion=complete_name)]
 ResultsDir = Annotated[
     Path,
     typer.Option(
@@ -137,9 +165,14 @@ def log_to_stderr() -> None:
     logging.getLogger("topotune.plugins").setLevel(logging.INFO)
 
 
+def json_text(data: Any) -> str:
+    """Strict JSON with a last line end."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
 def print_json(data: Any) -> None:
     """Strict JSON on standard output."""
-    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(json_text(data))
 
 
 def console() -> Console:

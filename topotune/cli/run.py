@@ -16,6 +16,8 @@ from topotune.cli.options import (
     EnvFile,
     RayAddress,
     ResultsDir,
+    SearchFile,
+    SearchName,
     changed,
     console,
     elsewhere,
@@ -27,7 +29,7 @@ from topotune.cli.options import (
     say_whole,
     shown,
 )
-from topotune.errors import ConfigError, RunError
+from topotune.errors import ConfigError, InterruptError, RunError
 from topotune.settings import STORAGE
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ INTERRUPTED = 130
 
 def search(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
+    file: SearchFile,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     name: Annotated[str | None, typer.Option(help="Another name than the file's.")] = None,
     trials: Annotated[int | None, typer.Option(help="Another number of trials.")] = None,
@@ -87,6 +89,7 @@ def search(
             ray_address,
             Path.cwd() if on_cluster(context) else None,
         ),
+        results_dir,
         "" if on_cluster(context) else where(results_dir),
         as_json,
     )
@@ -94,7 +97,7 @@ def search(
 
 def resume(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     results_dir: ResultsDir = DEFAULT_RESULTS,
     ray_address: RayAddress = "local",
     address: Address = None,
@@ -111,7 +114,7 @@ def resume(
 
 def extend(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="The search's name.")],
+    name: SearchName,
     trials: Annotated[int, typer.Option(min=1, help="How many trials more.")],
     results_dir: ResultsDir = DEFAULT_RESULTS,
     ray_address: RayAddress = "local",
@@ -141,7 +144,11 @@ def _again_there(
     from topotune.service import searches
 
     cluster = connect(context, address, allow_open)
-    begun(cluster, name, searches.again(cluster, name, trials, env_file), True, as_json)
+    job_id, results = searches.again(cluster, name, trials, env_file, as_json)
+    if job_id:
+        begun(cluster, name, job_id, True, as_json)
+    else:
+        typer.echo(results, nl=False)
 
 
 def _again(
@@ -154,6 +161,7 @@ def _again(
     _finish(
         config,
         lambda listener: driver.resume(results_dir, name, listener, trials, address),
+        results_dir,
         "" if on_cluster(context) else where(results_dir),
         as_json,
     )
@@ -162,6 +170,7 @@ def _again(
 def _finish(
     config: SearchConfig,
     work: Callable[[Listener], SearchReport],
+    results_dir: Path,
     place: str,
     as_json: bool,
 ) -> None:
@@ -174,12 +183,19 @@ def _finish(
     from topotune.search.view import SilentListener
 
     log_to_stderr()
-    if as_json:
-        with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
-            report = work(SilentListener())
-    else:
-        with listener_for([objective.metric for objective in config.objective]) as listener:
-            report = work(listener)
+    try:
+        if as_json:
+            with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
+                report = work(SilentListener())
+        else:
+            with listener_for([objective.metric for objective in config.objective]) as listener:
+                report = work(listener)
+    except KeyboardInterrupt as error:
+        if (results_dir / config.name / "search.json").is_file():
+            kept = f"every finished epoch is kept. To go on: topotune resume {config.name}{place}"
+        else:
+            kept = "the search has not begun and nothing is kept. To begin it: the same command"
+        raise InterruptError(error, f"; {kept}") from None
     try:
         if as_json:
             print_json(_as_data(report))
@@ -232,15 +248,29 @@ def _print(report: SearchReport, where: str) -> None:
         say_whole(out, f"Not finished ({shown(report.reason)}). To go on:")
         say_commands(out, {f"topotune resume {name}{where}": ""})
         return
+    if report.reason:
+        out.print()
+        say_whole(out, f"Finished: {shown(report.reason)}")
     if report.board.best is None:
         return
     chosen = "--top 3" if len(report.board.objectives) == 1 else "--front"
+    commands = {
+        f"topotune dashboard {name}{where}": "look at it in MLflow",
+        f"topotune export {name} {chosen} --verify{where}": "configs, weights, model cards",
+    }
+    if more := _more_trials(report.config):
+        commands[f"topotune extend {name} --trials {more}{where}"] = "search on"
     out.print("\nNext:")
-    say_commands(
-        out,
-        {
-            f"topotune dashboard {name}{where}": "look at it in MLflow",
-            f"topotune export {name} {chosen} --verify{where}": "configs, weights, model cards",
-            f"topotune extend {name} --trials 20{where}": "search on",
-        },
-    )
+    say_commands(out, commands)
+
+
+def _more_trials(config: SearchConfig) -> int:
+    """With how many trials a finished search may be extended, 20 at most; 0 where it cannot be."""
+    from topotune.config_rules import planned_trials
+    from topotune.search.driver import extended
+
+    try:
+        after = extended(config, 20).budget.trials
+    except ConfigError:
+        return 0
+    return (after or 0) - (planned_trials(config) or 0)

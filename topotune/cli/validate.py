@@ -1,4 +1,5 @@
-"""``check``, ``schema`` and ``tasks``: what a search file may hold, and whether one does."""
+"""``check``, ``schema``, ``spaces`` and ``tasks``: what a search file may hold, and whether one
+does."""
 
 from __future__ import annotations
 
@@ -7,11 +8,21 @@ from typing import Annotated
 
 import typer
 
-from topotune.cli.options import AsJson, changed, console, log_to_stderr, print_json, shown
+from topotune.cli.options import (
+    AsJson,
+    SearchFile,
+    changed,
+    console,
+    json_text,
+    log_to_stderr,
+    print_json,
+    say,
+    shown,
+)
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="The search file (YAML).")],
+    file: SearchFile,
     data_dir: Annotated[str | None, typer.Option(help="Where data sets lie.")] = None,
     quick: Annotated[bool, typer.Option(help="Only the file's own rules; build nothing.")] = False,
     as_json: AsJson = False,
@@ -60,11 +71,49 @@ def check(
     out.print("ok" if not quick else "ok (the file's own rules)", markup=False)
 
 
-def schema() -> None:
-    """Print the JSON schema of a search file."""
+def schema(
+    out: Annotated[Path | None, typer.Option(help="Write it to this file instead.")] = None,
+) -> None:
+    """Print the JSON schema of a search file, for editors and other tools."""
     from topotune.config import json_schema
 
-    print_json(json_schema())
+    if out is None:
+        print_json(json_schema())
+        return
+    out.write_text(json_text(json_schema()), encoding="utf-8")
+    say(
+        f"{out}; an editor with YAML's language server reads it where a search file begins with "
+        f"'# yaml-language-server: $schema={out}'"
+    )
+
+
+def spaces(
+    copy: Annotated[
+        Path | None, typer.Option(help="Copy them and their schema into this folder.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the shipped search files, or copy them; 'search', 'check' and 'submit' know them by
+    name."""
+    from topotune.spaces import copy_spaces, shipped_spaces
+    from topotune.yamlfile import read_yaml
+
+    if copy is not None:
+        copies = [str(path) for path in copy_spaces(copy)]
+        print_json(copies) if as_json else say(f"{len(copies)} files in {copy}")
+        return
+    found = {name: read_yaml(path)[0]["description"] for name, path in shipped_spaces().items()}
+    if as_json:
+        print_json(found)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("what")
+    for row in found.items():
+        table.add_row(*row)
+    console().print(table)
 
 
 def tasks(as_json: AsJson = False) -> None:

@@ -7,7 +7,7 @@ are written as ``(topotune:KIND/NUMBER)``: only whoever sends the text knows the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
@@ -19,7 +19,7 @@ LINKED_TRIALS = 10
 """Trials of the front and of the table that are links: each takes from the length that MLflow
 allows."""
 CURVE_POINTS = 24
-"""Epochs of a trial's curve that its description shows."""
+"""Epochs of a trial's curves that its description shows."""
 _TABLE = 5000
 _ABOUT = 800
 _LINKS = (
@@ -75,7 +75,7 @@ def describe(board: Leaderboard, outcome: str, about: str = "", next_command: st
 
 def figures(trial: TrialSummary) -> str:
     """The objectives' values of a trial, or the last one known; empty where there are none."""
-    known = (last_value(trial, index) for index in range(len(trial.values or trial.curves)))
+    known = (last_value(trial, i) for i in range(max(len(trial.values), len(trial.curves))))
     return ", ".join(number(value) for value in known if value is not None)
 
 
@@ -98,24 +98,22 @@ def describe_trial(trial: TrialSummary, objectives: Mapping[str, str]) -> str:
         lines.append(" · ".join(pairs))
     if reason:
         lines.append(markdown(reason))
-    for name, curve in zip(objectives, trial.curves, strict=False):
-        if curve:
-            lines += [f"### {markdown(name)} by epoch", _curve(curve)]
+    if any(trial.curves):
+        lines += ["### By epoch", _curves(trial, list(objectives))]
     if trial.spec:
         config = dump_yaml(dict(trial.spec)).rstrip()
         lines += ["### Config, for `topotune train`", f"```yaml\n{config}\n```"]
     return "\n\n".join(lines)
 
 
-def _curve(curve: Mapping[int, float]) -> str:
-    """A curve as a table of at most ``CURVE_POINTS`` epochs, the last one among them."""
-    epochs = sorted(curve)
+def _curves(trial: TrialSummary, objectives: Sequence[str]) -> str:
+    """A table of the objectives at most ``CURVE_POINTS`` epochs, the last one among them."""
+    epochs = sorted(set().union(*trial.curves))
     every = -(-len(epochs) // CURVE_POINTS)
     shown = epochs[::-1][::every][::-1]
-    return "\n".join(
-        (
-            "| epoch | " + " | ".join(map(str, shown)) + " |",
-            "| :--- |" + " ---: |" * len(shown),
-            "| value | " + " | ".join(number(curve[epoch]) for epoch in shown) + " |",
-        )
-    )
+    rows = [["epoch", *map(str, shown)], [":---", *["---:"] * len(shown)]]
+    for name, curve in zip(objectives, trial.curves, strict=False):
+        if curve:
+            cells = (number(curve[epoch]) if epoch in curve else "" for epoch in shown)
+            rows.append([markdown(name), *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

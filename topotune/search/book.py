@@ -172,6 +172,17 @@ class Book:
         """Hand out nothing more; trials in flight stop after their epoch and stay resumable."""
         self.stopping = self.stopping or reason
 
+    def short_of_trials(self) -> str:
+        """Why nothing more is handed out though the budget has more trials; empty while it is."""
+        trials = self.config.budget.trials
+        if trials is not None and self.store.started >= trials:
+            return ""
+        if over := self._over_budget():
+            return over
+        if self.store.left == 0:
+            return f"all {self.store.started} points of the grid have been tried"
+        return ""
+
     def _over_budget(self) -> str:
         """Which limit of time is reached; empty while none is."""
         budget = self.config.budget

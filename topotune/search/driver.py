@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from topotune import __version__
 from topotune.config import SearchConfig
+from topotune.config_rules import grid_size, planned_trials
 from topotune.errors import ConfigError, LeaseLostError, RunError, TopotuneError
 from topotune.files import make_folder
 from topotune.records import TrialSummary
@@ -27,6 +28,7 @@ from topotune.search.preflight import (
     fit_resources,
     preflight,
 )
+from topotune.search.reading import is_finished
 from topotune.search.session import RaySession
 from topotune.search.shipping import check_addresses, remembered
 from topotune.search.signals import Interrupts
@@ -52,7 +54,7 @@ class SearchReport:
         config: the search.
         board: the leaderboard.
         finished: nothing is left to do within the budget.
-        reason: why it ended early; empty otherwise.
+        reason: why it ended early, or with fewer trials than its budget has; empty otherwise.
         tracking: one line: what was recorded, what is stored, what still waits.
     """
 
@@ -88,6 +90,7 @@ def start(
     """
     listener = SafeListener(listener)
     with Interrupts() as interrupts:
+        interrupts.kept = "nothing is kept; the same command begins the search"
         check_addresses(config, results_dir)
         config = remembered_study(remembered(config))
         if (store := store_address(results_dir)) is not None:
@@ -104,6 +107,7 @@ def start(
             with Hold(folder, config, listener) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
+                interrupts.kept = _on_disk(config)
                 if code is not None:
                     keep_code(code, folder.code)
                 return _run(
@@ -135,16 +139,26 @@ def resume(
     folder = SearchFolder.open(results_dir, name)
     with Interrupts() as interrupts, Hold(folder, folder.config(), listener) as lease:
         config = folder.config()
+        interrupts.kept = _on_disk(config)
         check_addresses(config, results_dir)
         check_writable(results_dir)
         if extra_trials:
-            config = extended(config, extra_trials)
+            before, config = config, extended(config, extra_trials)
+            if config.budget.trials != (planned_trials(before) or 0) + extra_trials:
+                listener.note(f"the grid has {config.budget.trials} points: no more are added")
+        elif is_finished(folder):
+            listener.note(f"{name}: finished, nothing is left to do")
+            return _run(folder, config, listener, None, 0, 1, interrupts, lease)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
             check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
             gpus, concurrency = fit_resources(config, ray_session.cluster())
             folder.save(config)
             return _run(folder, config, listener, ray_session, gpus, concurrency, interrupts, lease)
+
+
+def _on_disk(config: SearchConfig) -> str:
+    return f"every finished epoch is kept; 'topotune resume {config.name}' goes on"
 
 
 def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: float) -> Sharing:
@@ -178,34 +192,46 @@ def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: fl
 def extended(config: SearchConfig, trials: int) -> SearchConfig:
     """The search with a larger budget of trials; limits of time grow in proportion.
 
+    A grid gets no more trials than it has points that were not to be tried before.
+
     Raises:
-        ConfigError: the search has no limit of trials to extend, or is a grid.
+        ConfigError: the search has no limit of trials to extend, or is a grid whose points were
+            all to be tried.
     """
-    before = config.budget.trials
+    before = planned_trials(config)
     if before is None:
         raise ConfigError("budget.trials", "this search has no limit of trials to extend")
+    after = before + trials
     if config.sampler.name == "grid":
-        raise ConfigError("sampler", "a grid has a fixed set of points and cannot be extended")
-    factor = (before + trials) / before
+        points = grid_size(config.space)
+        if before == points:
+            raise ConfigError(
+                "sampler",
+                f"all {points} points of the grid belong to this search; it cannot be extended",
+                "Give a parameter more choices or a smaller step in a search of another --name",
+            )
+        after = min(after, points)
+    factor = after / before
     scaled = {
         name: None if value is None else value * factor
         for name in ("wall_clock", "device_seconds")
         if (value := getattr(config.budget, name)) is not None
     }
-    return config.with_budget(trials=before + trials, **scaled)
+    return config.with_budget(trials=after, **scaled)
 
 
 def _run(
     folder: SearchFolder,
     config: SearchConfig,
     listener: Listener,
-    ray_session: RaySession,
+    ray_session: RaySession | None,
     gpus: float,
     concurrency: int,
     interrupts: Interrupts,
     lease: Hold,
 ) -> SearchReport:
-    """One session of a search on a running Ray."""
+    """One session of a search on a running Ray; without one, of a search that is finished: what an
+    earlier session did not come to record is recorded, and sent."""
     from topotune.search.book import Book
     from topotune.search.execute import execute
     from topotune.search.ledger import Ledger
@@ -220,7 +246,8 @@ def _run(
     store = StudyStore(folder, config, gpus, patience, lease.check)
     recorder = Recorder(folder, config, lease.check, lease.files)
     before = store.rows(ledger.trials)
-    listener.note(f"{config.name}: {BEGUN}, {concurrency} trials at once")
+    if ray_session is not None:
+        listener.note(f"{config.name}: {BEGUN}, {concurrency} trials at once")
     retention = Retention(folder, config, before, lease.files)
 
     def ended(row: TrialSummary) -> None:
@@ -245,14 +272,17 @@ def _run(
         )
         recorder.recover(before)
         del before  # of thousands of trials, for days
-        sharing = None if ray_session.local else _sharing(folder, book, ray_session, gpus)
+        sharing = None
         live = LiveFile(folder.live, lease.check)
-        pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
         failure: TopotuneError | None = None
-        try:
-            execute(folder, config, book, pulse, gpus, listener.note, concurrency, lease.files)
-        except TopotuneError as error:
-            failure = error
+        if ray_session is not None:
+            if not ray_session.local:
+                sharing = _sharing(folder, book, ray_session, gpus)
+            pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
+            try:
+                execute(folder, config, book, pulse, gpus, listener.note, concurrency, lease.files)
+            except TopotuneError as error:
+                failure = error
         if sharing is not None:
             sharing.close()
         failure = book.fatal or failure
@@ -260,7 +290,7 @@ def _run(
             recorder.drop()
             raise failure
         live.remove()
-        reason = str(failure) if failure else book.stopping
+        reason = str(failure) if failure else book.stopping or book.short_of_trials()
         done = not (failure or book.stopping or book.live or book.left_running)
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")
         listener.tick(book.view("done", tracking=shipping.line()))

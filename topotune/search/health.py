@@ -93,7 +93,7 @@ def _data(data_dir: Path | None) -> Finding:
 
 
 def _ray() -> Finding:
-    from topotune.search.session import RaySession
+    from topotune.search.session import RaySession, usual_folder
 
     try:
         with RaySession("local", SilentListener()) as session:
@@ -101,5 +101,5 @@ def _ray() -> Finding:
             answer = session.probe()
     except (TopotuneError, RuntimeError, OSError) as error:
         text = brief(str(error), 200)
-        return Finding("ray", False, text, "Look into the newest folder under /tmp/ray")
+        return Finding("ray", False, text, f"Look into the newest folder under {usual_folder()}")
     return Finding("ray", True, f"local cluster with {cpus:g} CPUs, {gpus:g} GPUs; a task {answer}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from topotune.config import SearchConfig
+from topotune.config_rules import planned_trials
 from topotune.records import TrialSummary
 from topotune.results.ranking import is_eligible, pareto_fronts
 from topotune.search.view import RunningTrial, SearchView
@@ -74,7 +75,7 @@ class Outlook:
             name=self._config.name,
             phase=phase,
             counts={**self._counts, "RUNNING": len(book.holding)},
-            total=self._config.budget.trials,
+            total=planned_trials(self._config),
             epochs=self._config.budget.epochs,
             front=tuple(self._front),
             running=running,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from topotune.config import SearchConfig
+from topotune.config_rules import planned_trials
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.results.leaderboard import Leaderboard, standing
 from topotune.search.folder import SearchFolder, searches
@@ -54,18 +55,21 @@ class SearchStatus:
         """ "running", "finished", or "stopped" with trials left to do."""
         if self.holder:
             return "running"
+        return "finished" if self.finished else "stopped"
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
         counts = self.board.counts
         open_trials = counts["RUNNING"] + counts["WAITING"]
         ended = len(self.board.trials) - open_trials
         budget = self.config.budget
         limits = (
-            ended >= (budget.trials if budget.trials is not None else math.inf)
+            ended >= (planned_trials(self.config) or math.inf)
             or self.wall_seconds >= (budget.wall_clock or math.inf)
             or self.board.device_seconds >= (budget.device_seconds or math.inf)
         )
-        waiting = 0 if limits else counts["WAITING"]
-        done = limits or self.config.sampler.name == "grid"
-        return "finished" if done and not (counts["RUNNING"] + waiting) else "stopped"
+        return limits and not counts["RUNNING"]
 
     def line(self) -> str:
         """One line for a person."""
@@ -114,6 +118,11 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
         except (SearchFolderError, ResourceError) as error:
             damaged(f"{folder.name}: cannot be read: {error}")
     return found
+
+
+def is_finished(folder: SearchFolder) -> bool:
+    """Whether a search has nothing left to do, whoever holds it."""
+    return _status(folder).finished
 
 
 def _status(folder: SearchFolder) -> SearchStatus:

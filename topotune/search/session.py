@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import shutil
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,6 +40,10 @@ _RAY_ENVIRONMENT = {
 
 
 CONNECT_SECONDS = 10.0
+_DEEPEST = "/ray/session_2026-11-27_18-37-50_267095_4194304/sockets/plasma_store"
+MOST_BYTES = 107 - len(_DEEPEST)
+"""The longest path that Ray's sockets fit below: that of a socket has 107 bytes."""
+_SHORT_PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def _fix_relative_paths() -> None:
@@ -44,6 +51,43 @@ def _fix_relative_paths() -> None:
     if paths := os.environ.get("PYTHONPATH"):
         whole = [str(Path(path).absolute()) for path in paths.split(os.pathsep)]
         os.environ["PYTHONPATH"] = os.pathsep.join(whole)
+
+
+def _own_token() -> None:
+    """Give a local Ray a token of this process: Ray would write one below HOME, which may be
+    read-only or missing."""
+    if not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def usual_folder() -> Path:
+    """Where a local Ray keeps its sockets and logs, unless that cannot be."""
+    return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray")
+
+
+def _short_folder() -> str | None:
+    """A new folder for a local Ray where its usual one cannot be used; None where it can.
+
+    Raises:
+        ResourceError: there is no other place for one.
+    """
+    usual = usual_folder()
+    length = len(os.fsencode(usual.parent))
+    if usual.is_absolute() and length <= MOST_BYTES and _can_be_made(usual):
+        return None
+    for place in _SHORT_PLACES:
+        with contextlib.suppress(OSError):
+            return tempfile.mkdtemp(prefix="ray-", dir=place)
+    raise ResourceError(
+        f"{usual.parent}: Ray's sockets cannot lie below it: that takes a writable folder whose "
+        f"whole path has at most {MOST_BYTES} bytes (this one has {length}). Nor can they below "
+        f"{', '.join(_SHORT_PLACES)}. Set RAY_TMPDIR to such a folder"
+    )
+
+
+def _can_be_made(folder: Path) -> bool:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _ignore(*_: object, **__: object) -> None:
@@ -69,6 +113,7 @@ class RaySession:
         self._address, self._listener = address, listener
         self._held = contextlib.nullcontext if interrupts is None else interrupts.held
         self._sweeper = Sweeper()
+        self._folder: str | None = None  # Ray's, where it is one of our own
 
     def __enter__(self) -> Self:
         os.environ.update(_RAY_ENVIRONMENT)
@@ -113,6 +158,11 @@ class RaySession:
         vars(worker)["print_to_stdstream"] = _ignore
         local = self._address == "local"
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
+        folder = None
+        if local:
+            _own_token()
+            if (folder := _short_folder()) is not None:
+                options["_temp_dir"] = folder
         self._sweeper.__enter__()
         try:
             # Ray puts the current folder before the libraries in its workers, where a file named
@@ -126,11 +176,12 @@ class RaySession:
                     configure_logging=True,
                     **options,
                 )
+            self._folder = folder
         except Exception as error:  # Ray raises bare ones, too, such as for a node that is late
             text = brief(str(error), 300)
             raise ResourceError(
                 f"Ray does not start ({type(error).__name__}: {text}). 'topotune doctor' looks "
-                "into it; the logs are in the newest folder under /tmp/ray"
+                f"into it; the logs are in the newest folder under {folder or usual_folder()}"
             ) from error
 
     def __exit__(self, *_: object) -> None:
@@ -140,6 +191,8 @@ class RaySession:
             ray.shutdown()
         finally:
             self._sweeper.__exit__()
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def local(self) -> bool:

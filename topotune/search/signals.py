@@ -34,10 +34,14 @@ class Interrupts:
     that is ignored, as under nohup, stays ignored. A stop that takes too long, because a library
     lets no handler run or the machine is overloaded, ends as an abort does: the process is left
     with exit code 130 there and then. That loses no more than a kill does, which is nothing.
+
+    Attributes:
+        kept: what an abort leaves and how to go on, in words; empty while that is not known.
     """
 
     def __init__(self) -> None:
         self._before: dict[signal.Signals, Any] = {}
+        self.kept = ""
         self._book: Book | None = None
         self._held = 0
         self._caught = ""
@@ -112,10 +116,11 @@ class Interrupts:
                 caught = signal.sigtimedwait(tuple(self._before), _LOOK_SECONDS)
                 if caught is not None:
                     self._note(caught.si_signo)
+                    if self._again == math.inf:
+                        _write(f"{self._caught}: ends as soon as Ray is up; once more to abort")
             first = START_SECONDS if self._held else STOP_SECONDS
             if time.monotonic() > min(self._since + first, self._again + ABORT_SECONDS):
-                with contextlib.suppress(OSError):
-                    os.write(2, b"aborted\n")
+                _write(f"aborted: {self.kept}" if self.kept else "aborted")
                 os._exit(_INTERRUPTED)
 
     def _leave_closed_terminals(self) -> None:
@@ -123,6 +128,12 @@ class Interrupts:
         for fd in self._terminals:
             if not os.isatty(fd):
                 discard(fd)
+
+
+def _write(text: str) -> None:
+    """Print a line on standard error, whatever the interrupted main thread holds of it."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 @contextlib.contextmanager

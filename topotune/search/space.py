@@ -10,13 +10,10 @@ from typing import Any
 from optuna.trial import Trial
 
 from topotune.config import SearchConfig
-from topotune.config_rules import is_active, sampling_order
+from topotune.config_rules import active_part, grid_axis, is_active, sampling_order
 from topotune.config_space import CategoricalParam, Param
-from topotune.errors import ConfigError
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec, Value
 from topotune.seeding import derive_seed
-
-MAX_GRID = 100_000
 
 
 def suggest(trial: Trial, space: Mapping[str, Param]) -> dict[str, Value]:
@@ -43,28 +40,15 @@ def has_conditions(space: Mapping[str, Param]) -> bool:
 
 
 def grid(config: SearchConfig) -> list[dict[str, Value]]:
-    """Every point of the grid, in an order shuffled by the search's seed.
-
-    Raises:
-        ConfigError: the grid has more than MAX_GRID points.
-    """
+    """Every point of the grid, in an order shuffled by the search's seed."""
     axes = {name: _axis(param) for name, param in config.space.items()}
-    size = 1
-    for axis in axes.values():
-        size *= len(axis)
-        if size > MAX_GRID:
-            raise ConfigError("space", f"the grid has more than {MAX_GRID} points", "Raise a step")
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     random.Random(config.seed).shuffle(points)
     return points
 
 
 def queued_points(config: SearchConfig) -> list[dict[str, Value]]:
-    """The points that come before the sampler's: point N is trial N's.
-
-    Raises:
-        ConfigError: as :func:`grid`.
-    """
+    """The points that come before the sampler's: point N is trial N's."""
     if config.sampler.name == "grid":
         return grid(config)[: config.budget.trials]
     return [dict(point) for point in config.warm_start]
@@ -75,8 +59,7 @@ def _axis(param: Param) -> list[Value]:
         return list(param.choices)
     step = param.step
     assert step is not None  # the config refuses a grid over a float without one
-    count = int((param.high - param.low) / step + 1e-9) + 1
-    return [min(param.low + index * step, param.high) for index in range(count)]
+    return [min(param.low + index * step, param.high) for index in range(grid_axis(param))]
 
 
 def resolve(
@@ -127,18 +110,10 @@ def corners(config: SearchConfig, gpus: float = 0) -> list[TrialSpec]:
     points += [dict(point) for point in config.warm_start]
     seen: list[dict[str, Value]] = []
     for point in points:
-        active = _only_active(config.space, point)
+        active = active_part(config.space, point)
         if active not in seen:
             seen.append(active)
     return [resolve(config, point, 0, gpus) for point in seen]
-
-
-def _only_active(space: Mapping[str, Param], point: Mapping[str, Value]) -> dict[str, Value]:
-    chosen: dict[str, Value] = {}
-    for name in sampling_order(space):
-        if name in point and is_active(space[name], chosen):
-            chosen[name] = point[name]
-    return chosen
 
 
 def _ends(param: Param) -> list[Value]:

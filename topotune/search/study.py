@@ -130,6 +130,11 @@ class StudyStore:
             self._study.enqueue_trial(point)
 
     @property
+    def started(self) -> int:
+        """Trials that have been handed out."""
+        return self._started
+
+    @property
     def left(self) -> int | None:
         """Trials that may still be handed out; None without a limit."""
         limit = self.config.budget.trials

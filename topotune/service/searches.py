@@ -51,7 +51,13 @@ def submit(
         return cluster.submit([*arguments, *options], labels, Path(folder))
 
 
-def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None) -> str:
+def again(
+    cluster: Cluster,
+    name: str,
+    trials: int,
+    env_file: Path | None = None,
+    as_json: bool = False,
+) -> tuple[str, str]:
     """Start a driver for a search that exists, with the code that it was submitted with.
 
     Args:
@@ -59,15 +65,25 @@ def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None
         name: the search.
         trials: how many more than it had; 0 only resumes.
         env_file: variables of the driver and its workers.
+        as_json: show a finished search as JSON.
+
+    Returns:
+        The job's id, and nothing; or nothing, and the results of a search that has nothing left to
+        resume, for which no driver is started.
 
     Raises:
         SearchFolderError: it is being driven.
         RemoteError: the cluster's storage has no such search.
     """
     _refuse_driven(cluster, name)
-    answer = ask(cluster, ["package", name], name, env_file)
+    question = ["package", name]
+    if not trials:
+        question += ["--unfinished", *(["--json"] if as_json else [])]
+    answer = ask(cluster, question, name, env_file)
     if answer.code:
         raise refusal(answer)
+    if answer.out:
+        return "", answer.out
     verb = "extend" if trials else "resume"
     more = ["--trials", str(trials)] if trials else []
     with tempfile.TemporaryDirectory(prefix="topotune-package-") as folder:
@@ -78,7 +94,7 @@ def again(cluster: Cluster, name: str, trials: int, env_file: Path | None = None
         if env_file is not None:
             ship_env(env_file, place)
         arguments = [verb, name, *more, "--ray-address", "auto"]
-        return cluster.submit(arguments, {"search": name, "verb": verb}, place)
+        return cluster.submit(arguments, {"search": name, "verb": verb}, place), ""
 
 
 def refusal(answer: Answer) -> RemoteError:

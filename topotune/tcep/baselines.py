@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topotune.tcep.adjoint import integrate_adjoint, is_refusal
-from topotune.tcep.gradients import Contrast, Phase, orbit_cost
+from topotune.tcep.gradients import Contrast, Phase, orbit_cost, settled_rows
 from topotune.tcep.network import MINIMUM_STEPS, DrivenFlow, TCEPNetwork
 from topotune.tcep.relax import Noise, unroll
 from topotune.tcep.stepping import DIVERGENCE
@@ -154,5 +154,8 @@ def _undefined(network: TCEPNetwork, batch: int, evaluations: int, back: bool) -
 
 def head_only(network: TCEPNetwork, phase: Phase) -> dict[str, Tensor]:
     """The readout's plain gradient at the free equilibrium; nothing else gets one (a control)."""
-    orbit_cost(network, phase.free.states, phase.targets).backward()  # type: ignore[no-untyped-call]
+    rows = settled_rows(phase.free.settled)
+    if rows is not None:
+        states, targets = phase.free.states[..., rows, :], phase.targets[rows]
+        orbit_cost(network, states, targets).backward()  # type: ignore[no-untyped-call]
     return {}

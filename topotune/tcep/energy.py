@@ -125,8 +125,8 @@ class EnergyField(Field):
     def capped(self) -> list[Capped]:
         """W_q and W_k a head, Xi, W1."""
         return [
-            Capped(self.query, self.caps.attention),
-            Capped(self.key, self.caps.attention),
+            Capped(self.query, self.caps.attention, heads=True),
+            Capped(self.key, self.caps.attention, heads=True),
             Capped(self.memory, self.caps.memory),
             Capped(self.hidden_weight, self.caps.hidden),
         ]

@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, PluginError
 
 
 class Capped(NamedTuple):
     """A matrix whose spectral norm is kept below a cap.
 
+    A kernel of more than two dimensions, such as a convolution's (out, in, k, k), is capped as the
+    operator (out, in*k*k) that takes one patch to the channels of one place. The convolution as a
+    whole, whose patches overlap, may have a norm up to the square root of the kernel's area larger.
+
     Attributes:
-        weight: (rows, columns) or (heads, rows, columns); each head has a norm of its own.
+        weight: (rows, columns), or a kernel (out, in, ...), or with ``heads`` (heads, rows,
+            columns).
         cap: the largest norm; 0 leaves the matrix alone.
+        heads: the weight is a matrix a head, each with a norm of its own.
     """
 
     weight: nn.Parameter
     cap: float
+    heads: bool = False
+
+    @property
+    def matrix(self) -> Tensor:
+        """What the cap acts on, (rows, columns) or (heads, rows, columns)."""
+        return self.weight if self.heads else self.weight.flatten(1)
+
+    def check(self, owner: str) -> None:
+        """Refuse what has no such norm.
+
+        Args:
+            owner: the field's name, for the text.
+
+        Raises:
+            PluginError: the weight is no matrix, kernel or stack of matrices, or the cap no number
+                from 0.
+        """
+        shape = tuple(self.weight.shape)
+        if len(shape) != 3 if self.heads else len(shape) < 2:
+            wanted = "(heads, rows, columns)" if self.heads else "at least two dimensions"
+            raise PluginError(
+                f"field {owner}: capped() holds a weight of shape {shape}; a spectral norm"
+                f"{' a head' if self.heads else ''} needs {wanted}"
+            )
+        if not (self.cap >= 0 and math.isfinite(self.cap)):
+            raise PluginError(
+                f"field {owner}: capped() holds a cap of {self.cap!r}; it must be a finite number "
+                "of at least 0 (0: no cap)"
+            )
 
 
 class Field(nn.Module, ABC):

@@ -1,7 +1,10 @@
 """Exact ways to the gradient of the loss at the equilibrium: nudging and implicit differentiation.
 
-Each takes a network and its free phase, writes the gradient of the batch's mean cross-entropy into
-``.grad``, and returns what it measured.
+Each takes a network and its free phase, writes the gradient of the mean cross-entropy into
+``.grad``, and returns what it measured. The formulas hold at equilibria only, and what they give
+elsewhere is without bound: a single sample that has not settled could outweigh a whole batch. So
+the mean is over the samples of which every phase settled, and where none did ``.grad`` stays as it
+is.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.nudging import NudgedPhases, cost_slope, relax_nudged
 from topotune.tcep.options import Learning
-from topotune.tcep.relax import Equilibrium, Noise, relax
+from topotune.tcep.relax import Equilibrium, Noise, Status, relax
 
 IMPLICIT_TOLERANCE = 1e-4
 """Residual of the linear solve over the size of its right-hand side."""
@@ -55,6 +58,18 @@ def free_phase(
     return Phase(drive, free, logits, targets)
 
 
+def settled_rows(settled: Tensor) -> Tensor | slice | None:
+    """The places of the samples that count, for indexing a batch; None if there are none.
+
+    Args:
+        settled: (B,) of bool.
+    """
+    count = int(settled.sum())
+    if count == len(settled):
+        return slice(None)
+    return settled.nonzero().squeeze(1) if count else None
+
+
 def measure_free(network: TCEPNetwork, phase: Phase) -> dict[str, Tensor]:
     """Energy, residual, evaluations and shares of the free phase."""
     free = phase.free
@@ -85,7 +100,8 @@ def eqprop(
     is the difference of its derivatives by the parameters at the two, over the difference of the
     nudges and the batch size; without one, ``-<G ds/dbeta, dF/dtheta>`` at the free equilibrium.
     The readout gets the mean of its plain gradients at both. One call of automatic differentiation
-    at detached states: memory does not depend on the steps taken.
+    at detached states: memory does not depend on the steps taken. Samples that did not settle in
+    all phases do not count.
 
     Args:
         network: its gradients cleared.
@@ -105,24 +121,28 @@ def eqprop(
         network,
         drive,
         targets,
-        phase.free.state,
+        phase.free,
         signs * beta,
         beta,
         correct=learning.correction,
         noise=noise,
     )
-    high_state, low_state = phases.states[0], phases.states[1]
+    counted = settled_rows(phases.settled)
+    rows = slice(None) if counted is None else counted
+    high_state, low_state = phases.states[0][..., rows, :], phases.states[1][..., rows, :]
+    driven, targets = phase.drive[rows], targets[rows]
     span = (1.0 - low) * beta * len(targets)
     measured = {}
     if network.conservative:
-        upper, lower = (orbit_energy(network, s, phase.drive) for s in (high_state, low_state))
+        upper, lower = (orbit_energy(network, s, driven) for s in (high_state, low_state))
         total = (upper - lower).sum() / span
         measured["energy_nudged"] = (0.5 * (upper + lower)).mean().detach()
     else:
-        centre = phase.free.states
-        total = -orbit_pull(network, centre, high_state - low_state, phase.drive) / span
+        centre = phase.free.states[..., rows, :]
+        total = -orbit_pull(network, centre, high_state - low_state, driven) / span
     costs = [orbit_cost(network, s, targets) for s in (high_state, low_state)]
-    (total + 0.5 * (costs[0] + costs[1])).backward()  # type: ignore[no-untyped-call]
+    if counted is not None:
+        (total + 0.5 * (costs[0] + costs[1])).backward()  # type: ignore[no-untyped-call]
     found = phases.found
     measured |= {
         "residual_nudged": found.residual.mean(),
@@ -130,10 +150,24 @@ def eqprop(
         "nudge_displacement": (high_state - low_state).detach().square().mean().sqrt(),
         "nudge_resolution": phases.resolution,
         "nudge_force": phases.force,
-        "unconverged_share": torch.maximum(phase.free.unconverged_share, found.unconverged_share),
-        "diverged_share": torch.maximum(phase.free.diverged_share, found.diverged_share),
+        **_shares(phase.free, found),
     }
     return measured, phases
+
+
+def _shares(*phases: Equilibrium) -> dict[str, Tensor]:
+    """The shares of a batch's samples that did not converge, or diverged, in any of their phases.
+
+    Args:
+        phases: of B samples, or of several times these in a row.
+    """
+    batch = len(phases[0].state)
+    status = torch.cat([phase.status.view(-1, batch) for phase in phases])
+    bad = {
+        "unconverged_share": status != Status.CONVERGED,
+        "diverged_share": status == Status.DIVERGED,
+    }
+    return {name: phase.any(dim=0).float().mean() for name, phase in bad.items()}
 
 
 def orbit_energy(network: TCEPNetwork, states: Tensor, drive: Tensor) -> Tensor:
@@ -166,7 +200,7 @@ def second_difference(
 
     Their difference is the second difference of the energy's parameter derivatives over the
     nudges +beta, -beta, 0; the size of the symmetric one is taken from ``.grad``. The readout,
-    whose gradient is plain, does not count.
+    whose gradient is plain, does not count. NaN where no sample settled.
 
     Args:
         network: conservative, its ``.grad`` as :func:`eqprop` left it.
@@ -174,9 +208,12 @@ def second_difference(
         phases: three, as ``third`` asks for.
         beta: 0-d.
     """
-    drive = network.drive(inputs)
-    energies = [orbit_energy(network, states, drive).sum() for states in phases.states]
-    total = (energies[0] + energies[1] - 2 * energies[2]) / (2 * beta * len(inputs))
+    rows = settled_rows(phases.settled)
+    if rows is None:
+        return torch.full_like(beta, torch.nan)
+    drive = network.drive(inputs[rows])
+    energies = [orbit_energy(network, s[..., rows, :], drive).sum() for s in phases.states]
+    total = (energies[0] + energies[1] - 2 * energies[2]) / (2 * beta * len(drive))
     inner = [p for name, p in network.named_parameters() if not name.startswith("head.")]
     apart = torch.autograd.grad(total, inner, allow_unused=True)
     gap = torch.stack([g.square().sum() for g in apart if g is not None]).sum().sqrt()
@@ -223,14 +260,16 @@ def implicit(
     solver = network.dynamics.solver
     flow = _AdjointFlow(network, drive, state, slope)
     tolerance = relative * slope.square().mean(dim=1).sqrt() + torch.finfo(slope.dtype).tiny
+    tolerance = torch.where(phase.free.settled, tolerance, torch.inf)  # those others do not count
     found = relax(flow, torch.zeros_like(state), solver, dt=network.time_step, tolerance=tolerance)
-    batch = len(phase.targets)
-    total = (found.state * network.flow(state, phase.drive)).sum() / batch
-    cost = F.cross_entropy(network.logits(state), phase.targets)
-    (total + cost).backward()  # type: ignore[no-untyped-call]
+    rows = settled_rows(phase.free.settled & found.settled)
+    if rows is not None:
+        point, targets = state[rows], phase.targets[rows]
+        total = (found.state[rows] * network.flow(point, phase.drive[rows])).sum() / len(targets)
+        cost = F.cross_entropy(network.logits(point), targets)
+        (total + cost).backward()  # type: ignore[no-untyped-call]
     return {
         "residual_nudged": found.residual.mean(),
         "nfe_nudged": found.nfe.to(state.dtype).mean(),
-        "unconverged_share": torch.maximum(phase.free.unconverged_share, found.unconverged_share),
-        "diverged_share": torch.maximum(phase.free.diverged_share, found.diverged_share),
+        **_shares(phase.free, found),
     }

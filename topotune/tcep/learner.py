@@ -24,6 +24,7 @@ from topotune.tcep.gradients import (
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.nudging import COARSEST_SHARE
 from topotune.tcep.options import LEARNED, TIMED, Learning
+from topotune.tcep.precision import full_precision
 from topotune.tcep.relax import Noise
 
 ADAPT_EVERY = 5
@@ -98,8 +99,13 @@ class EquilibriumLearner:
                 "Give beta a number",
             )
 
+    @full_precision
     def gradients(self, network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
         """Write the gradient of the batch's mean cross-entropy into ``.grad``.
+
+        Of eqprop, implicit and head it is the mean over the samples that settled, and where none
+        did no parameter gets one: there is no step to take. bptt and adjoint differentiate what
+        was computed, settled or not.
 
         Args:
             network: in training mode, its gradients cleared.
@@ -107,8 +113,15 @@ class EquilibriumLearner:
             targets: (B,) int64 class numbers.
 
         Raises:
-            ConfigError: the inputs have a wrong shape or are not finite.
+            ConfigError: the inputs have a wrong shape, are not finite, or are no samples at all,
+                or a parameter has less than 32 bits.
         """
+        if not len(inputs):
+            raise ConfigError(
+                "model input",
+                "must be at least one sample, for a gradient (got an empty batch)",
+                "Leave empty batches out",
+            )
         learning = self.learning
         noise = self._noise(inputs.device)
         if learning.gradient == "bptt":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from topotune.tcep.fields import Field
 from topotune.tcep.jacobian import Jacobian
+from topotune.tcep.precision import full_precision
 from topotune.tcep.spectral import largest_eigenvalue
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def one_sided_lipschitz(field: Field, drive: Tensor, state: Tensor) -> Tensor:
         return largest_eigenvalue(product, start.to(h.device))
 
 
+@full_precision
 def stable_gamma(network: TCEPNetwork) -> tuple[float, float]:
     """The strength of the recirculation that a fraction of the stable range stands for.
 
@@ -79,11 +81,12 @@ def stable_gamma(network: TCEPNetwork) -> tuple[float, float]:
     fraction = DEFAULT_FRACTION if fraction is None else fraction
     with torch.no_grad():
         field = copy.deepcopy(network.field)
-        for weight, cap in field.capped():
-            norms = torch.linalg.matrix_norm(weight.double(), ord=2, keepdim=True)
-            if cap > 0:
-                factor = torch.where(norms > 0, cap / norms, 1.0)  # zeros have no shape to scale
-                weight.mul_(factor.to(weight.dtype))
+        for capped in field.capped():
+            norms = torch.linalg.matrix_norm(capped.matrix.double(), ord=2)
+            if capped.cap > 0:
+                factor = torch.where(norms > 0, capped.cap / norms, 1.0)  # zeros: nothing to scale
+                factor = factor[:, None, None] if capped.heads else factor
+                capped.weight.mul_(factor.to(capped.weight.dtype))
         generator = torch.Generator().manual_seed(0)
         shape = (REFERENCE_SAMPLES, network.tokens.count, network.tokens.size)
         inputs = torch.randn(shape, generator=generator).to(network.position)

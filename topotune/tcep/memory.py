@@ -133,7 +133,12 @@ class FadeMemory(Memory):
 
 
 class GainMemory(Memory):
-    """``gamma exp(-kappa (t mod T)) h(t)``: only the present and the phase are kept."""
+    """``gamma exp(-kappa (t mod T)) h(t)``: only the present and the phase are kept.
+
+    The coefficient of a step is the decay's exact mean over it, so that the mean over a period is
+    the continuous one whatever the step. Its value at the step's beginning would be too strong
+    throughout: by 3 % of the orbit's mean with three steps a period, of which .05 % remain.
+    """
 
     periodic = True
 
@@ -141,20 +146,18 @@ class GainMemory(Memory):
         self, h0: Tensor, count: int, time_step: float, gamma: float, kappa: float, mean: float
     ) -> None:
         super().__init__(h0, count, time_step, 1)
-        self._gamma, self._kappa, self._mean = gamma, kappa, mean
+        self._kappa, self._mean = kappa, mean
+        decay = kappa * time_step
+        self._first = gamma * (-math.expm1(-decay) / decay if decay > 0 else 1.0)
         self._phase = 0
 
-    def _coefficient(self, phase: int) -> float:
-        return self._gamma * math.exp(-self._kappa * phase * self.time_step)
-
     def term(self) -> Tensor:
-        """The present tokens by the present coefficient."""
-        return self._coefficient(self._phase) * self._past[-1]
+        """The present tokens by the present step's coefficient."""
+        return self.ahead(self._past[-1])
 
     def ahead(self, h: Tensor) -> Tensor:
-        """By the coefficient at the end of the step."""
-        # At the end of a period the coefficient jumps; a step up to there ends before the jump.
-        return self._coefficient(self._phase + 1) * h
+        """By the same: within a step the coefficient does not change."""
+        return self._first * math.exp(-self._kappa * self._phase * self.time_step) * h
 
     def settled(self, h: Tensor) -> Tensor:
         """The mean over a period."""

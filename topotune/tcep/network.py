@@ -13,6 +13,7 @@ from topotune.tcep.energy import EnergyField
 from topotune.tcep.fields import Field, build_field
 from topotune.tcep.margin import one_sided_lipschitz, stable_gamma
 from topotune.tcep.options import Dynamics
+from topotune.tcep.precision import check_precision, full_precision
 from topotune.tcep.recirculation import Memory, build_recirculation
 from topotune.tcep.relax import Equilibrium, Noise, relax
 from topotune.tcep.spectral import SpectralCaps
@@ -70,7 +71,8 @@ class TCEPNetwork(nn.Module):
         dynamics: damping, recirculation and solver; None: the defaults.
 
     Raises:
-        ConfigError: a size breaks a rule, or the dynamics do not fit the tokens.
+        ConfigError: a size breaks a rule, a parameter has less than 32 bits, or the dynamics do
+            not fit the tokens.
         UnstableError: the dynamics cannot settle.
         UnknownNameError, PluginError: the field is unknown or no field.
     """
@@ -119,6 +121,7 @@ class TCEPNetwork(nn.Module):
         nn.init.normal_(self.embed.weight, std=1 / math.sqrt(self.tokens.size))
         self.position = nn.Parameter(0.5 * torch.randn(count, width))
         self.head = nn.Linear(self.field.feature_size, classes)
+        check_precision(self)
         self.caps = SpectralCaps(self.field.capped())
         self._take_dynamics()
 
@@ -131,7 +134,7 @@ class TCEPNetwork(nn.Module):
             gamma, self.reference_mu = stable_gamma(self)
         self.recirculation = build_recirculation(self.dynamics, self.field.tokens, gamma)
         if self.recirculation.timed:
-            self.recirculation.time_step(self.time_step)  # refuses a T of too many steps
+            self.recirculation.time_step(self.time_step)  # refuses a T_time of too many steps
 
     @property
     def time_step(self) -> float:
@@ -144,12 +147,18 @@ class TCEPNetwork(nn.Module):
         """Whether the whole flow, recirculation included, descends an energy."""
         return self.field.conservative and self.recirculation.symmetric
 
+    @full_precision
     def drive(self, inputs: Tensor) -> Tensor:
-        """``u``, (B, N, D), of images (B, C, side, side).
+        """``u``, (B, N, D), of images (B, C, side, side), in the parameters' precision.
 
         Raises:
-            ConfigError: the images have another shape or hold NaN or infinities.
+            ConfigError: the images have another shape or hold NaN or infinities, or a parameter
+                has less than 32 bits.
         """
+        check_precision(self)
+        own = self.embed.weight.dtype
+        if torch.promote_types(inputs.dtype, own) == own:
+            inputs = inputs.to(own)
         sequence = self.tokens(inputs)
         if not bool(torch.isfinite(inputs).all()):
             bad = int((~torch.isfinite(inputs)).flatten(1).any(dim=1).sum())
@@ -224,6 +233,7 @@ class TCEPNetwork(nn.Module):
                 noise=noise,
             )
 
+    @full_precision
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (B, C, side, side) to the logits at their equilibria, (B, classes)."""
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
@@ -250,7 +260,7 @@ class TCEPNetwork(nn.Module):
         return {
             "resolved.recirculation": known.kind,
             "resolved.gamma": known.gamma,
-            "resolved.T": known.period,
+            f"resolved.{known.period_name}": known.period,
             "resolved.recirculation_gain": known.gain,
             "resolved.time_step": self.time_step,
             "resolved.mu_at_caps": self.reference_mu,

@@ -105,20 +105,22 @@ class NudgedPhases:
         found: the relaxation of all phases in one batch of P B samples.
         resolution: the coarsest tolerance that will do over the finest that the dtype's rounding
             allows, 0-d; below 1 the nudge drowns in rounding.
-        force: RMS of the cost's pull at beta 1, over the batch.
+        force: RMS of the cost's pull at beta 1, over the samples whose free phase settled.
+        settled: (B,) of bool, samples whose free phase and every nudged phase settled.
     """
 
     states: Tensor
     found: Equilibrium
     resolution: Tensor
     force: Tensor
+    settled: Tensor
 
 
 def relax_nudged(
     network: TCEPNetwork,
     drive: Tensor,
     targets: Tensor,
-    free: Tensor,
+    free: Equilibrium,
     betas: Tensor,
     strength: Tensor,
     *,
@@ -127,14 +129,16 @@ def relax_nudged(
 ) -> NudgedPhases:
     """Relax from the free equilibrium under several nudges at once.
 
-    The tolerance is the solver's, but at most ``TOLERANCE_SHARE * strength * RMS|dC|`` (over the
-    batch), and at least what rounding allows.
+    The tolerance is the solver's, but at most ``TOLERANCE_SHARE * strength * RMS|dC|``, and at
+    least what rounding allows, both over the samples whose free phase settled: one that did not
+    may lie anywhere, and would decide for all others how far they are relaxed. Such a sample is
+    not followed any further.
 
     Args:
         network: any.
         drive: (B, N, D), detached.
         targets: (B,).
-        free: (B, S), the free equilibrium.
+        free: the free phase.
         betas: (P,) one nudge a phase, on the device; zero gives the free equilibrium again, to
             the tighter tolerance.
         strength: 0-d, beta.
@@ -143,20 +147,21 @@ def relax_nudged(
     """
     phases, batch = len(betas), len(drive)
     with torch.no_grad():
-        pull = network.field.nudge(free, cost_slope(network, free, targets))
-        force = pull.square().mean().sqrt()
-        solver = network.dynamics.solver
-        typical = (network.dynamics.damping * free).square().mean().sqrt().clamp_min(1.0)
-        floor = ROUNDING * torch.finfo(free.dtype).eps * typical
+        state, solver = free.state, network.dynamics.solver
+        followed = free.settled | ~free.settled.any()  # if none has settled, there is none to spoil
+        pull = network.field.nudge(state, cost_slope(network, state, targets))
+        force = _root_mean_square(pull, followed)
+        typical = _root_mean_square(network.dynamics.damping * state, followed).clamp_min(1.0)
+        floor = ROUNDING * torch.finfo(state.dtype).eps * typical
         wanted = (TOLERANCE_SHARE * strength * force).clamp_max(solver.tolerance)
-        tolerance = torch.maximum(wanted, floor)
-        start = free.repeat(phases, 1)
+        tolerance = torch.where(followed, torch.maximum(wanted, floor), torch.inf)
+        start = state.repeat(phases, 1)
         centre = start if correct and not network.conservative else None
         flow = NudgedFlow(
             network,
             drive.repeat(phases, 1, 1),
             targets.repeat(phases),
-            betas.to(free.dtype).repeat_interleave(batch),
+            betas.to(state.dtype).repeat_interleave(batch),
             centre,
         )
         found = relax(
@@ -164,12 +169,20 @@ def relax_nudged(
             start,
             solver,
             dt=network.time_step,
-            tolerance=tolerance.expand(phases * batch),
+            tolerance=tolerance.repeat(phases),
             min_steps=MINIMUM_STEPS,
             memory=network.memory(start),
             noise=None if noise is None else replace(noise, copies=phases),
         )
     states = found.state.view(phases, batch, -1)
+    settled = free.settled & found.settled.view(phases, batch).all(dim=0)
     if found.orbit is not None:
         states = found.orbit.view(len(found.orbit), phases, batch, -1).transpose(0, 1)
-    return NudgedPhases(states, found, COARSEST_SHARE * strength * force / floor, force)
+    resolution = COARSEST_SHARE * strength * force / floor
+    return NudgedPhases(states, found, resolution, force, settled)
+
+
+def _root_mean_square(values: Tensor, rows: Tensor) -> Tensor:
+    """Over the entries of those rows of (B, S) that a mask (B,) names, 0-d."""
+    means = values.square().mean(dim=1)
+    return (torch.where(rows, means, 0.0).sum() / rows.sum()).sqrt()

@@ -38,12 +38,15 @@ class Solver:
         steps: iterations at most.
         tolerance: a sample has converged when the root mean square of its flow is below this.
         step: step size in units of the fastest decay time; dt = step / max(1, lambda + |gain|).
+        fixed: take all steps and count every sample, settled or not. No parameter of a search
+            file: it is for measuring what steps cost, not for learning.
     """
 
     name: str = "auto"
     steps: int = 60
     tolerance: float = 1e-4
     step: float = 0.8
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         _one_of("solver", self.name, SOLVERS)
@@ -81,8 +84,8 @@ class Dynamics:
         gamma: strength of the recirculation; None: ``gamma_fraction`` says it.
         gamma_fraction: the strength as a share of the stable range; None with ``gamma``.
         kappa: decay of the recirculation, a token (ring) or a unit of time (delay, fade, gain).
-        period: T: tokens (ring, shift) or time (delay, fade, gain); None: all tokens for ring, 1
-            for shift, a time of 4 for the others.
+        period: T, in tokens, of ring and shift; None: all tokens for ring, 1 for shift.
+        time: T_time, in units of time, of delay, fade and gain; None: 4.
         scale: c, the weight of the token energy against the hidden units'.
         sharpness: b, the attention's inverse temperature; None: 1 / sqrt(width of a head).
         solver: how equilibria are searched.
@@ -95,6 +98,7 @@ class Dynamics:
     gamma_fraction: float | None = None
     kappa: float = 0.5
     period: float | None = None
+    time: float | None = None
     scale: float = 20.0
     sharpness: float | None = None
     solver: Solver = field(default_factory=Solver)
@@ -114,8 +118,10 @@ class Dynamics:
         if self.gamma_fraction is not None:
             _real("gamma_fraction", self.gamma_fraction, low=0.0, high=1.0)
         _real("kappa", self.kappa, low=0.0)
-        if self.period is not None:
-            _real("T", self.period, low=0.0, open_low=True)
+        for name, value in (("T", self.period), ("T_time", self.time)):
+            if value is not None:
+                _real(name, value, low=0.0, open_low=True)
+        self._check_unit()
         _real("c", self.scale, low=0.0, open_low=True)
         if self.sharpness is not None:
             _real("sharpness", self.sharpness, low=0.0, open_low=True)
@@ -125,6 +131,24 @@ class Dynamics:
                 f"recirculation {self.recirculation!r} needs the states of the past, which "
                 f"{self.solver.name!r} does not step through",
                 "Choose solver euler, heun or auto",
+            )
+
+    def _check_unit(self) -> None:
+        """Refuse tokens where a time is meant, and the other way round."""
+        kind = self.recirculation
+        if kind in TIMED and self.period is not None:
+            raise ConfigError(
+                "T",
+                f"is a number of tokens, of ring and shift; recirculation {kind!r} takes a time, "
+                f"T_time (got T {self.period:g})",
+                f"Write T_time: {self.period:g}",
+            )
+        if kind not in (*TIMED, "none") and self.time is not None:
+            raise ConfigError(
+                "T_time",
+                f"is a time, of {', '.join(TIMED)}; recirculation {kind!r} takes a number of "
+                f"tokens, T (got T_time {self.time:g})",
+                f"Write T: {self.time:g}",
             )
 
 
@@ -191,6 +215,7 @@ _DYNAMICS = {
     "gamma_fraction": "gamma_fraction",
     "kappa": "kappa",
     "T": "period",
+    "T_time": "time",
     "c": "scale",
     "sharpness": "sharpness",
 }

@@ -12,12 +12,14 @@ from torch import Tensor
 from topotune.tcep.gradients import eqprop, free_phase, implicit
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Learning, Solver
+from topotune.tcep.precision import full_precision
 from topotune.tcep.relax import relax
 
 EXACT_TOLERANCE = 1e-11
 EXACT_STEPS = 2000
 
 
+@full_precision
 def margins(network: TCEPNetwork, inputs: Tensor) -> dict[str, float]:
     """How far the flow is from instability at the equilibria of some inputs.
 
@@ -39,6 +41,7 @@ def margins(network: TCEPNetwork, inputs: Tensor) -> dict[str, float]:
     }
 
 
+@full_precision
 def relaxation(network: TCEPNetwork, inputs: Tensor) -> dict[str, np.ndarray]:
     """The free phase of some inputs by small damped Euler steps, watched.
 
@@ -114,6 +117,7 @@ def exact_gradient(network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Ten
     return flat_gradient(twin)
 
 
+@full_precision
 def eqprop_gradient(
     network: TCEPNetwork, inputs: Tensor, targets: Tensor, learning: Learning, beta: Tensor
 ) -> Tensor:

@@ -2,7 +2,8 @@
 
 The six readings of the proposal's ``tau(h, t) = gamma exp(-kappa |t mod T|) h(t mod T)``. At an
 equilibrium each is one linear map of the tokens; those over time also have a :class:`Memory`,
-which the solvers step through time with.
+which the solvers step through time with. T is a number of tokens, ``T`` of a search file, for ring
+and shift; it is a time, ``T_time``, for delay, fade and gain.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from topotune.tcep.options import Dynamics
 __all__ = ["Memory", "Recirculation", "build_recirculation"]
 
 DEFAULT_TIME = 4.0
-"""T of the recirculations over time, where it is not given."""
+"""T_time, where it is not given."""
 
 DEFAULT_SHIFT = 1
 """T of ``shift``, where it is not given: all tokens would be a full turn, the identity."""
 
 MOST_STATES = 10_000
-"""Stored states of the past at most; beyond, T was meant in another unit."""
+"""Stored states of the past at most; beyond, T_time was meant in another unit."""
 
 
 def build_recirculation(dynamics: Dynamics, tokens: int, gamma: float) -> Recirculation:
     """The recirculation that the dynamics describe.
 
     Args:
-        dynamics: kind, kappa, T and lambda; its gamma is not read.
+        dynamics: kind, kappa, T or T_time, and lambda; its gamma is not read.
         tokens: N.
         gamma: the strength, resolved.
 
     Raises:
-        ConfigError: T or gamma breaks its rule.
+        ConfigError: T, T_time or gamma breaks its rule.
         UnstableError: the damping does not exceed what flows back.
         UnknownNameError: no such kind.
     """
@@ -48,7 +49,8 @@ def build_recirculation(dynamics: Dynamics, tokens: int, gamma: float) -> Recirc
         raise UnknownNameError("recirculation", dynamics.recirculation, _KINDS) from None
     if not math.isfinite(gamma):
         raise ConfigError("gamma", f"must be a finite number (got {gamma!r})")
-    built = kind(gamma, dynamics.kappa, dynamics.period, tokens)
+    period = dynamics.time if kind.timed else dynamics.period
+    built = kind(gamma, dynamics.kappa, period, tokens)
     built.check_stable(dynamics.damping)
     return built
 
@@ -58,7 +60,7 @@ class Recirculation(ABC):
 
     Attributes:
         kind: its name in a search file.
-        gamma, kappa, period: strength, decay and T as resolved; T is 0 for ``none``.
+        gamma, kappa, period: strength, decay, and T or T_time as resolved; 0 for ``none``.
         symmetric: whether the term is the gradient of a quadratic form.
         gain: coefficient at equilibrium: gamma (ring, shift), gamma exp(-kappa T) (delay),
             gamma (1 - exp(-kappa T)) (fade), the mean over a period (gain), 0 (none).
@@ -79,6 +81,11 @@ class Recirculation(ABC):
         )
 
     @property
+    def period_name(self) -> str:
+        """What a search file calls the period."""
+        return "T_time" if self.timed else "T"
+
+    @property
     def strongest(self) -> float:
         """The largest rate at which tokens are fed back, which the damping must exceed."""
         return abs(self.gamma)
@@ -96,7 +103,7 @@ class Recirculation(ABC):
             "lambda",
             f"must be above {bound} = {self.strongest:g} with recirculation {self.kind!r} "
             f"(got lambda {damping:g}, gamma {self.gamma:g}, kappa {self.kappa:g}, "
-            f"T {self.period:g}: gain {self.gain:g})",
+            f"{self.period_name} {self.period:g}: gain {self.gain:g})",
             "Raise lambda, lower gamma, or give gamma_fraction, which stays in the stable range",
         )
 
@@ -117,7 +124,7 @@ class Recirculation(ABC):
         return 0.5 * (h * self.term(h)).sum(dim=(1, 2))
 
     def time_step(self, dt: float) -> tuple[int, float]:
-        """Stored states of the past, and the step, at most ``dt``, that divides T into them.
+        """Stored states of the past, and the step, at most ``dt``, that divides T_time into them.
 
         Raises:
             ConfigError: more than :data:`MOST_STATES` states would have to be kept.
@@ -127,10 +134,10 @@ class Recirculation(ABC):
             raise ValueError(f"recirculation {self.kind!r} keeps no past")
         if self.period / dt > MOST_STATES:
             raise ConfigError(
-                "T",
+                "T_time",
                 f"must be at most {MOST_STATES} steps of {dt:g} for recirculation {self.kind!r} "
                 f"(got {self.period:g})",
-                "Lower T, or raise step",
+                "Lower T_time, or raise step",
             )
         count = math.ceil(self.period / dt)
         return count, self.period / count
@@ -201,7 +208,7 @@ class _Timed(Recirculation):
     def __init__(self, gamma: float, kappa: float, period: float | None, tokens: int) -> None:
         period = DEFAULT_TIME if period is None else period
         if not (math.isfinite(period) and period > 0):
-            raise ConfigError("T", f"must be a finite number above 0 (got {period!r})")
+            raise ConfigError("T_time", f"must be a finite number above 0 (got {period!r})")
         super().__init__(gamma, kappa, period, gamma * self._share(kappa, period))
 
     @staticmethod
@@ -257,6 +264,13 @@ class _Gain(_Timed):
         decay = kappa * period
         return -math.expm1(-decay) / decay if decay > 0 else 1.0
 
+    def time_step(self, dt: float) -> tuple[int, float]:
+        """As the base, in an odd number of steps: a state that an Euler step too long for it throws
+        to and fro would be back after an even number, and pass for an orbit."""
+        count, _ = super().time_step(dt)
+        count += 1 - count % 2
+        return count, self.period / count
+
     def memory(self, h0: Tensor, dt: float) -> Memory:
         return GainMemory(h0, *self.time_step(dt), self.gamma, self.kappa, self.gain)
 
@@ -279,7 +293,7 @@ def _whole_period(kind: str, period: float, low: int, tokens: int) -> int:
             "T",
             f"must be a whole number of tokens, {low} to {tokens}, for recirculation {kind!r} "
             f"(got {period:g})",
-            "Other kinds (delay, fade, gain) take T as a time",
+            "A time is T_time, of recirculation delay, fade and gain",
         )
     return int(period)
 

@@ -15,6 +15,7 @@ from topotune.tcep.batch import Batch, Orbit, check_batch
 from topotune.tcep.memory import Memory
 from topotune.tcep.ode import Dopri5
 from topotune.tcep.options import Solver
+from topotune.tcep.precision import full_precision
 from topotune.tcep.stepping import DIVERGENCE, Explicit, Flow, Noise, Stepper, row_norm
 
 __all__ = ["Equilibrium", "Flow", "Noise", "Status", "relax", "unroll"]
@@ -44,6 +45,8 @@ class Equilibrium:
         energy: (steps + 1, B), along the way; None if not asked for.
         orbit: (count, B, S), states at the grid times of the last whole period; None unless the
             recirculation is ``gain``.
+        forced: all steps were to be taken, by noise, which leaves no rest point to converge to, or
+            by :attr:`Solver.fixed`.
     """
 
     state: Tensor
@@ -54,6 +57,7 @@ class Equilibrium:
     time_step: float
     energy: Tensor | None = None
     orbit: Tensor | None = None
+    forced: bool = False
 
     @property
     def states(self) -> Tensor:
@@ -66,6 +70,12 @@ class Equilibrium:
         return self.status == Status.CONVERGED
 
     @property
+    def settled(self) -> Tensor:
+        """(B,) of bool, samples that a gradient may be taken at: converged; where all steps were
+        forced, those that did not diverge."""
+        return self.status != Status.DIVERGED if self.forced else self.converged
+
+    @property
     def unconverged_share(self) -> Tensor:
         """Share of samples that did not converge, diverged ones included; no dimensions."""
         return (~self.converged).float().mean()
@@ -76,6 +86,7 @@ class Equilibrium:
         return (self.status == Status.DIVERGED).float().mean()
 
 
+@full_precision
 def relax(
     flow: Flow,
     start: Tensor,
@@ -88,7 +99,7 @@ def relax(
     memory: Memory | None = None,
     noise: Noise | None = None,
 ) -> Equilibrium:
-    """Follow the flow until each sample rests; records no gradients.
+    """Follow the flow until each sample rests, in full precision; records no gradients.
 
     Never raises for a sample that does not converge: its status says so. A sample that is done,
     converged or diverged, is frozen and soon no longer evaluated.
@@ -115,7 +126,8 @@ def relax(
     chosen = _stepper(solver, dt, start, tolerance, memory, noise)
     orbit = Orbit(memory) if memory is not None and memory.periodic else None
     limit = _limit(solver, chosen, orbit)
-    least = limit if noise is not None else min(limit, math.ceil(min_steps / chosen.units))
+    forced = noise is not None or solver.fixed
+    least = limit if forced else min(limit, math.ceil(min_steps / chosen.units))
     with torch.no_grad():
         batch = Batch(flow, start, solver.tolerance if tolerance is None else tolerance)
         path = None if energy is None else [energy(start)]
@@ -139,9 +151,11 @@ def relax(
             chosen.time_step,
             None if path is None else torch.stack(path),
             None if orbit is None else orbit.result(batch.rows.state),
+            forced,
         )
 
 
+@full_precision
 def unroll(
     flow: Flow,
     start: Tensor,
@@ -169,7 +183,7 @@ def unroll(
     stepper = Explicit("heun" if heun else "euler", dt, memory, noise)
     orbit = Orbit(memory) if memory is not None and memory.periodic else None
     limit = _limit(solver, stepper, orbit)
-    least = min(limit, min_steps) if noise is None else limit
+    least = limit if noise is not None or solver.fixed else min(limit, min_steps)
     steps = _walk(batch, stepper, orbit, limit, least)
     state = batch.rows.state
     return state, steps, None if orbit is None else orbit.result(state)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from topotune.tcep.fields import Capped
+from topotune.tcep.precision import full_precision
 
 WARM_UP = 50
 """Power iterations when the vectors are fresh; afterwards one a step follows the weights."""
@@ -31,34 +32,36 @@ class SpectralCaps(nn.Module):
         super().__init__()
         self._matrices = [m for m in matrices if m.cap > 0]
         generator = torch.Generator().manual_seed(0)
-        for index, (weight, _) in enumerate(self._matrices):
-            shape = (*weight.shape[:-2], weight.shape[-1], 1)
-            start = torch.randn(shape, generator=generator).to(weight)
+        for index, capped in enumerate(self._matrices):
+            matrix = capped.matrix
+            shape = (*matrix.shape[:-2], matrix.shape[-1], 1)
+            start = torch.randn(shape, generator=generator).to(matrix)
             self.register_buffer(f"vector_{index}", start)
         for _ in range(WARM_UP):
             self.norms()
         self()
 
+    @full_precision
     @torch.no_grad()
     def norms(self) -> list[Tensor]:
         """The norms, one tensor a matrix: 0-d, or (heads,)."""
         found = []
-        for index, (weight, _) in enumerate(self._matrices):
-            vector = getattr(self, f"vector_{index}")
-            image = weight @ vector
-            back = weight.mT @ (image / image.norm(dim=-2, keepdim=True).clamp_min(1e-30))
+        for index, capped in enumerate(self._matrices):
+            matrix, vector = capped.matrix, getattr(self, f"vector_{index}")
+            image = matrix @ vector
+            back = matrix.mT @ (image / image.norm(dim=-2, keepdim=True).clamp_min(1e-30))
             norm = back.norm(dim=-2, keepdim=True)
             # A matrix of zeros would leave no vector to notice by that it grew.
             vector.copy_(torch.where(norm > 0, back / norm.clamp_min(1e-30), vector))
-            found.append(norm.flatten() if weight.ndim == 3 else norm.squeeze())
+            found.append(norm.flatten() if capped.heads else norm.squeeze())
         return found
 
     @torch.no_grad()
     def forward(self) -> None:
         """Scale every matrix that is above its cap back to it, in place."""
-        for (weight, cap), norm in zip(self._matrices, self.norms(), strict=True):
+        for (weight, cap, heads), norm in zip(self._matrices, self.norms(), strict=True):
             factor = (cap / norm.clamp_min(1e-30)).clamp_max(1.0)
-            weight.mul_(factor[:, None, None] if weight.ndim == 3 else factor)
+            weight.mul_(factor[:, None, None] if heads else factor)
 
 
 def largest_eigenvalue(

@@ -79,8 +79,9 @@ class TransformerField(Field):
     def capped(self) -> list[Capped]:
         """All matrices but the readout's."""
         attention, memory = self.caps.attention, self.caps.memory
+        by_head = (self.query, self.key, self.value, self.output)
         return [
-            *(Capped(w, attention) for w in (self.query, self.key, self.value, self.output)),
+            *(Capped(w, attention, heads=True) for w in by_head),
             Capped(self.inner, memory),
             Capped(self.outer, memory),
         ]

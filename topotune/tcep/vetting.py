@@ -59,6 +59,7 @@ def vet_field(field: Field) -> None:
                     f"field {kind}: capped() must give Capped(weight, cap), got a "
                     f"{type(item).__name__}"
                 )
+            item.check(kind)
     except PluginError:
         raise
     except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from topotune.errors import PluginError
 from topotune.tcep.fields import Field
 from topotune.tcep.reference import jacobian
 from topotune.testing.check import check
@@ -251,17 +252,16 @@ class EnergyContract:
         )
 
     def test_capped_matrices_are_parameters(self) -> None:
-        """``capped`` names matrices of the field, alone or one a head, with caps from 0."""
+        """``capped`` names matrices or kernels of the field, or matrices a head; caps from 0."""
         field, _, _ = self._case()
         names = {id(p): name for name, p in field.named_parameters()}
-        for weight, cap in field.capped():
-            check(id(weight) in names, "capped() holds a tensor that is no parameter of the field")
-            check(
-                weight.dim() in (2, 3),
-                f"capped() holds {names.get(id(weight))} of shape {tuple(weight.shape)}; a "
-                "spectral norm needs a matrix, or one matrix a head",
-            )
-            check(cap >= 0, f"the cap of {names.get(id(weight))} is {cap:g}, below 0")
+        for item in field.capped():
+            inside = id(item.weight) in names
+            check(inside, "capped() holds a tensor that is no parameter of the field")
+            try:
+                item.check(type(field).__name__)
+            except PluginError as error:
+                check(False, f"{names[id(item.weight)]}: {error}")
 
     def test_the_known_equilibrium(self) -> None:
         """It comes to rest where :meth:`known_equilibrium` says."""

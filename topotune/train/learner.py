@@ -50,6 +50,9 @@ class Learner(ABC):
             model: in training mode, its gradients cleared.
             batch: prepared and augmented inputs with their targets, on the device.
 
+        Where nothing can be learnt from a batch, every ``.grad`` stays None: the loop then takes
+        no optimizer step. What is returned is recorded all the same.
+
         Must not synchronise with the host: no ``.item()``, no ``print`` of a tensor.
         """
 

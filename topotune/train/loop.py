@@ -62,7 +62,8 @@ class TrainingLoop:
       trained on (parameters still moving, augmentation on);
     - ``val_loss``, ``val_<metric>``: over the validation split after the epoch;
     - ``learning_rate``: of the first parameter group in the epoch's last step;
-    - ``grad_norm``: mean over the steps of the global 2-norm, before any clipping;
+    - ``grad_norm``: mean over the steps of the global 2-norm, before any clipping; a batch that
+      the learner gave no gradient of takes no step, is 0 in the trace, and does not count;
     - ``grad_spikes``: steps above 5 times the running median (see :class:`SpikeCounter`);
     - ``loss_roughness``: see :func:`~topotune.train.measures.loss_roughness`;
     - ``step_time_ms``: median over blocks of 50 steps of the mean wall time of a full step (batch
@@ -204,6 +205,7 @@ class _Epoch:
         self._pending: dict[str, list[Tensor]] = {}
         self._measured: dict[str, None] = {}  # names of the learner's own, in order
         self._sizes: list[int] = []
+        self._taken: list[bool] = []  # of all steps of the epoch: had the batch any gradient
         self._sums: dict[str, float] = {}
         self._examples = 0
         self._block_seconds: list[tuple[float, int]] = []
@@ -219,11 +221,13 @@ class _Epoch:
         learner = self._parts.learner
         loss, outputs, further = learner.gradients(model, TensorPair(inputs, batch.targets))
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
-        if self._clip is not None:
-            clip_grads_with_norm_(self._parameters, self._clip, norm)
-        optimizer.step()
-        learner.after_step(model)
+        norm = get_total_norm(gradients) if gradients else torch.zeros_like(loss)
+        if gradients:
+            if self._clip is not None:
+                clip_grads_with_norm_(self._parameters, self._clip, norm)
+            optimizer.step()
+            learner.after_step(model)
+        self._taken.append(bool(gradients))
         with torch.no_grad():
             measured = task.metrics(outputs, batch.targets)
         self._pending.setdefault("loss", []).append(loss)
@@ -257,11 +261,12 @@ class _Epoch:
         judged = dict(steps)
         steps |= {name: columns[name] for name in self._measured}
         known = self._parts.learner.fault(steps)
+        taken = np.asarray(self._taken[-count:])
         for name, values in _traced(self._parts.optimizer).items():
             if len(values) > 0:
-                steps[name] = _aligned(values, count, np.nan)
+                steps[name] = _aligned(values, taken, np.nan)
             if name in _JUDGED:  # a step that was not traced is no divergence
-                judged[name] = _aligned(values, count, 0.0)
+                judged[name] = _aligned(values, taken, 0.0)
         first = last - count + 1
         self.trace.append({"step": np.arange(first, last + 1), **steps})
         fault = find_divergence(judged, first, self._number, self._limit, known)
@@ -272,12 +277,13 @@ class _Epoch:
     def metrics(self, spikes: SpikeCounter) -> dict[str, float]:
         """The epoch's training metrics; every step has been checked."""
         steps = self.trace.columns()
+        norms = steps["grad_norm"][np.asarray(self._taken)]
         means = {name: total / self._examples for name, total in self._sums.items()}
         means["train_loss"] = means.pop("loss")
         seconds = sum(spent for spent, _ in self._block_seconds)
         return means | {
-            "grad_norm": float(np.mean(steps["grad_norm"])),
-            "grad_spikes": float(spikes.count(steps["grad_norm"].tolist())),
+            "grad_norm": float(np.mean(norms)) if len(norms) else 0.0,
+            "grad_spikes": float(spikes.count(norms.tolist())),
             "loss_roughness": loss_roughness(steps["loss"].tolist()),
             "step_time_ms": float(np.median([1e3 * s / n for s, n in self._block_seconds])),
             "throughput": self._examples / seconds,
@@ -301,10 +307,13 @@ def _traced(optimizer: Optimizer) -> Columns:
     }
 
 
-def _aligned(values: np.ndarray, count: int, missing: float) -> np.ndarray:
-    """The values of the last steps out of ``count``; the steps before them get ``missing``."""
-    known = values[-count:]
-    return np.concatenate([np.full(count - len(known), missing), known])
+def _aligned(values: np.ndarray, taken: np.ndarray, missing: float) -> np.ndarray:
+    """One value a step: the last steps that were taken have values, all others get ``missing``."""
+    places = np.flatnonzero(taken)
+    known = values[len(values) - min(len(values), len(places)) :]
+    found = np.full(len(taken), missing)
+    found[places[len(places) - len(known) :]] = known
+    return found
 
 
 def _fetch(pending: Mapping[str, list[Tensor]]) -> Columns:

@@ -199,7 +199,7 @@ class TcepLearner(Learner):
         self._dynamics, self._watch, self._probe = dynamics, not learning.noisy, probe
         self._shares: list[float] = []  # of the last marked epochs in a row, oldest first
         self._unconverged: Tensor | float = 0.0  # samples of this epoch; on the device
-        self._samples = 0
+        self._samples, self._skipped = 0, 0
 
     def gradients(self, model: nn.Module, batch: TensorPair) -> BatchResult:
         """One contrast of free and nudged equilibria (or one of the baselines)."""
@@ -208,6 +208,7 @@ class TcepLearner(Learner):
         if share is not None:
             self._unconverged = self._unconverged + share.double() * len(batch)
         self._samples += len(batch)
+        self._skipped += all(parameter.grad is None for parameter in model.parameters())
         return BatchResult(contrast.loss, contrast.outputs, contrast.measured)
 
     def after_step(self, model: nn.Module) -> None:
@@ -226,13 +227,14 @@ class TcepLearner(Learner):
         )
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """The probe batch's measures, and ``unconverged_marked``, 1.0 or 0.0."""
-        share = float(self._unconverged) / max(self._samples, 1)
-        self._unconverged, self._samples = 0.0, 0
+        """The probe batch's measures; ``skipped_steps``, batches of the epoch of which no sample
+        settled; and ``unconverged_marked``, 1.0 or 0.0."""
+        share, skipped = float(self._unconverged) / max(self._samples, 1), float(self._skipped)
+        self._unconverged, self._samples, self._skipped = 0.0, 0, 0
         marked = self._watch and share > TOLERATED
         self._shares = [*self._shares[1 - PATIENCE :], share] if marked else []
         found = self._inner.epoch_metrics(_network(model), self._probe.inputs, self._probe.targets)
-        return {**found, "unconverged_marked": float(marked)}
+        return {**found, "skipped_steps": skipped, "unconverged_marked": float(marked)}
 
     def curves(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Time, energy and residual along one relaxation of the probe batch."""
