@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.search_cases import Desk, make_config
+from tests.search_cases import Desk, accuracy, make_config, report
 from topotune.bench.faults.postgres import Postgres, installed
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.search.address import ENVIRONMENT, study_name
@@ -72,10 +72,10 @@ def check_pages(url: str, name: str, objectives: list[str]) -> None:
 def test_the_command_serves_the_study_until_it_is_told_to_end(tmp_path: Path) -> None:
     goals = [
         {"metric": "val_accuracy", "direction": "maximize"},
-        {"metric": "overhead_vs_adam", "direction": "minimize"},
+        {"metric": "val_loss", "direction": "minimize"},
     ]
     desk = Desk(tmp_path, make_config(budget={"trials": 3, "epochs": 2}, objective=goals))
-    desk.run()
+    desk.run(lambda spec, epoch: report(spec, epoch, val_loss=1 - accuracy(spec, epoch)))
     command = [sys.executable, "-m", "topotune", "dashboard", "--optuna", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--results-dir", str(tmp_path)],  # without a name: it is the only search
@@ -88,7 +88,7 @@ def test_the_command_serves_the_study_until_it_is_told_to_end(tmp_path: Path) ->
         words = process.stdout.readline().split()
         assert words[:3] == ["optuna-dashboard", "of", "demo:"], words
         assert process.stdout.readline() == "read-only; Ctrl-C ends it\n"
-        check_pages(words[3], "demo", ["val_accuracy", "overhead_vs_adam"])
+        check_pages(words[3], "demo", ["val_accuracy", "val_loss"])
     finally:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
