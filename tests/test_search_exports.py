@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.search_cases import Desk, make_config
 from tests.train_cases import BLOBS
+from topotune.cli.main import app
 from topotune.config_budget import Limits
 from topotune.search.book import Progress
 from topotune.search.exports import export_top
+from topotune.search.reading import status
 from topotune.search.study import Handout
 from topotune.search.worker import TrialActor, trial_config
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 
 
-def trained(results: Path) -> Desk:
-    """A search of one trial, trained as its worker trains it."""
-    config = make_config(
-        task=BLOBS, budget={"trials": 1, "epochs": 3}, overhead={"blocks": 0}, fixed={}
-    )
-    desk = Desk(results, config)
-    handout = desk.book.next()
-    assert isinstance(handout, Handout)
-    actor = TrialActor.__new__(TrialActor)
-    actor.setup(trial_config(handout.number, handout.spec, desk.folder.root, Limits(), Path.cwd()))
-    while desk.book.progress(handout.number, Progress.from_json(actor.step()["payload"])):
-        pass
-    actor.cleanup()
-    row = desk.book.end(handout.number)
-    assert row is not None
-    assert row.state == "COMPLETE"
+def trained(results: Path, **changes: Any) -> Desk:
+    """A search, of one trial if nothing else is said, trained as its workers train it."""
+    plain = {"task": BLOBS, "budget": {"trials": 1, "epochs": 3}, "overhead": {"blocks": 0}}
+    desk = Desk(results, make_config(**{**plain, **changes}))
+    while isinstance(handout := desk.book.next(), Handout):
+        actor = TrialActor.__new__(TrialActor)
+        place = desk.folder.root
+        actor.setup(trial_config(handout.number, handout.spec, place, Limits(), Path.cwd()))
+        while desk.book.progress(handout.number, Progress.from_json(actor.step()["payload"])):
+            pass
+        actor.cleanup()
+        row = desk.book.end(handout.number)
+        assert row is not None
+        assert row.state == "COMPLETE"
     desk.store.close()
     return desk
 
@@ -90,3 +93,23 @@ def test_an_export_leaves_the_searchs_folder_as_it_is(
     assert "delete" not in " ".join(notes)
     weights = again.paths.weights
     assert weights.read_bytes() == (first / weights.relative_to(tmp_path / "again")).read_bytes()
+
+
+def test_the_whole_front_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goals = [
+        {"metric": "val_accuracy", "direction": "maximize"},
+        {"metric": "train_loss", "direction": "minimize"},
+    ]
+    desk = trained(tmp_path / "results", objective=goals, budget={"trials": 5, "epochs": 2})
+    front = [trial.number for trial in status(tmp_path / "results", "demo").board.front]
+    exported = export_top(desk.folder, None, tmp_path / "all", note=lambda text: None)
+    assert [one.number for one in exported] == front
+    monkeypatch.chdir(tmp_path)
+    command = ["export", "demo", "--results-dir", str(tmp_path / "results"), "--json"]
+    done = CliRunner().invoke(app, [*command, "--front"])
+    assert done.exit_code == 0, done.output
+    assert [one["trial"] for one in json.loads(done.stdout)] == front
+    made = sorted(path.name for path in (tmp_path / "topotune-exports" / "demo").iterdir())
+    assert made == [f"rank-{i}-trial-{n:04d}" for i, n in enumerate(front, start=1)]
+    both = CliRunner().invoke(app, [*command, "--front", "--top", "2"])
+    assert "--front: exports the whole front" in str(both.exception)

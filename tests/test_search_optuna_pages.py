@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.search_cases import Desk, make_config
+from tests.search_cases import Desk, accuracy, make_config, report
 from topotune.bench.faults.postgres import Postgres, installed
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.search.address import ENVIRONMENT, study_name
@@ -43,7 +43,7 @@ def ask(url: str, method: str = "GET", host: str = "") -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def check_pages(url: str, name: str) -> None:
+def check_pages(url: str, name: str, objectives: list[str]) -> None:
     """The study's page, its numbers over the API, and that nothing is changed through it."""
     base, _, number = url.partition("/dashboard/studies/")
     status, page = ask(url)
@@ -51,6 +51,7 @@ def check_pages(url: str, name: str) -> None:
     (study,) = json.loads(ask(f"{base}/api/studies")[1])["study_summaries"]
     assert (study["study_name"], study["study_id"]) == (name, int(number))
     study = json.loads(ask(f"{base}/api/studies/{number}")[1])
+    assert study["objective_names"] == objectives
     assert [trial["state"] for trial in study["trials"]] == ["Complete"] * 3
     assert ask(f"{base}/api/studies/{number}/param_importances")[0] == 200
     for method, path in (
@@ -69,8 +70,12 @@ def check_pages(url: str, name: str) -> None:
 
 @pytest.mark.usefixtures("dashboard")
 def test_the_command_serves_the_study_until_it_is_told_to_end(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, make_config(budget={"trials": 3, "epochs": 2}))
-    desk.run()
+    goals = [
+        {"metric": "val_accuracy", "direction": "maximize"},
+        {"metric": "val_loss", "direction": "minimize"},
+    ]
+    desk = Desk(tmp_path, make_config(budget={"trials": 3, "epochs": 2}, objective=goals))
+    desk.run(lambda spec, epoch: report(spec, epoch, val_loss=1 - accuracy(spec, epoch)))
     command = [sys.executable, "-m", "topotune", "dashboard", "--optuna", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--results-dir", str(tmp_path)],  # without a name: it is the only search
@@ -83,7 +88,7 @@ def test_the_command_serves_the_study_until_it_is_told_to_end(tmp_path: Path) ->
         words = process.stdout.readline().split()
         assert words[:3] == ["optuna-dashboard", "of", "demo:"], words
         assert process.stdout.readline() == "read-only; Ctrl-C ends it\n"
-        check_pages(words[3], "demo")
+        check_pages(words[3], "demo", ["val_accuracy", "val_loss"])
     finally:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=60)
@@ -104,7 +109,7 @@ def test_a_study_in_a_database_is_shown_without_its_password(
         desk.run()
         desk.store.close()
         with serving(desk.folder, config, 0) as url:
-            check_pages(url, study_name(desk.folder, config))
+            check_pages(url, study_name(desk.folder, config), ["val_accuracy"])
             assert server.password not in url
             line = Path(f"/proc/{os.getpid()}/cmdline").read_bytes()
             assert server.password.encode() not in line

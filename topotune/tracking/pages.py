@@ -144,7 +144,8 @@ def search_view(labels: Labels, parent_id: str) -> str:
     """
     columns = [_column("metrics", clean_name(name)) for name in labels.metrics]
     columns += [_column("params", clean_name(name)) for name in labels.searched]
-    costs = (*_OVERHEADS, "device_seconds", "epochs_trained")
+    spreads = (f"{name}{part}" for name in _OVERHEADS for part in ("", "_iqr"))
+    costs = (*spreads, "device_seconds", "epochs_trained")
     columns += [_column("metrics", name) for name in costs]
     columns += [_column("tags", "topotune.outcome"), _column("attributes", "Dataset")]
     view: dict[str, Any] = {
@@ -223,7 +224,8 @@ _VIEWS = {
             f"tags.{ROLE_TAG} = 'trial' and tags.topotune.outcome = 'COMPLETE'",
             _column("metrics", "val_accuracy"),
             f"{_COMMON} tags.topotune.search metrics.val_accuracy metrics.val_loss "
-            "metrics.overhead_vs_adam metrics.overhead_vs_bptt metrics.device_seconds",
+            "metrics.overhead_vs_adam metrics.overhead_vs_adam_iqr metrics.overhead_vs_bptt "
+            "metrics.overhead_vs_bptt_iqr metrics.device_seconds",
         ),
     ),
     "topotune-wrong": (
