@@ -112,7 +112,8 @@ class Gate:
         with self._lock:
             listener, self._listener = self._listener, None
             opened, self._open = self._open, []
-        for one in (*opened, listener) if listener else opened:
+        # The listener first: who sees a connection break may open the gate again at once.
+        for one in (listener, *opened) if listener else opened:
             with suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
