@@ -241,16 +241,16 @@ def code_differences(
     """
     ran = list(dict.fromkeys(tags[CODE_TAG] for tags in starts if CODE_TAG in tags))
     words = [f"its epochs ran different code ({', '.join(ran)})"] if len(ran) > 1 else []
-    known = {code_digest(record["hashes"]): n for n, record in records(folder).items()}
+    known = {code_digest(of["hashes"]): (n, of["hashes"]) for n, of in records(folder).items()}
     for code in ran:
         if code == code_digest(now):
             continue
         if code not in known:
             words.append(f"the code ({code}, of which nothing is kept: edited during the search)")
             continue
-        changes = changed(records(folder)[known[code]]["hashes"], now)
-        kept = folder.sources / str(known[code]) / "code"
-        words.append(f"{', '.join(changes)} (what it ran is kept in {kept})")
+        number, before = known[code]
+        kept = folder.sources / str(number) / "code"
+        words.append(f"{', '.join(changed(before, now))} (what it ran is kept in {kept})")
     return words
 
 
@@ -278,6 +278,5 @@ def _same(record: Mapping[str, Any], source: Source, home: Path, diff: str) -> b
 
 
 def _files(home: Path) -> list[Path]:
-    others = sorted(path for path in home.rglob("*") if path.is_file())
-    record = home / RECORD_FILE
-    return [record, *(path for path in others if path != record)]
+    found = (path for path in home.rglob("*") if path.is_file())
+    return sorted(found, key=lambda path: (path.name != RECORD_FILE or path.parent != home, path))
