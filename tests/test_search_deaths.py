@@ -171,6 +171,7 @@ def test_epochs_that_a_dead_worker_recorded_and_could_not_tell_count(
     tracker.metrics({"overhead_vs_adam": 1.25}, 0, 1)
     for one in reports:
         tracker.epoch(one)
+        tracker.metrics({"system/cpu_utilization_percentage": 12.0}, one.epoch, 1)
     assert desk.book.progress(0, Progress((reports[0],)))
     left = recorded(desk.folder.trial(0))
     assert left == Progress(tuple(reports), {"overhead_vs_adam": 1.25})
