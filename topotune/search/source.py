@@ -23,13 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from topotune import __version__
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, SpoolError
 from topotune.files import make_folder
 from topotune.records import DATA_TAG, ROWS_TAG
 from topotune.redaction import redact
-from topotune.repository import Repository, own_commit
+from topotune.repository import COMMIT_TAG, Repository, own_tags, own_version
 from topotune.search.folder import SearchFolder, write_bytes, write_text
 from topotune.shipped import REPOSITORY_FILE
 from topotune.tracking.entries import Start
@@ -37,7 +36,7 @@ from topotune.tracking.spool import TRIAL_SPOOL
 from topotune.tracking.tails import read_all
 from topotune.usercode import code_digest, contents, hashes, module_paths, user_files
 
-CODE_TAG, COMMAND_TAG, COMMIT_TAG = "topotune.code", "topotune.command", "topotune.commit"
+CODE_TAG, COMMAND_TAG = "topotune.code", "topotune.command"
 RECORD_FILE, DIFF_FILE = "source.json", "git.diff"
 FLAG = "--changed-code"
 MAX_KEPT = 2**20
@@ -84,7 +83,7 @@ class Source:
             hashes=hashes(found := contents(files)),
             repository=_shipped(root) or Repository.of(root),
             command=redact(shlex.join(words)),
-            topotune=f"{__version__} ({commit})" if (commit := own_commit()) else __version__,
+            topotune=own_version(),
             modules=modules,
             files=files,
             contents=found,
@@ -107,8 +106,7 @@ class Source:
     @property
     def search_tags(self) -> dict[str, str]:
         """Tags of the search itself."""
-        commit = {COMMIT_TAG: found} if (found := own_commit()) else {}
-        return {**self.trial_tags, **commit, COMMAND_TAG: self.command}
+        return {**self.trial_tags, **own_tags(), COMMAND_TAG: self.command}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the record; the diff is a file of its own."""
