@@ -131,7 +131,7 @@ def _check_conditions(config: SearchConfig) -> Iterator[RuleError]:
                 if not holds(space[parent], value):
                     yield RuleError(
                         place,
-                        f"{parent} never takes the value {shown(value)}"
+                        f"{parent} never takes the value {quoted(value)}"
                         + _quotes(space[parent], value),
                     )
     if known:
@@ -314,7 +314,7 @@ def one_of(wanted: Scalar | list[Scalar | None] | None) -> str:
     return " or ".join(map(plain, wanted if isinstance(wanted, list) else [wanted]))
 
 
-def shown(value: Value) -> str:
+def quoted(value: Value) -> str:
     """A value as a search file has it, a text in quotes."""
     return repr(value) if isinstance(value, str) else json.dumps(value)
 
@@ -336,7 +336,7 @@ def _check_points(config: SearchConfig) -> Iterator[RuleError]:
             elif not holds(space[name], value):
                 yield RuleError(
                     place,
-                    f"{shown(value)} is outside {name}'s range ({describe(space[name])})"
+                    f"{quoted(value)} is outside {name}'s range ({describe(space[name])})"
                     + _quotes(space[name], value),
                 )
 
