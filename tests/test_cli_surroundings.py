@@ -102,7 +102,7 @@ def test_ctrl_c_says_so_in_every_command() -> None:
 def home_of_a_child(tmp_path: Path, home: Path | None) -> dict[str, str]:
     """HOME and MPLCONFIGDIR after :func:`give_a_home` in a process of a user without a name."""
     answer = tmp_path / "answer"
-    answer.touch()
+    answer.write_text("")
     answer.chmod(0o666)
     if (child := os.fork()) == 0:
         try:
@@ -135,6 +135,8 @@ def test_a_missing_or_read_only_home() -> None:
         assert missing == {"HOME": own, "MPLCONFIGDIR": f"{own}/matplotlib"}
         if os.getuid() == 0:  # else the list of users knows a home
             assert home_of_a_child(place, None) == missing
+            (place / "closed").mkdir(mode=0o700)  # as of root's, after su
+            assert home_of_a_child(place, place / "closed" / "home") == missing
         locked = place / "locked"
         locked.mkdir(mode=0o555)
         assert home_of_a_child(place, locked) == {**missing, "HOME": str(locked)}
@@ -167,6 +169,20 @@ def test_rays_sockets_get_a_short_folder_where_the_usual_one_is_too_deep(
     monkeypatch.setattr(session, "_SHORT_PLACES", ("/proc/nope", __file__))
     with pytest.raises(ResourceError, match=r"at most 39 bytes \(this one has 40\).*RAY_TMPDIR"):
         session._short_folder()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+def test_a_folder_that_is_closed_to_this_user_cannot_be_made(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    if (child := os.fork()) == 0:
+        status = 2
+        try:
+            os.setuid(54321)
+            status = int(session._can_be_made(closed / "tmp" / "ray"))
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.ray

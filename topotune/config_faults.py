@@ -32,7 +32,7 @@ def faults_of(error: ValidationError, data: Any, schema: dict[str, Any]) -> list
             continue  # its items have faults, which are named
         place = tuple(_existing(tuple(problem["loc"]), data, kind in ("missing", *_UNKNOWN_KEY)))
         table = missing if kind == "missing" else found
-        table.setdefault(place, []).append(_message(problem, place, data, schema))
+        table.setdefault(place, []).append(_message(problem, place, schema))
     # An unknown key often is the missing one, misspelt: it goes first.
     texts = {**found, **missing}
     return [
@@ -158,7 +158,7 @@ _OTHER_TYPES = {
 }
 
 
-def _message(problem: Any, place: Place, data: Any, schema: dict[str, Any]) -> str:
+def _message(problem: Any, place: Place, schema: dict[str, Any]) -> str:
     kind, value = problem["type"], problem.get("input")
     if kind in _UNKNOWN_KEY:
         known = _keys_at(place[:-1], schema)

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from topotune.config_space import PARAM_NAME, FloatParam, IntParam, Param, Scalar
 from topotune.errors import did_you_mean
 from topotune.records import Value
 
 if TYPE_CHECKING:
     from topotune.config import SearchConfig
-    from topotune.config_space import FloatParam, IntParam, Param, Scalar
 
 
 MOST_STEPS = 1e15
@@ -53,19 +53,8 @@ def check_search(config: SearchConfig, *, saved: bool = False) -> None:
         BrokenRulesError: with every broken rule.
     """
     rules = (*_RULES, *(() if saved else _RULES_OF_NEW))
-    if broken := [error for rule in rules for error in _broken(rule, config)]:
+    if broken := [error for rule in rules for error in rule(config)]:
         raise BrokenRulesError(broken)
-
-
-def _broken(
-    rule: Callable[[SearchConfig], Iterator[RuleError]], config: SearchConfig
-) -> list[RuleError]:
-    found: list[RuleError] = []
-    try:
-        found.extend(rule(config))
-    except RuleError as error:
-        found.append(error)
-    return found
 
 
 def _check_fixed(config: SearchConfig) -> Iterator[RuleError]:
@@ -109,9 +98,7 @@ def _check_test_split(config: SearchConfig) -> Iterator[RuleError]:
 
 
 def _check_names(config: SearchConfig) -> Iterator[RuleError]:
-    from topotune.config import PARAM_NAME, TrainConfig
-
-    train_names = set(TrainConfig.model_fields)
+    train_names = set(type(config.train).model_fields)
     for block, names in (("fixed", config.fixed), ("space", config.space)):
         for name in names:
             if not PARAM_NAME.fullmatch(name):
@@ -144,11 +131,14 @@ def _check_conditions(config: SearchConfig) -> Iterator[RuleError]:
                 if not holds(space[parent], value):
                     yield RuleError(
                         place,
-                        f"{parent} never takes the value {shown(value)}"
+                        f"{parent} never takes the value {quoted(value)}"
                         + _quotes(space[parent], value),
                     )
     if known:
-        sampling_order(space)
+        try:
+            sampling_order(space)
+        except RuleError as error:
+            yield error
 
 
 def _check_continuous(config: SearchConfig) -> Iterator[RuleError]:
@@ -296,10 +286,8 @@ def grid_axis(param: Param) -> int:
     """How many values a grid gives a parameter, which has choices or a step."""
     if param.type == "categorical":
         return len(param.choices)
-    if param.type == "int":
-        return (param.high - param.low) // param.step + 1
     assert param.step is not None
-    return int((param.high - param.low) / param.step + 1e-9) + 1
+    return round((last_value(param) - param.low) / param.step) + 1
 
 
 def grid_size(space: Mapping[str, Param]) -> int:
@@ -326,7 +314,7 @@ def one_of(wanted: Scalar | list[Scalar | None] | None) -> str:
     return " or ".join(map(plain, wanted if isinstance(wanted, list) else [wanted]))
 
 
-def shown(value: Value) -> str:
+def quoted(value: Value) -> str:
     """A value as a search file has it, a text in quotes."""
     return repr(value) if isinstance(value, str) else json.dumps(value)
 
@@ -348,7 +336,7 @@ def _check_points(config: SearchConfig) -> Iterator[RuleError]:
             elif not holds(space[name], value):
                 yield RuleError(
                     place,
-                    f"{shown(value)} is outside {name}'s range ({describe(space[name])})"
+                    f"{quoted(value)} is outside {name}'s range ({describe(space[name])})"
                     + _quotes(space[name], value),
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -14,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+PARAM_NAME = re.compile(r"(?:(?:model|task|train)\.)?[A-Za-z_][A-Za-z0-9_]*")
 Scalar: TypeAlias = bool | int | float | str
 When: TypeAlias = dict[str, Scalar | list[Scalar | None] | None]
 """Parameter to the value, or the values, that it must have."""

@@ -1,8 +1,7 @@
-"""A git repository as its own program tells it: commit, branch, address, and what is not committed.
+"""A git repository as git describes it: commit, branch, address, and what is not committed.
 
 Nothing of the repository is run (no hook, no external diff, no file-system monitor) or changed (no
-lock, no refreshed index). Where there is no git, no repository or no commit, there is nothing to
-tell.
+lock, no refreshed index). Without git, a repository or a commit there is no description.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from topotune import __version__
 from topotune.redaction import redact
 
+COMMIT_TAG = "topotune.commit"
 MAX_DIFF = 2**20
 """Bytes of a diff that are kept."""
 _SECONDS = 10.0
@@ -76,6 +77,16 @@ class Repository:
         if not isinstance(data, dict) or not all(isinstance(data.get(n), str) for n in names):
             return None
         return cls(**{name: data[name] for name in names})
+
+
+def own_version() -> str:
+    """topotune's version, with the commit that it runs from if there is one."""
+    return f"{__version__} ({commit})" if (commit := own_commit()) else __version__
+
+
+def own_tags() -> dict[str, str]:
+    """The tag that says which commit topotune runs from; none where it is not checked out."""
+    return {COMMIT_TAG: commit} if (commit := own_commit()) else {}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from topotune.cli.options import say_whole
+from topotune.cli.options import say_whole, shown
 from topotune.results.leaderboard import legend, valued
 from topotune.results.text import clean, parameter, spread
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from topotune.records import TrialSummary
     from topotune.results.leaderboard import Column, Leaderboard
+    from topotune.search.reading import SearchStatus
 
 _OVERHEADS = {
     "overhead_vs_adam": "fused Adam",
@@ -29,6 +30,15 @@ _GAP = 2
 """Characters between two columns."""
 _MOST_PLACES = 10
 """Paths of tracebacks that are listed below a table."""
+
+
+def print_status(out: Console, status: SearchStatus, limit: int) -> None:
+    """How a search stands, the first ``limit`` trials of its table, and the best."""
+    for line in (status.line(), *(status.live.lines() if status.live else ())):
+        say_whole(out, shown(line))
+    out.print()
+    print_board(out, status.board, limit)
+    print_best(out, status.board)
 
 
 def print_board(out: Console, board: Leaderboard, limit: int, where: str = "") -> None:

@@ -330,7 +330,7 @@ def package(
     as_json: AsJson = False,
 ) -> None:
     """Send the code that a search was submitted with to whoever asks."""
-    from topotune.cli.boards import print_best, print_board
+    from topotune.cli.boards import print_status
     from topotune.errors import SearchFolderError
     from topotune.search import reading
     from topotune.search.folder import SearchFolder
@@ -345,10 +345,7 @@ def package(
         if as_json:
             print_json({**report.to_dict(), "finished": True})
             return
-        out = console()
-        out.print(shown(report.line()), markup=False)
-        print_board(out, report.board, limit=10)
-        print_best(out, report.board)
+        print_status(console(), report, limit=10)
         return
     fetch_folder(results_dir, name, "code")
     if folder.code.is_dir():

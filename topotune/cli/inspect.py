@@ -21,8 +21,6 @@ from topotune.cli.options import (
     on_cluster,
     print_json,
     say,
-    say_whole,
-    shown,
 )
 from topotune.errors import ConfigError, RunError
 from topotune.settings import VARIABLES
@@ -50,14 +48,9 @@ def status(
         if as_json:
             print_json(report.to_dict())
             return
-        from topotune.cli.boards import print_best, print_board
+        from topotune.cli.boards import print_status
 
-        out = console()
-        for line in (report.line(), *(report.live.lines() if report.live else ())):
-            say_whole(out, shown(line))
-        out.print()
-        print_board(out, report.board, limit=len(report.board.trials))
-        print_best(out, report.board)
+        print_status(console(), report, limit=len(report.board.trials))
         return
     from topotune.search.objects.address import shown as place
 

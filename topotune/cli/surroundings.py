@@ -33,7 +33,7 @@ def give_a_home() -> None:
     if home.is_absolute() and os.access(home, os.R_OK | os.W_OK | os.X_OK):
         return
     own = _own_folder()
-    if not home.is_absolute() or not home.is_dir():
+    if not home.is_absolute() or not os.path.isdir(home):  # noqa: PTH112 - nor may this one raise
         os.environ["HOME"] = str(own)
     os.environ.setdefault("MPLCONFIGDIR", str(own / "matplotlib"))
 

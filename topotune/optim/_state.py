@@ -30,7 +30,7 @@ ADAM_ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 _FIELD_TENSORS = frozenset(name for kind in FIELDS.values() for name in kind.tensors)
 _FIELD_ENTRIES = _FIELD_TENSORS | {"scalars"}
 
-PUBLISHED = {"m": "exp_avg", "v": "exp_avg_sq"}
+_PUBLISHED = {"m": "exp_avg", "v": "exp_avg_sq"}
 """Names of the moments in a state of the published package; its fields are alpha and beta."""
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -292,7 +292,7 @@ def converted(
     if not isinstance(saved, Mapping):
         raise ValueError(f"the state of {called} must be a dict, got {type(saved).__name__}")
     entries = dict(saved)
-    for old, new in PUBLISHED.items():
+    for old, new in _PUBLISHED.items():
         if old in entries and new not in entries:
             entries[new] = entries.pop(old)
     published = [entries.pop(name) for name in ("alpha", "beta") if name in entries]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from topotune.records import TrialSummary
-from topotune.results.leaderboard import Leaderboard
+from topotune.results.leaderboard import Leaderboard, valued
 from topotune.results.ranking import last_value
 from topotune.results.text import markdown, number, parameter
 from topotune.results.yamltext import dump_yaml
@@ -40,7 +40,8 @@ def describe(board: Leaderboard, outcome: str, about: str = "", next_command: st
     """
     several = len(board.objectives) > 1
     best = [
-        f"[trial {trial.number}](topotune:trial/{trial.number}), {markdown(board.figures(trial))}"
+        f"[trial {trial.number}](topotune:trial/{trial.number}), "
+        f"{markdown(valued(trial, board.objectives, ways=True))}"
         for trial in board.front
     ]
     said = "no trial has finished within the constraints"

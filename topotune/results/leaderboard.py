@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from topotune.records import TrialSummary
 from topotune.results.ranking import (
-    best,
     counts,
     is_eligible,
     is_finished,
@@ -22,7 +21,7 @@ from topotune.results.ranking import (
 )
 from topotune.results.text import clean, markdown, number, parameter, spread, strict_json
 
-__all__ = ["Column", "Leaderboard", "best", "counts", "legend", "rank", "standing", "top", "valued"]
+__all__ = ["Column", "Leaderboard", "counts", "legend", "rank", "standing", "top", "valued"]
 
 _TRACEBACK = re.compile(r" \(traceback: (.+?)\)(?=\)?$)")
 _OVERHEADS = {
@@ -92,11 +91,11 @@ def standing(front: Sequence[TrialSummary], objectives: Mapping[str, str]) -> st
     return f"front of {len(front)} (trials {', '.join(numbers)}{more}): {', '.join(reach)}"
 
 
-def valued(trial: TrialSummary, objectives: Mapping[str, str]) -> str:
-    """A finished trial's objectives, names and values."""
+def valued(trial: TrialSummary, objectives: Mapping[str, str], ways: bool = False) -> str:
+    """A finished trial's objectives, names and values, with ``ways`` also their directions."""
     return ", ".join(
-        f"{clean(name)} {number(value)}{spread(trial.metrics, name)}"
-        for name, value in zip(objectives, trial.values, strict=True)
+        f"{clean(name)} {number(value)}{spread(trial.metrics, name)}{f' ({way})' if ways else ''}"
+        for (name, way), value in zip(objectives.items(), trial.values, strict=True)
     )
 
 
@@ -132,8 +131,8 @@ class Leaderboard:
 
     @property
     def best(self) -> TrialSummary | None:
-        """The first trial if it may be called best."""
-        return self.trials[0] if self.trials and self.trials[0].number in self.fronts else None
+        """The first trial of the front; None if no trial may be called best."""
+        return next(iter(self.front), None)
 
     @property
     def front(self) -> tuple[TrialSummary, ...]:
@@ -256,11 +255,14 @@ class Leaderboard:
         """A heading, the counts, the best trial or the whole front, the table and its legend."""
         head = [f"# Leaderboard of {markdown(self.search)}", markdown(self.summary) + "."]
         if len(self.objectives) == 1 and self.best is not None:
-            head.append(markdown(f"Best: trial {self.best.number}, {self.figures(self.best)}."))
+            best = valued(self.best, self.objectives, ways=True)
+            head.append(markdown(f"Best: trial {self.best.number}, {best}."))
         elif self.front:
-            lines = (f"trial {trial.number}: {self.figures(trial)}" for trial in self.front)
-            head.append(f"Front of {len(self.front)}:")
-            head.append("\n".join(f"- {markdown(line)}" for line in lines))
+            lines = [
+                f"- trial {t.number}: {markdown(valued(t, self.objectives, ways=True))}"
+                for t in self.front
+            ]
+            head += [f"Front of {len(lines)}:", "\n".join(lines)]
         else:
             head.append("No trial finished within the constraints.")
         places = [f"Traceback of trial {n}: {markdown(p)}" for n, p in self.tracebacks.items()]
@@ -270,13 +272,6 @@ class Leaderboard:
     def markdown_legend(self) -> str:
         """How to read the table, as a list."""
         return "\n".join(f"- {markdown(line)}" for line in legend(self.columns()))
-
-    def figures(self, trial: TrialSummary) -> str:
-        """A finished trial's objectives in words."""
-        return ", ".join(
-            f"{name} {number(value)}{spread(trial.metrics, name)} ({direction})"
-            for (name, direction), value in zip(self.objectives.items(), trial.values, strict=True)
-        )
 
     def markdown_table(
         self, max_chars: int | None = None, cell: Callable[[int, str], str] = lambda _, text: text

@@ -124,12 +124,6 @@ def rank(trials: Iterable[TrialSummary], directions: Sequence[str]) -> list[Tria
     return sorted(given, key=key)
 
 
-def best(trials: Iterable[TrialSummary], directions: Sequence[str]) -> TrialSummary | None:
-    """The first of :func:`rank` if it may be called best; None if no trial may."""
-    found = top(trials, directions, 1)
-    return found[0] if found else None
-
-
 def top(trials: Iterable[TrialSummary], directions: Sequence[str], n: int) -> list[TrialSummary]:
     """The best ``n`` trials that finished and break no constraint; fewer if there are fewer."""
     return [t for t in rank(trials, directions) if is_eligible(t, directions)][:n]

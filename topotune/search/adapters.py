@@ -78,7 +78,7 @@ def recorded(folder: Path) -> Progress:
         return Progress()
     metrics: dict[str, float] = {}
     for body in bodies:
-        if isinstance(body, Metrics):
+        if isinstance(body, Metrics) and body.step == 0:  # those of an epoch are the machine's
             metrics.update(body.values)
     return Progress(tuple(body.report for body in bodies if isinstance(body, Epoch)), metrics)
 

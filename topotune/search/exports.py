@@ -20,7 +20,7 @@ from topotune.records import (
     TrialSpec,
     Value,
 )
-from topotune.repository import own_commit
+from topotune.repository import COMMIT_TAG, own_version
 from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
 from topotune.results.leaderboard import top
 from topotune.search.folder import SearchFolder
@@ -29,7 +29,6 @@ from topotune.search.recorder import leaderboard, objectives
 from topotune.search.shipping import experiment, open_store
 from topotune.search.source import (
     CODE_TAG,
-    COMMIT_TAG,
     GIT_TAGS,
     Source,
     code_differences,
@@ -228,15 +227,14 @@ def _provenance(
     packages = {
         name.removeprefix("version."): value
         for name, value in found.items()
-        if name.startswith("version.")
+        if name.startswith("version.") and name != "version.topotune"
     }
-    version = packages.pop("topotune")
     return Provenance(
         search=folder.name,
         search_id=folder.search_id,
         experiment=experiment(folder.config()),
         trials=trials,
-        code_version=f"{version} ({commit})" if (commit := own_commit()) else version,
+        code_version=own_version(),
         packages=packages,
         device=f"{found['device']} ({found['device_name']}, {spec.threads} threads)",
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -28,9 +28,7 @@ _STAND_INS: dict[str, tuple[str | None, str]] = {
 where the options are that go with it."""
 
 
-def build_faults(
-    config: SearchConfig, spec: TrialSpec
-) -> tuple[list[FieldError], TrialSpec | None]:
+def faults_at(config: SearchConfig, spec: TrialSpec) -> tuple[list[FieldError], TrialSpec | None]:
     """What keeps a trial from being built; loads no data.
 
     Each refused name or value is left out and the rest is built, until nothing is refused.
@@ -56,7 +54,7 @@ def build_faults(
         except (ConfigError, UnknownNameError, PluginError) as error:
             path = _path(error, config, spec)
             # What is refused next to a stand-in or without an option may be due to that.
-            due = found and not (isinstance(error, UnknownNameError) or _in_file(path, config))
+            due = found and not (isinstance(error, UnknownNameError) or _in_file(path))
             if due or path in found:
                 break
             problem, fix = (
@@ -104,7 +102,7 @@ def _path(error: UserError, config: SearchConfig, spec: TrialSpec) -> tuple[str 
     return ("model", "name") if "model" in named else ("method",)
 
 
-def _in_file(path: tuple[str | int, ...], config: SearchConfig) -> bool:
+def _in_file(path: tuple[str | int, ...]) -> bool:
     """Whether it is the key of one parameter or option."""
     return path[0] in ("space", "fixed") or path[1:2] == ("options",)
 

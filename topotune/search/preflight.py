@@ -31,7 +31,7 @@ from topotune.search.address import ENVIRONMENT as STUDY
 from topotune.search.address import study_uri
 from topotune.search.autoscaler import ENVIRONMENT
 from topotune.search.cluster import Cluster, Node, needs_of, told
-from topotune.search.faults import build_faults
+from topotune.search.faults import faults_at
 from topotune.search.objects.address import store_address
 from topotune.search.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.shipping import ENVIRONMENT as TRACKING
@@ -145,7 +145,7 @@ def _examine(
     found: dict[tuple[str | int, ...], FieldError] = {}
     for spec in corners(config):
         try:
-            here, rest = build_faults(config, spec)
+            here, rest = faults_at(config, spec)
         except UnstableError as error:
             unstable.append(error)
             continue

@@ -124,7 +124,7 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
 
 
 def is_finished(folder: SearchFolder) -> bool:
-    """Whether a search has nothing left to do, whoever holds it."""
+    """Whether a search has nothing left to do."""
     return _status(folder).finished
 
 

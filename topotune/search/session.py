@@ -86,7 +86,9 @@ def _short_folder() -> str | None:
 
 
 def _can_be_made(folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    parts = (folder, *folder.parents)
+    # Not Path's own exists(), which raises below a folder that is closed to this user.
+    there = next(path for path in parts if os.path.exists(path))  # noqa: PTH110
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 

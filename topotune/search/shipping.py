@@ -63,8 +63,8 @@ def look_first(folder: SearchFolder, config: SearchConfig, note: Callable[[str],
     Args:
         folder: the search's folder, which need not exist yet.
         config: the search, as :func:`remembered` gives it.
-        note: told, in a line, of a tracking server that does not answer, and of variables of MLflow
-            that do not count.
+        note: gets a line about a tracking server that does not answer, and about variables of
+            MLflow that do not count.
     """
     own, given = experiment(config), os.environ.get(EXPERIMENT)
     if given and given != own:

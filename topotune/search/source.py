@@ -23,13 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from topotune import __version__
 from topotune.config import SearchConfig
 from topotune.errors import ConfigError, SpoolError
 from topotune.files import make_folder
 from topotune.records import DATA_TAG, ROWS_TAG
 from topotune.redaction import redact
-from topotune.repository import Repository, own_commit
+from topotune.repository import COMMIT_TAG, Repository, own_tags, own_version
 from topotune.search.folder import SearchFolder, write_bytes, write_text
 from topotune.shipped import REPOSITORY_FILE
 from topotune.tracking.entries import Start
@@ -37,7 +36,7 @@ from topotune.tracking.spool import TRIAL_SPOOL
 from topotune.tracking.tails import read_all
 from topotune.usercode import code_digest, contents, hashes, module_paths, user_files
 
-CODE_TAG, COMMAND_TAG, COMMIT_TAG = "topotune.code", "topotune.command", "topotune.commit"
+CODE_TAG, COMMAND_TAG = "topotune.code", "topotune.command"
 RECORD_FILE, DIFF_FILE = "source.json", "git.diff"
 FLAG = "--changed-code"
 MAX_KEPT = 2**20
@@ -84,7 +83,7 @@ class Source:
             hashes=hashes(found := contents(files)),
             repository=_shipped(root) or Repository.of(root),
             command=redact(shlex.join(words)),
-            topotune=f"{__version__} ({commit})" if (commit := own_commit()) else __version__,
+            topotune=own_version(),
             modules=modules,
             files=files,
             contents=found,
@@ -107,8 +106,7 @@ class Source:
     @property
     def search_tags(self) -> dict[str, str]:
         """Tags of the search itself."""
-        commit = {COMMIT_TAG: found} if (found := own_commit()) else {}
-        return {**self.trial_tags, **commit, COMMAND_TAG: self.command}
+        return {**self.trial_tags, **own_tags(), COMMAND_TAG: self.command}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the record; the diff is a file of its own."""
@@ -247,16 +245,16 @@ def code_differences(
     """
     ran = list(dict.fromkeys(tags[CODE_TAG] for tags in starts if CODE_TAG in tags))
     words = [f"its epochs ran different code ({', '.join(ran)})"] if len(ran) > 1 else []
-    known = {code_digest(record["hashes"]): n for n, record in records(folder).items()}
+    known = {code_digest(of["hashes"]): (n, of["hashes"]) for n, of in records(folder).items()}
     for code in ran:
         if code == code_digest(now):
             continue
         if code not in known:
             words.append(f"the code ({code}, of which nothing is kept: edited during the search)")
             continue
-        changes = changed(records(folder)[known[code]]["hashes"], now)
-        kept = folder.sources / str(known[code]) / "code"
-        words.append(f"{', '.join(changes)} (what it ran is kept in {kept})")
+        number, before = known[code]
+        kept = folder.sources / str(number) / "code"
+        words.append(f"{', '.join(changed(before, now))} (what it ran is kept in {kept})")
     return words
 
 
@@ -284,6 +282,5 @@ def _same(record: Mapping[str, Any], source: Source, home: Path, diff: str) -> b
 
 
 def _files(home: Path) -> list[Path]:
-    others = sorted(path for path in home.rglob("*") if path.is_file())
-    record = home / RECORD_FILE
-    return [record, *(path for path in others if path != record)]
+    found = (path for path in home.rglob("*") if path.is_file())
+    return sorted(found, key=lambda path: (path.name != RECORD_FILE or path.parent != home, path))

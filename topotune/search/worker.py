@@ -9,6 +9,7 @@ watches each trial while it works.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -63,7 +64,6 @@ class TrialActor(tune.Trainable):
     """
 
     _loaded = False
-    _code: tuple[object, str] = (None, "")
     _output: Output | None = None
     _slate: Slate | None = None
     _guard: Guard | None = None
@@ -257,15 +257,8 @@ class TrialActor(tune.Trainable):
             )
 
     def _code_tags(self) -> dict[str, str]:
-        """Which code this process runs: what it found when it imported it, for its first trial.
-
-        Only where that is the driver's, it is of the driver's commit.
-        """
-        modules = tuple(self._source["modules"])
-        if TrialActor._code[0] != modules:
-            found = code_digest(hashes(contents(user_files(modules, Path.cwd()))))
-            TrialActor._code = (modules, found)
-        code, tags = TrialActor._code[1], dict(self._source["tags"])
+        """Which code this process runs. Only where that is the driver's, it is of its commit."""
+        code, tags = _code(tuple(self._source["modules"])), dict(self._source["tags"])
         return tags if code == tags.get(CODE_TAG, "") else {CODE_TAG: code or "none"}
 
     def _beat(self) -> None:
@@ -313,6 +306,13 @@ def _raised_by_ray(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     places = (str(Path(ray.__file__).parent), "python/ray/")  # the second one of what is compiled
     return bool(frames) and frames[-1].filename.startswith(places)
+
+
+@functools.cache
+def _code(modules: tuple[str, ...]) -> str:
+    """The digest of modules as this process found them before it imported them, for its first
+    trial."""
+    return code_digest(hashes(contents(user_files(modules, Path.cwd()))))
 
 
 def trial_config(

@@ -52,7 +52,7 @@ def pack(
         if str(place) in (SEARCH_FILE, ENV_FILE, REPOSITORY_FILE, "."):
             raise ConfigError("--include", f"{path} would replace the search file or the package")
         _copy(path, target / place)
-    if (repository := Repository.of(root)) is not None:  # which there is none of on the cluster
+    if (repository := Repository.of(root)) is not None:  # the cluster has no copy of it
         text = json.dumps(repository.to_dict(), indent=1)
         (target / REPOSITORY_FILE).write_text(text, encoding="utf-8")
     size = size_of(target)

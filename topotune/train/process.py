@@ -13,7 +13,7 @@ import torch
 
 from topotune import __version__
 from topotune.errors import ConfigError, ResourceError
-from topotune.repository import own_commit
+from topotune.repository import own_tags
 from topotune.seeding import seed_everything
 
 _OWN_THREADS = torch.get_num_threads()
@@ -107,10 +107,9 @@ def provenance(device: torch.device) -> dict[str, str]:
     ``device_count`` is of the GPUs that the process sees: under Ray those that the trial holds,
     one where it shares one. ``device_memory`` is all that one of them has.
     """
-    commit = {"topotune.commit": found} if (found := own_commit()) else {}
     return {
         "version.topotune": __version__,
-        **commit,
+        **own_tags(),
         "version.torch": str(torch.__version__),
         "version.python": platform.python_version(),
         "version.numpy": str(np.__version__),

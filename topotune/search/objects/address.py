@@ -14,7 +14,6 @@ from topotune.errors import ConfigError, ResourceError
 from topotune.files import write_atomically
 
 SCRATCH = "TOPOTUNE_SCRATCH"
-SCHEMES = ("s3", "gs")
 _OPTIONS = {
     "s3": ("region", "scheme", "endpoint_override", "tls_ca_file_path"),
     "gs": ("scheme", "endpoint_override", "retry_limit_seconds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from topotune.config import SAFE_NAME
@@ -29,12 +30,18 @@ def fetch_search(results_dir: Path, name: str) -> None:
     if driver_replica(results_dir.absolute(), name, store).ahead:
         return
 
-    def one(file: str) -> None:
-        path = results_dir.absolute() / name / file
-        if not store.download(f"{name}/{file}", path):
-            path.unlink(missing_ok=True)  # a search that others have removed
+    _bring(store, results_dir, (f"{name}/{file}" for file in _IDENTITY))
 
-    each(one, list(_IDENTITY))
+
+def _bring(store: ObjectStore, results_dir: Path, files: Iterable[str]) -> None:
+    """Bring files of a results folder; here, too, those are gone that the store lacks."""
+
+    def one(file: str) -> None:
+        path = results_dir.absolute() / file
+        if not store.download(file, path):
+            path.unlink(missing_ok=True)
+
+    each(one, list(files))
 
 
 def fetch_searches(results_dir: Path) -> set[str] | None:
@@ -63,11 +70,7 @@ def fetch_folder(results_dir: Path, name: str, folder: str) -> None:
         return
     store = ObjectStore(address, limit=READER_SECONDS)
     files = [file for file in store.objects(f"{name}/{folder}") if layout.belongs(file)]
-
-    def one(file: str) -> None:
-        store.download(f"{name}/{folder}/{file}", results_dir.absolute() / name / folder / file)
-
-    each(one, files)
+    _bring(store, results_dir, (f"{name}/{folder}/{file}" for file in files))
 
 
 def fetch_trial(results_dir: Path, name: str, number: int, *files: str) -> None:
@@ -80,10 +83,5 @@ def fetch_trial(results_dir: Path, name: str, number: int, *files: str) -> None:
     if address is None:
         return
     store = ObjectStore(address, limit=READER_SECONDS)
-    home, root = layout.trial_name(number), results_dir.absolute() / name
-
-    def one(file: str) -> None:
-        if not store.download(f"{name}/{home}/{file}", root / home / file):
-            (root / home / file).unlink(missing_ok=True)
-
-    each(one, list(files))
+    home = f"{name}/{layout.trial_name(number)}"
+    _bring(store, results_dir, (f"{home}/{file}" for file in files))

@@ -221,7 +221,7 @@ class Replica:
 
 
 _EMPTY_IS_NOTHING = (GUARD_FILE, OUTPUT_FILE)
-"""Written only when something has gone wrong."""
+"""Files that are there, and empty, while nothing has gone wrong and nothing is printed."""
 
 
 def _look(path: Path) -> tuple[int, int]:
