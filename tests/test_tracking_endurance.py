@@ -13,7 +13,8 @@ import pytest
 from topotune.bench.faults.proxy import Proxy
 from topotune.bench.load_tracking import ShippingRecord, TraceRecord, run
 from topotune.records import EpochReport, Outcome
-from topotune.tracking.entries import Item
+from topotune.tracking.entries import RUNNING, Item
+from topotune.tracking.labels import trial_name
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.spool import SearchTracker, SpoolTracker
@@ -83,7 +84,7 @@ def until(shipper: Shipper, shipped: int) -> None:
 
 def test_the_thread_survives_a_mistake_of_ours(tmp_path: Path) -> None:
     record(tmp_path, 2)
-    store = MemoryStore(KeyError("a bug"), ["trial-0000"])
+    store = MemoryStore(KeyError("a bug"), [trial_name(0, RUNNING)])
     shipper = Shipper(tmp_path, store, "s", "demo", interval=0.01)
     shipper.start()
     deadline = time.monotonic() + 30
@@ -101,14 +102,14 @@ def test_records_that_break_the_server_do_not_hold_up_the_others(
     tmp_path: Path, failure: Exception
 ) -> None:
     record(tmp_path, 8)
-    broken = [f"trial-{number:04d}" for number in range(4)]
+    broken = [trial_name(number, RUNNING) for number in range(4)]
     store = MemoryStore(failure, broken)
     shipper = Shipper(tmp_path, store, "s", "demo")
     rounds = 0
     while len(store.points) < 4 and rounds < 10:
         assert not shipper.ship_once()
         rounds += 1
-    assert store.points.keys() == {f"trial-{number:04d}" for number in range(4, 8)}
+    assert store.points.keys() == {trial_name(number, RUNNING) for number in range(4, 8)}
     store.failure = None
     assert shipper.ship_once()
     assert len(store.points) == 8
