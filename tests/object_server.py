@@ -102,21 +102,27 @@ class Gate:
         """Let connections in."""
         listener = socket.socket()
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((_HOST, self.port))
-        listener.listen(64)
-        self._listener, self.cut_after, self.passed = listener, None, 0
+        with self._lock:  # a client sees the first connection break before the last is closed
+            listener.bind((_HOST, self.port))
+            listener.listen(64)
+            self._listener, self.cut_after, self.passed = listener, None, 0
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def close(self) -> None:
         """Refuse connections, and break those there are."""
+        self._end(self._listener)
+
+    def _end(self, listener: socket.socket | None) -> None:
+        """Close what this listener let in; nothing if the gate was closed, or opened, since."""
         with self._lock:
-            listener, self._listener = self._listener, None
+            if listener is None or listener is not self._listener:
+                return
+            self._listener = None
             opened, self._open = self._open, []
-        # The listener first: who sees a connection break may open the gate again at once.
-        for one in (listener, *opened) if listener else opened:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+            for one in (listener, *opened):
+                with suppress(OSError):
+                    one.shutdown(socket.SHUT_RDWR)
+                one.close()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -137,16 +143,19 @@ class Gate:
                 client.close()
                 server.close()
                 return
-            threading.Thread(target=self._pump, args=(client, server, True), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, False), daemon=True).start()
+            up = (client, server, listener)
+            threading.Thread(target=self._pump, args=up, daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, counted: bool) -> None:
+    def _pump(
+        self, source: socket.socket, sink: socket.socket, counted: socket.socket | None = None
+    ) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 if counted:
                     self.passed += len(data)
                     if self.cut_after is not None and self.passed > self.cut_after:
-                        self.close()
+                        self._end(counted)
                         return
                 sink.sendall(data)
         for one in (source, sink):

@@ -132,7 +132,7 @@ ADAM: dict[str, Any] = {
         ({"model": "mpl"}, r"f\.yaml:\d+: model: unknown model 'mpl'; did you mean 'mlp'\?"),
         ({"model": {"options": {"hiden": 3}}}, r"f\.yaml:\d+: model\.options\.hiden: "),
         ({"fixed": {"learning_rate": 0.1}}, r": fixed\.learning_rate: adam .*did you mean 'lr'\?"),
-        ({"fixed": {"betas": [3]}}, r"f\.yaml:3: method: adam: "),
+        ({"fixed": {"betas": [3]}}, r"f\.yaml:\d+: fixed\.betas: adam: "),
         ({"fixed": {"train.schedule": "cosin"}}, r": fixed\.train\.schedule: .*'cosine'"),
         ({"fixed": {"task.valfraction": 1}}, r": fixed\.task\.valfraction: .*'val_fraction'"),
         (
@@ -159,6 +159,41 @@ def test_every_unknown_metric_is_named(tmp_path: Path) -> None:
         "objective[0].metric",
         "objective[1].metric",
     ]
+
+
+VALUES = """\
+name: values
+task: {name: digits}
+method: topological_adam
+space:
+  learning_rate: {type: float, low: 1e-4, high: 1e-2}
+  coupling: {type: categorical, choices: [uniform, exchang]}
+  mu0: {type: float, low: -1, high: 1}
+  beta1: {type: float, low: 0.9, high: 2}
+objective: {metric: val_acc, direction: maximize}
+constraints:
+  overhead_vs_adm: {max: 2}
+budget: {trials: 3, epochs: 8}
+"""
+
+
+def places(text: str, tmp_path: Path) -> list[str]:
+    found = [re.match(r"error: f\.yaml:(\d+): ([^ ]+): ", x) for x in faults_of(text, tmp_path)]
+    return [" ".join(match.groups()) for match in found if match]
+
+
+def test_values_and_metrics_stand_beside_unknown_names(tmp_path: Path) -> None:
+    shared = ["5 space.learning_rate", "6 space.coupling", "7 space.mu0", "8 space.beta1"]
+    metrics = ["9 objective.metric", "11 constraints.overhead_vs_adm"]
+    assert places(VALUES, tmp_path) == [*shared, *metrics]
+    # Also where the file's own rules are broken elsewhere ...
+    broken = VALUES.replace("trials: 3", "trials: -3")
+    assert places(broken, tmp_path) == [*shared, *metrics, "12 budget.trials"]
+    # ... and not where a task that is unknown may have such metrics.
+    strange = VALUES.replace("{name: digits}", "no.such:Task")
+    assert places(strange, tmp_path) == ["2 task", *shared]
+    nameless = VALUES.replace("{name: digits}", "{name: digits, option: {}}")
+    assert places(nameless, tmp_path) == ["2 task.option", *shared]
 
 
 def test_tcep_names_every_parameter_of_the_wrong_name_or_value() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from topotune.data import SplitPlan, Splits, TensorPair, stratified_splits
 from topotune.data.split import take_stratified
+from topotune.data.splits import data_tags
 from topotune.errors import ConfigError
 
 
@@ -127,3 +128,21 @@ def test_plans_that_the_data_cannot_fill(plan: SplitPlan, n: int, words: str) ->
     with pytest.raises(ConfigError) as caught:
         stratified_splits(_numbered(torch.zeros(n, dtype=torch.long)), plan)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.zeros(4, 2, dtype=torch.complex64).conj(),
+        torch.view_as_complex(torch.zeros(4, 2)).conj().imag,
+        torch.eye(4).to_sparse(),
+        torch.zeros(1).expand(4),
+        torch.zeros(4, 0),
+        torch.zeros(4, 3, requires_grad=True).bfloat16(),
+    ],
+)
+def test_tensors_of_any_layout_have_a_digest(inputs: Tensor) -> None:
+    rows = TensorPair(inputs, torch.zeros(4))
+    tags = data_tags(rows, rows)
+    assert tags["data.rows"] == "4 train, 4 validation"
+    assert tags != data_tags(rows, TensorPair(inputs, torch.ones(4)))

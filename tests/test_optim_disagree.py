@@ -239,6 +239,29 @@ def test_an_entry_replaced_between_steps_is_the_one_that_is_used(name: str, how:
     assert torch.equal(one[0], two[0])
 
 
+@pytest.mark.parametrize("view", [lambda x: x[:4], lambda x: x.view(torch.float16)[:8]])
+def test_an_entry_of_another_kind_at_the_same_address(view: Callable[[Tensor], Tensor]) -> None:
+    """As where memory is reused: data exchanged twice may lie where the first lay."""
+    optimizer, (tensor,) = stepped()
+    entry = optimizer.state[tensor]["exp_avg"]
+    address = entry.data_ptr()
+    entry.data = view(entry.detach())
+    assert entry.data_ptr() == address
+    refuses(optimizer, "parameter 0 .*'exp_avg'")
+
+
+def test_the_fused_kernel_is_refused_a_tensor_with_gaps() -> None:
+    """It walks memory, and would train the elements between."""
+    base = torch.arange(16.0)
+    with pytest.raises(ValueError, match=r"parameter 0 of shape \(8,\) and strides \(2,\)"):
+        TopologicalAdam([nn.Parameter(base[::2])], fused=True)
+    optimizer, (tensor,) = stepped(fused=True)
+    tensor.data = base[::2]
+    refuses(optimizer, "gaps in memory")
+    assert torch.equal(base, torch.arange(16.0))
+    TopologicalAdam(nn.LazyLinear(3).parameters(), fused=True)
+
+
 def test_an_entry_replaced_by_a_number_or_by_a_strided_view() -> None:
     first, one = stepped()
     second, two = stepped()

@@ -103,6 +103,14 @@ def test_hyperparameters_are_checked_however_they_come(name: str, value: Any, wo
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
+def test_a_loaded_count_of_steps_is_a_whole_number() -> None:
+    optimizer, _ = twins()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["steps_taken"] = "many"
+    with pytest.raises(ValueError, match="steps_taken must be a whole number"):
+        optimizer.load_state_dict(saved)
+
+
 def test_the_first_group_may_leave() -> None:
     tensors = parameters(starts())
     optimizer = TopologicalAdam([{"params": [tensor]} for tensor in tensors])
@@ -127,6 +135,32 @@ def test_the_kind_of_weight_decay_is_loaded(decoupled: bool) -> None:
     replay(source, theirs, gradients(3, 1.0))
     replay(target, ours, gradients(3, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_a_state_dict_does_not_name_stays_group_by_group() -> None:
+    theirs = parameters(starts())
+    source = torch.optim.Adam([{"params": theirs[:1]}, {"params": theirs[1:]}], lr=0.5)
+    ours = parameters(starts())
+    groups: list[dict[str, Any]] = [
+        {"params": ours[:1], "coupling": "local", "eta": 0.1},
+        {"params": ours[1:]},
+    ]
+    target = TopologicalAdam(groups, lr=0.1, zero_gradient="hold")
+    target.load_state_dict(source.state_dict())
+    read = [[g[n] for n in ("coupling", "eta", "zero_gradient", "lr")] for g in target.param_groups]
+    assert read == [["local", 0.1, "hold", 0.5], ["uniform", 0.02, "hold", 0.5]]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, TopologicalAdam])
+def test_a_hook_after_a_load_has_the_last_word(kind: Any) -> None:
+    tensors = parameters(starts())
+    optimizer = kind(tensors)
+    replay(optimizer, tensors, gradients(1, 1.0))
+    optimizer.register_load_state_dict_post_hook(
+        lambda loaded: loaded.state[tensors[0]]["exp_avg"].fill_(7.0)
+    )
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[tensors[0]]["exp_avg"].unique().item() == 7.0
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from pydantic import ValidationError
 
 from tests.search_cases import Desk, make_config, report
@@ -22,6 +23,7 @@ from topotune.search.deaths import Cause, Death, classify, restarts, take_note, 
 from topotune.search.guard import GUARD_FILE
 from topotune.search.study import Handout
 from topotune.search.sweep import MARK, Sweeper, sweep
+from topotune.search.worker import _raised_by_ray
 from topotune.tracking.spool import TRIAL_SPOOL, SpoolTracker
 
 WORKER = 'Thread 0x01 (most recent call first):\n  File "/x/search/worker.py", line 1 in step\n'
@@ -303,3 +305,14 @@ def test_what_ran_out_of_gpu_memory_is_tried_again_alone_and_once(tmp_path: Path
     assert row.state == Outcome.FAILED
     assert row.reason == "its GPU ran out of memory 2 times (last: alone, took 10 of 10 GiB)"
     again.store.close()
+
+
+def test_what_ray_raises_at_sigterm_is_no_fault_of_the_trial() -> None:
+    # The very function that Ray's handler in a worker calls.
+    raises = vars(ray._private.worker)["raise_sys_exit_with_custom_error_message"]
+    with pytest.raises(SystemExit) as by_ray:
+        raises("terminated")
+    assert _raised_by_ray(by_ray.value)
+    with pytest.raises(SystemExit) as by_the_user:
+        sys.exit(1)
+    assert not _raised_by_ray(by_the_user.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,15 @@ from typer.testing import CliRunner
 from tests.search_cases import Desk, make_config
 from topotune.cli.main import app
 from topotune.search import output
-from topotune.search.output import ERROR_FILE, MAX_BYTES, OUTPUT_FILE, Output, read, tidy
+from topotune.search.output import (
+    ERROR_FILE,
+    MAX_BYTES,
+    OUTPUT_FILE,
+    Output,
+    read,
+    tidy,
+    tidy_killed,
+)
 from topotune.search.study import Handout
 
 SECRET = "hunter2hunter2"
@@ -107,6 +116,55 @@ def test_what_is_printed_while_a_file_is_made_tidy_comes_after_it(tmp_path: Path
     printing(tmp_path, body)
     assert (tmp_path / "meanwhile").read_text() == "first ***\n"
     assert (tmp_path / OUTPUT_FILE).read_text() == "first ***\nsecond\n"
+
+
+def test_of_what_every_epoch_prints_only_the_new_is_searched(tmp_path: Path) -> None:
+    body = """
+    sizes = []
+    from topotune.search import output as module
+    real = module.redact
+    module.redact = lambda text: sizes.append(len(text)) or real(text)
+    for epoch in range(5):
+        print("x" * 999)
+        print("half of", os.environ["OWN_TOKEN"][:5], end="")
+        output.tidy()
+        print(os.environ["OWN_TOKEN"], "whole")
+    Path(sys.argv[1], "sizes").write_text(repr(sizes[1:]))
+    output.close()
+    """
+    done = printing(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert all(size < 1100 for size in json.loads((tmp_path / "sizes").read_text()))
+    text = (tmp_path / OUTPUT_FILE).read_text()
+    assert text == ("x" * 999 + "\nhalf of hunte*** whole\n") * 5
+
+
+def test_what_killed_workers_have_left_is_made_tidy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OWN_TOKEN", SECRET)
+    folders = [tmp_path / name for name in ("printed", "silent", "gone")]
+    for folder in folders[:2]:
+        folder.mkdir()
+    (folders[0] / OUTPUT_FILE).write_text(f"one {SECRET}\n")
+    (folders[1] / OUTPUT_FILE).touch()
+    tidy_killed(folders)
+    assert (folders[0] / OUTPUT_FILE).read_text() == "one ***\n"
+    assert list(folders[1].iterdir()) == []
+
+
+def test_the_end_of_a_file_that_is_much_too_long_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "MAX_BYTES", 1000)
+    monkeypatch.setattr(output, "_HEAD", 100)
+    monkeypatch.setattr(output, "_TAIL", 300)
+    path = tmp_path / OUTPUT_FILE
+    path.write_bytes(b"".join(b"%09d\n" % n for n in range(1000)) + b"the last words")
+    text = read(path)
+    assert text.startswith("000000000\n")
+    assert text.endswith("000000999\nthe last words")
+    assert len(text) < 1000
 
 
 def test_silence_and_a_folder_that_cannot_be_written_leave_nothing(tmp_path: Path) -> None:

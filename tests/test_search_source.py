@@ -114,6 +114,15 @@ def test_a_search_of_built_in_parts_has_no_code_of_its_own(
     assert names(folder) == {"1/source.json"}
 
 
+def test_a_command_in_another_folder_is_sent_to_where_the_code_lies(
+    user: Path, folder: SearchFolder, tmp_path: Path
+) -> None:
+    keep(folder, here(user))
+    with pytest.raises(ConfigError, match="is not found from") as caught:
+        check_unchanged(folder, here(tmp_path))
+    assert caught.value.fix == "Run the command in the folder that the code lies in"
+
+
 def edit(user: Path) -> None:
     (user / "own_helper.py").write_text("key = 1\n")
 

@@ -75,6 +75,8 @@ def sound_part(
         if not rest.get(name):
             rest[name] = value
             blocks.add(name)
+    if blocks & {"task", "method"} or any(str(name).startswith("task.") for name in names):
+        blocks |= {"objective", "constraints"}  # which metrics there are depends on these
 
     def real(fault: FieldError) -> bool:
         block, *inner = fault.path or ("",)

@@ -64,6 +64,7 @@ def data_tags(train: TensorPair, val: TensorPair) -> dict[str, str]:
     for rows in (train, val):
         for tensor in (rows.inputs, rows.targets):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            plain = tensor.detach().to_dense().cpu().resolve_conj().resolve_neg().contiguous()
+            digest.update(plain.view(torch.uint8).numpy().data)
     sizes = f"{len(train)} train, {len(val)} validation"
     return {DATA_TAG: digest.hexdigest()[:16], ROWS_TAG: sizes}

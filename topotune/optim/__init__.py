@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -102,6 +102,39 @@ def build_optimizer(
         PluginError: the import path does not lead to a torch optimizer.
         ConfigError: an option is unknown, or the constructor refuses a value.
     """
+    tensors = list(params)
+    try:
+        return _construct(name, tensors, options)
+    except (TypeError, ValueError) as error:
+        refused = list(_refused(name, tensors, options, str(error)))
+        if len(refused) != 1:
+            place = f"{_PLACE} parameters"
+            raise ConfigError(place, f"{name}: {error} (got {dict(options)})") from error
+        value = repr(options[refused[0]])
+        got = "" if value in str(error) else f" (got {value})"
+        raise ConfigError(f"{_PLACE} parameter {refused[0]}", f"{name}: {error}{got}") from error
+
+
+def _refused(
+    name: str, tensors: list[Tensor], options: Mapping[str, object], said: str
+) -> Iterator[str]:
+    """The options without which a constructor does not say this."""
+    for option in options:
+        rest = {key: value for key, value in options.items() if key != option}
+        try:
+            _construct(name, tensors, rest)
+        except Exception as error:  # noqa: BLE001 - code of a user; any other end is an answer
+            if str(error) == said:
+                continue
+        yield option
+
+
+def _construct(name: str, tensors: list[Tensor], options: Mapping[str, object]) -> Optimizer:
+    """The optimizer, or what its constructor raises.
+
+    Raises:
+        ConfigError: an option is unknown.
+    """
     found = optimizer_class(name)
     known = optimizer_options(name)
     open_ended = any(
@@ -121,10 +154,7 @@ def build_optimizer(
         if not isinstance(betas, tuple) or len(betas) != 2:
             raise ConfigError(f"{_PLACE} parameter betas", f"must be two numbers (got {betas!r})")
         arguments["betas"] = (parts.get("beta1", betas[0]), parts.get("beta2", betas[1]))
-    try:
-        return found(list(params), **arguments)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{_PLACE} parameters", f"{name}: {error} (got {arguments})") from error
+    return found(tensors, **arguments)  # type: ignore[arg-type]
 
 
 def fastest_adam(params: Iterable[Tensor], device: torch.device, lr: float) -> torch.optim.Adam:

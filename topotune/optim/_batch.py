@@ -14,7 +14,7 @@ from torch.optim.adam import adam
 
 from topotune.optim._fields import FieldBatch, Move, field_dtype
 from topotune.optim._hyper import CHECKED, check_group
-from topotune.optim._state import ADAM_ENTRIES, FIELDS, complete, laid_out_like
+from topotune.optim._state import ADAM_ENTRIES, FIELDS, complete, is_dense, laid_out_like
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Where torch's fused Adam kernel is chosen unless the caller says otherwise."""
@@ -27,11 +27,7 @@ _SETTINGS = itemgetter(*(name for name in CHECKED if name != "lr"))
 def wants_fused(group: Mapping[str, Any], parameter: Tensor) -> bool:
     """Whether a tensor goes through torch's fused Adam kernel."""
     if group["fused"] is None and group["foreach"] is None:
-        # The kernel walks memory, so a tensor with gaps in it (a strided view) is not for it.
-        dense = parameter.is_contiguous() or (
-            torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-        )
-        return dense and parameter.device.type in FUSED_DEVICES
+        return parameter.device.type in FUSED_DEVICES and is_dense(parameter)
     return bool(group["fused"])
 
 
@@ -87,6 +83,9 @@ class Batch:
             list(map(_DTYPE, self.parameters)),
             list(map(_DEVICE, self.parameters)),
             list(map(Tensor.data_ptr, self._entries)),
+            # An address alone may be that of a smaller tensor that took the place of a freed one.
+            list(map(_SHAPE, self._entries)),
+            list(map(_DTYPE, self._entries)),
         )
 
     def fits(self) -> bool:
@@ -105,7 +104,7 @@ class Batch:
 
     def takes(self, gradients: Sequence[Tensor]) -> bool:
         """Whether gradients have their parameters' shapes, types and devices, and are dense."""
-        shapes, _, dtypes, devices, _ = self._seen
+        shapes, _, dtypes, devices, *_ = self._seen
         return (
             list(map(_SHAPE, gradients)) == shapes
             and list(map(_DTYPE, gradients)) == dtypes

@@ -48,6 +48,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _FLAGS = ("eps_inside_sqrt", "maximize", "decoupled_weight_decay")
 _OPTIONAL_FLAGS = ("foreach", "fused")
 
+STEPS = "steps_taken"
+"""Key of every parameter group that counts calls of ``step``."""
+
 ADAM_ONLY = ("amsgrad", "capturable", "differentiable")
 """Flags of torch's Adam that this method does not have: False is taken, True is refused."""
 
@@ -86,6 +89,7 @@ def check_group(group: Mapping[str, Any]) -> None:
             )
     _check_whole("field_seed", group["field_seed"], 0)
     _check_whole("trace_capacity", group["trace_capacity"], 1)
+    _check_whole(STEPS, group.get(STEPS, 0), 0)
 
 
 def _check_range(

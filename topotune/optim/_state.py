@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from topotune.optim._fields import FieldBatch, field_dtype, initial_fields
@@ -74,6 +75,12 @@ def check_parameter(called: str, parameter: Tensor, group: Mapping[str, Any]) ->
         raise ValueError(
             f"{called} lies on {parameter.device}, where torch has no fused kernel: fused=True "
             f"needs one of {', '.join(FUSED_KERNELS)}"
+        )
+    if group["fused"] and not is_lazy(parameter) and not is_dense(parameter):
+        raise ValueError(
+            f"{called} of shape {tuple(parameter.shape)} and strides {parameter.stride()} has gaps "
+            "in memory, which torch's fused kernel would overwrite: make it contiguous, or leave "
+            "fused at None"
         )
 
 
@@ -242,6 +249,13 @@ def complete(
         state.update(fields.start(alpha, beta))
     for name in fields.tensors:
         state[name] = state[name].contiguous()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill their stretch of memory, which fused kernels walk."""
+    if tensor.is_contiguous():
+        return True
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def laid_out_like(parameter: Tensor, other: Tensor) -> Tensor:

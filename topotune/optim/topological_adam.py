@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from topotune.optim import _report
 from topotune.optim._batch import Plan
 from topotune.optim._fields import field_dtype
-from topotune.optim._hyper import ADAM_ONLY, check_group
+from topotune.optim._hyper import ADAM_ONLY, STEPS, check_group
 from topotune.optim._state import (
     check_gradient,
     check_parameter,
@@ -23,9 +23,6 @@ from topotune.optim._state import (
     label,
 )
 from topotune.optim._trace import EnergyTrace, TraceRing
-
-STEPS = "steps_taken"
-"""Key of every parameter group that counts calls of ``step``."""
 
 PLANS_KEPT = 32
 """Sets of tensors with a gradient whose plans are kept, for models that change them by turns."""
@@ -288,8 +285,8 @@ class TopologicalAdam(Optimizer):
         float64 and the scalars float64. A state dict of ``torch.optim.Adam`` or ``AdamW`` begins
         new fields where the parameters stand and keeps its kind of weight decay
         (``decoupled_weight_decay``); one of the published package ``topological-adam`` becomes
-        this class's, fields included. Hyperparameters that it does not name stay as they are
-        constructed: that package's dynamics are ``coupling="exchange"``,
+        this class's, fields included. Hyperparameters that it does not name stay as they are,
+        group by group: that package's dynamics are ``coupling="exchange"``,
         ``energy_control="band"``.
 
         Raises:
@@ -297,17 +294,19 @@ class TopologicalAdam(Optimizer):
                 does not fit its parameter; the message names it and both shapes.
         """
         exact: list[tuple[Tensor, dict[str, Any]]] = []
-        # The last hook sees what any hook of the caller made of the state dict.
-        handle = self.register_load_state_dict_pre_hook(
-            lambda _, loaded: self._checked(loaded, exact)
+        # Torch casts every entry to the parameter's type, which rounds scalars and fields. The
+        # caller's hooks come before the check, and see the exact entries after the load.
+        handles = (
+            self.register_load_state_dict_pre_hook(lambda _, loaded: self._checked(loaded, exact)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self.state.update(exact), prepend=True
+            ),
         )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        # Torch has cast every entry to the parameter's type, which rounds scalars and fields.
-        for parameter, entries in exact:
-            self.state[parameter] = entries
+            for handle in handles:
+                handle.remove()
 
     def _checked(
         self, loaded: dict[str, Any], exact: list[tuple[Tensor, dict[str, Any]]]
@@ -321,10 +320,12 @@ class TopologicalAdam(Optimizer):
         sizes = [len(group["params"]) for group in self.param_groups]
         if [len(group["params"]) for group in saved_groups] != sizes:
             return loaded  # torch refuses it
-        state, first = dict(loaded["state"]), 0
+        state, groups, first = dict(loaded["state"]), [], 0
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             names = {"param_names": group["param_names"]} if "param_names" in group else {}
-            final = self.defaults | names | saved_group | {"params": group["params"]}
+            own = self.defaults | {n: v for n, v in group.items() if n in self.defaults}
+            groups.append(own | saved_group)
+            final = groups[-1] | names | {"params": group["params"]}
             check_group(final)
             for place, (parameter, key) in enumerate(
                 zip(group["params"], saved_group["params"], strict=True)
@@ -338,7 +339,7 @@ class TopologicalAdam(Optimizer):
                     exact.append((parameter, entries))
                     state[key] = {n: v for n, v in entries.items() if isinstance(v, Tensor)}
             first += len(group["params"])
-        return {**loaded, "state": state}
+        return {**loaded, "state": state, "param_groups": groups}
 
     def energy(self) -> float:
         """Sum over tensors of the energy before control, at the last step; 0.0 without fields."""

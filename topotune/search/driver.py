@@ -17,10 +17,12 @@ from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.search.address import remembered_study, study_place
 from topotune.search.folder import SearchFolder
+from topotune.search.guard import GUARD_FILE
 from topotune.search.live import LiveFile
 from topotune.search.objects.address import store_address
 from topotune.search.objects.hold import Hold
 from topotune.search.objects.hold import check_stores as check_beside_objects
+from topotune.search.output import tidy_killed
 from topotune.search.patience import Patience
 from topotune.search.preflight import (
     MOST_AT_ONCE,
@@ -37,6 +39,7 @@ from topotune.search.source import CODE_TAG, Source, changed, check_unchanged, c
 from topotune.search.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
 from topotune.shipped import keep_code
+from topotune.tracking.entries import RUNNING
 from topotune.usercode import contents, hashes
 
 if TYPE_CHECKING:
@@ -346,6 +349,7 @@ def _run(
             recorder.drop()
             raise failure
         live.remove()
+        rows: list[TrialSummary] = []
         reason = str(failure) if failure else book.stopping or book.short_of_trials()
         done = not (failure or book.stopping or book.live or book.left_running)
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")
@@ -364,6 +368,9 @@ def _run(
         if unsaved := lease.gather(hurry):
             listener.note(f"warning: {unsaved}")
         tracking = shipping.close(hurry)
+        untidy = {folder.trial(row.number) for row in rows if row.state == RUNNING}
+        untidy |= {note.parent for note in folder.root.glob(f"trials/*/{GUARD_FILE}")}
+        tidy_killed(untidy)
         unsaved = lease.finish(hurry)
         store.close()
     if unsaved:

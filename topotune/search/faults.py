@@ -4,7 +4,6 @@ them, each by its key in the file."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 from topotune.config import SearchConfig
 from topotune.errors import (
@@ -29,10 +28,13 @@ _STAND_INS: dict[str, tuple[str | None, str]] = {
 where the options are that go with it."""
 
 
-def faults_at(config: SearchConfig, spec: TrialSpec) -> Iterator[FieldError]:
+def faults_at(config: SearchConfig, spec: TrialSpec) -> tuple[list[FieldError], TrialSpec | None]:
     """What keeps a trial from being built; loads no data.
 
     Each refused name or value is left out and the rest is built, until nothing is refused.
+
+    Returns:
+        The faults; and the rest that can be built, None where its metrics may be others.
 
     Raises:
         UnstableError: its dynamics cannot settle, and nothing is wrong with it otherwise.
@@ -40,28 +42,36 @@ def faults_at(config: SearchConfig, spec: TrialSpec) -> Iterator[FieldError]:
     """
     from topotune.train.assemble import preflight
 
-    seen: list[tuple[str | int, ...]] = []
-    while len(seen) < MOST:
+    found: dict[tuple[str | int, ...], FieldError] = {}
+    other = False
+    while len(found) < MOST:
         try:
             preflight(spec, check_device=False)
         except UnstableError:
-            if seen:
-                return
+            if found:
+                break
             raise
         except (ConfigError, UnknownNameError, PluginError) as error:
             path = _path(error, config, spec)
             # What is refused next to a stand-in or without an option may be due to that.
-            due = seen and not (isinstance(error, UnknownNameError) or _in_file(path))
-            if due or path in seen:
-                return
-            seen.append(path)
+            due = found and not (isinstance(error, UnknownNameError) or _in_file(path))
+            if due or path in found:
+                break
             problem, fix = (
                 (error.problem, error.fix) if isinstance(error, ConfigError) else (str(error), "")
             )
-            yield FieldError(path, problem, fix)
+            found[path] = FieldError(path, problem, fix)
+            near = isinstance(error, UnknownNameError) and nearest(error.name, error.known)
+            other = other or (_shapes_metrics(path) and not near)
             spec = _without(spec, path, error)
         else:
-            return
+            return list(found.values()), None if other else spec
+    return list(found.values()), None
+
+
+def _shapes_metrics(path: tuple[str | int, ...]) -> bool:
+    """Whether what stands there decides which metrics a trial reports."""
+    return path[0] in ("task", "method") or str(path[-1]).startswith("task.")
 
 
 def _path(error: UserError, config: SearchConfig, spec: TrialSpec) -> tuple[str | int, ...]:

@@ -6,6 +6,8 @@ would build: task, model and optimizer at the ends of every range, and the names
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -18,6 +20,7 @@ from topotune.errors import (
     ConfigError,
     FieldError,
     ResourceError,
+    TopotuneError,
     UnstableError,
     UserError,
     combined,
@@ -65,20 +68,24 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
     for remark in build_method(stable).remarks(corners(config)):
         note(remark)
     names = metric_names(stable)
+    if unknown := _unknown_metrics(config, names):
+        raise combined(unknown)
+    return names
+
+
+def _unknown_metrics(config: SearchConfig, names: list[str]) -> list[FieldError]:
+    """The objectives and constraints on metrics that are not among these."""
     several = len(config.objective) > 1
     wanted: list[tuple[tuple[str | int, ...], str]] = [
         (("objective", *([index] if several else []), "metric"), objective.metric)
         for index, objective in enumerate(config.objective)
     ]
     wanted += [(("constraints", name), name) for name in config.constraints]
-    unknown = [
+    return [
         FieldError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
         for place, metric in wanted
         if metric not in names
     ]
-    if unknown:
-        raise combined(unknown)
-    return names
 
 
 def _first_stable(config: SearchConfig, note: Callable[[str], None]) -> TrialSpec:
@@ -114,30 +121,44 @@ def machine_remarks(config: SearchConfig) -> list[str]:
 
 
 def faults(config: SearchConfig) -> list[FieldError]:
-    """What keeps trials anywhere in the space from being built, each key once."""
+    """What keeps trials anywhere in the space from being built and judged, each key once."""
     try:
-        return _examine(config)[2]
+        return _examine(config, broken=True)[2]
     except UserError:  # of the environment; the file's own faults come first
         return []
 
 
 def _examine(
-    config: SearchConfig,
+    config: SearchConfig, *, broken: bool = False
 ) -> tuple[list[TrialSpec], list[UnstableError], list[FieldError]]:
-    """The corners that can be built, what those with unstable dynamics raise, and all faults."""
+    """The corners that can be built, what those with unstable dynamics raise, and all faults.
+
+    Args:
+        config: the search.
+        broken: its file has other faults, so that its metrics are looked at in any case.
+    """
+    from topotune.train.rehearsal import metric_names
+
     stable: list[TrialSpec] = []
+    sound: TrialSpec | None = None
     unstable: list[UnstableError] = []
     found: dict[tuple[str | int, ...], FieldError] = {}
     for spec in corners(config):
         try:
-            here = list(faults_at(config, spec))
+            here, rest = faults_at(config, spec)
         except UnstableError as error:
             unstable.append(error)
             continue
+        sound = sound or rest
         for fault in here:
             found.setdefault(fault.path, fault)
         if not here:
             stable.append(spec)
+    if sound and (found or broken):
+        # For a file that has faults, nothing is downloaded; they are to be seen first.
+        with contextlib.suppress(TopotuneError):
+            names = metric_names(dataclasses.replace(sound, download=False))
+            found |= {fault.path: fault for fault in _unknown_metrics(config, names)}
     return stable, unstable, list(found.values())
 
 

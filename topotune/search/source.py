@@ -188,6 +188,12 @@ def check_unchanged(folder: SearchFolder, source: Source) -> None:
     if changes := changed(before, source.hashes):
         first = changes[0].partition(" ")[0]
         place = source.files.get(first, Path(first))
+        if not source.files:
+            raise ConfigError(
+                f"search {folder.name!r}",
+                f"its code ({', '.join(before)}) is not found from {Path.cwd()}",
+                "Run the command in the folder that the code lies in",
+            )
         raise ConfigError(
             str(place),
             f"the code of search {folder.name!r} is not what its trials ran: {', '.join(changes)}. "

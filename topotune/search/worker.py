@@ -304,7 +304,8 @@ def _raised_by_ray(error: BaseException) -> bool:
     if not isinstance(error, SystemExit):
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and frames[-1].filename.startswith(str(Path(ray.__file__).parent))
+    places = (str(Path(ray.__file__).parent), "python/ray/")  # the second one of what is compiled
+    return bool(frames) and frames[-1].filename.startswith(places)
 
 
 @functools.cache
