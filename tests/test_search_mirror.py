@@ -309,6 +309,9 @@ def test_a_search_is_found_by_any_machine_with_little_of_it_brought(
         (folder.trial(0)).mkdir()
         (folder.root / "leaderboard.md").write_text("large")
         hold.begin()
+        (folder.trial(0) / "trial.jsonl").write_text("newer than the store")
+        assert "nothing" in reading.printed(results, "demo", 0)
+        assert (folder.trial(0) / "trial.jsonl").read_text() == "newer than the store"
         assert "pid" in str(holder(folder, config))
         with pytest.raises(SearchFolderError, match="is being driven by"):
             reading.sync(results, "demo", 1.0)

@@ -107,7 +107,7 @@ def start(
         check_study(folder, config, listener.note)
         for remark in remarks(config):
             listener.note(f"note: {remark}")
-        code_now = Source.here(config, Path.cwd())  # before any of it is imported
+        own = Source.here(config, Path.cwd())  # before any of it is imported
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
@@ -121,15 +121,7 @@ def start(
                 if code is not None:
                     keep_code(code, folder.code)
                 return _run(
-                    folder,
-                    config,
-                    listener,
-                    ray_session,
-                    gpus,
-                    concurrency,
-                    interrupts,
-                    lease,
-                    code_now,
+                    folder, config, listener, ray_session, gpus, concurrency, interrupts, lease, own
                 )
 
 
@@ -183,15 +175,7 @@ def resume(
             if code is not None:
                 keep_code(code, folder.code)
             return _run(
-                folder,
-                config,
-                listener,
-                ray_session,
-                gpus,
-                concurrency,
-                interrupts,
-                lease,
-                source,
+                folder, config, listener, ray_session, gpus, concurrency, interrupts, lease, source
             )
 
 
@@ -322,18 +306,8 @@ def _run(
                 sharing = _sharing(folder, book, ray_session, gpus)
             pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
             try:
-                execute(
-                    folder,
-                    config,
-                    book,
-                    pulse,
-                    gpus,
-                    listener.note,
-                    code_of(folder),
-                    source,
-                    concurrency,
-                    lease.files,
-                )
+                note, files = listener.note, lease.files
+                execute(folder, config, book, pulse, gpus, note, source, concurrency, files)
             except TopotuneError as error:
                 failure = error
             if changes := changed(source.hashes, hashes(contents(source.files))):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from topotune.config import SearchConfig
@@ -18,7 +17,7 @@ from topotune.search.objects.files import TrialFiles
 from topotune.search.objects.places import Places
 from topotune.search.pulse import Pulse
 from topotune.search.repairs import out_of_memory_is_a_death
-from topotune.search.source import Source
+from topotune.search.source import Source, code_of
 
 KILL_SECONDS = 3.0
 """How long the end of killed workers may take to be noticed."""
@@ -31,7 +30,6 @@ def execute(
     pulse: Pulse,
     gpus: float,
     note: Callable[[str], None],
-    modules: Path,
     source: Source,
     most_at_once: int = 1,
     files: TrialFiles | None = None,
@@ -44,9 +42,8 @@ def execute(
         book: what runs next, and what became of it.
         pulse: called on every turn.
         gpus: GPUs a trial.
-        note: told, in a line, of a worker that died.
-        modules: the folder that workers import the user's modules from.
-        source: which code that is.
+        note: gets a line about each worker that died.
+        source: the code that workers are to run.
         most_at_once: trials that may wait for a device at once; what waits is what an autoscaler
             sees.
 
@@ -96,7 +93,7 @@ def execute(
     def request(trial: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([whole if trial[ALONE] else shared])
 
-    places = Places(folder, files)
+    places, modules = Places(folder, files), code_of(folder)
     guarded(book, lambda: book.take_over(lambda number: recorded(places.died(number))), None)
     stalls = Stalls(config.limits.stall, places.signs)
     # Tune insists on a folder; nothing that it writes there is ever read.

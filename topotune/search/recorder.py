@@ -147,8 +147,7 @@ class Recorder:
         """Record again what a killed driver may have left out; what is recorded is ignored."""
         for row in finished:
             if row.state in {outcome.value for outcome in Outcome}:
-                self._count(row)
-                self._record_best()
+                self._record_best(row)
                 self._record_end(row)
                 chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
                 if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
@@ -159,8 +158,7 @@ class Recorder:
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
         self._record_end(row)
-        self._count(row)
-        self._record_best()
+        self._record_best(row)
         self._work.put(row)
 
     def _record_end(self, row: TrialSummary) -> None:
@@ -175,18 +173,15 @@ class Recorder:
         self._tracker.trial_tags(row.number, tags)
         self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
 
-    def _count(self, row: TrialSummary) -> None:
-        """Count a trial that ended, and note where it is the best so far in an objective."""
+    def _record_best(self, row: TrialSummary) -> None:
+        """The best so far in each objective, with the number of trials that have ended, this one
+        among them, as its step."""
         self._ended += 1
-        if row.state != Outcome.COMPLETE or row.violated:
-            return
-        for objective, value in zip(self._config.objective, row.values, strict=False):
-            name = f"best_{objective.metric}"
-            better = max if objective.direction == "maximize" else min
-            self._best[name] = better(self._best.get(name, value), value)
-
-    def _record_best(self) -> None:
-        """The best so far, at the number of trials that have ended as its step."""
+        if row.state == Outcome.COMPLETE and not row.violated:
+            for objective, value in zip(self._config.objective, row.values, strict=False):
+                name = f"best_{objective.metric}"
+                better = max if objective.direction == "maximize" else min
+                self._best[name] = better(self._best.get(name, value), value)
         self._tracker.metrics(self._best, self._ended, now_ms())
 
     def drop(self) -> None:
@@ -215,7 +210,6 @@ class Recorder:
             self._renew(board, outcome)
         except Exception as error:  # noqa: BLE001 - the numbers are in the study and the spools
             _log.warning("a page of the search is missing: %s", error)
-        self._record_best()
         spent = {"device_seconds": board.device_seconds}
         self._tracker.metrics(spent, self._ended, now_ms())
         self._tracker.end(outcome, reason)

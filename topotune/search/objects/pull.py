@@ -74,7 +74,8 @@ def fetch_folder(results_dir: Path, name: str, folder: str) -> None:
 
 
 def fetch_trial(results_dir: Path, name: str, number: int, *files: str) -> None:
-    """Bring files of a trial, if its results are in a store.
+    """Bring files of a trial, if its results are in a store; not the driver's to its own machine,
+    where they may be newer.
 
     Raises:
         ResourceError: the store cannot be asked.
@@ -83,5 +84,7 @@ def fetch_trial(results_dir: Path, name: str, number: int, *files: str) -> None:
     if address is None:
         return
     store = ObjectStore(address, limit=READER_SECONDS)
+    driver = driver_replica(results_dir.absolute(), name, store)
     home = f"{name}/{layout.trial_name(number)}"
-    _bring(store, results_dir, (f"{home}/{file}" for file in files))
+    wanted = [file for file in files if layout.of_worker(file) or not driver.ahead]
+    _bring(store, results_dir, (f"{home}/{file}" for file in wanted))
