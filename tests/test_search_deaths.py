@@ -307,7 +307,7 @@ def test_what_ran_out_of_gpu_memory_is_tried_again_alone_and_once(tmp_path: Path
 
 def test_what_ray_raises_at_sigterm_is_no_fault_of_the_trial() -> None:
     # The very function that Ray's handler in a worker calls.
-    from ray._private.worker import raise_sys_exit_with_custom_error_message
+    from ray._raylet import raise_sys_exit_with_custom_error_message  # type: ignore[attr-defined]
 
     with pytest.raises(SystemExit) as by_ray:
         raise_sys_exit_with_custom_error_message("terminated")
