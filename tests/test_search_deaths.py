@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 from pydantic import ValidationError
 
 from tests.search_cases import Desk, make_config, report
@@ -309,9 +308,10 @@ def test_what_ran_out_of_gpu_memory_is_tried_again_alone_and_once(tmp_path: Path
 
 def test_what_ray_raises_at_sigterm_is_no_fault_of_the_trial() -> None:
     # The very function that Ray's handler in a worker calls.
-    raises = vars(ray._private.worker)["raise_sys_exit_with_custom_error_message"]
+    from ray._raylet import raise_sys_exit_with_custom_error_message  # type: ignore[attr-defined]
+
     with pytest.raises(SystemExit) as by_ray:
-        raises("terminated")
+        raise_sys_exit_with_custom_error_message("terminated")
     assert _raised_by_ray(by_ray.value)
     with pytest.raises(SystemExit) as by_the_user:
         sys.exit(1)

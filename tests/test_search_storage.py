@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -112,3 +114,15 @@ def test_a_trial_is_read_when_it_begins_and_when_it_has_ended_and_not_between(
     desk.run()
     # Once as it begins; as it has ended by Optuna's tell() and by the copy in its folder.
     assert Counter(reads) == dict.fromkeys(range(1, 6), 3)
+
+
+def test_a_storage_that_lives_until_python_ends_says_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from tests.search_cases import Desk, make_config
+desk = Desk(Path(sys.argv[1]), make_config())
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

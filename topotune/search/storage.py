@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +78,8 @@ class _Database(RDBStorage):
     opening of a damaged file: Python 3.13 warns of connections that are left to the collector."""
 
     def __del__(self) -> None:
-        if engine := vars(self).get("engine"):
+        # While Python ends, SQLAlchemy's own names may be gone already.
+        if (engine := vars(self).get("engine")) and not sys.is_finalizing():
             engine.dispose()
 
 
