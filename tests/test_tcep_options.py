@@ -186,6 +186,12 @@ def test_tokens_and_time_are_two_parameters(kind: str) -> None:
     assert f"Write {right}: 2" in str(caught.value)
 
 
+@pytest.mark.parametrize(("time", "tokens"), [(0.5, 1), (2.6, 3), (4, 4)])
+def test_a_time_where_tokens_are_meant_names_a_whole_number(time: float, tokens: int) -> None:
+    with pytest.raises(ConfigError, match=f"Write T: {tokens}$"):
+        read_options({"recirculation": "shift", "T_time": time})
+
+
 @pytest.mark.parametrize("kind", RECIRCULATIONS)
 def test_only_solvers_that_step_through_time_take_a_past(kind: str) -> None:
     for solver in ("auto", "euler", "heun"):

@@ -148,7 +148,7 @@ class Dynamics:
                 "T_time",
                 f"is a time, of {', '.join(TIMED)}; recirculation {kind!r} takes a number of "
                 f"tokens, T (got T_time {self.time:g})",
-                f"Write T: {self.time:g}",
+                f"Write T: {max(round(self.time), 1)}",
             )
 
 
