@@ -218,6 +218,7 @@ def test_search_status_and_best_print_every_value(
             assert f"{value}" in text, name
         for trial in found.board.front:
             assert f"trial {trial.number}: val_accuracy {number(trial.values[0])}" in text
+        assert all(cell_len(x) <= width for x in text.splitlines() if x.startswith("#"))
 
 
 def _as_command(show: Callable[[], None]) -> Any:

@@ -196,6 +196,39 @@ def test_values_and_metrics_stand_beside_unknown_names(tmp_path: Path) -> None:
     assert places(nameless, tmp_path) == ["2 task.option", *shared]
 
 
+OPTIMIZERS = """\
+import torch
+
+
+class Needy(torch.optim.SGD):
+    def __init__(self, params, lr, grip=1):
+        if grip < 0:
+            raise ValueError("grip must be positive")
+        super().__init__(params, lr=lr)
+
+
+class Failing(torch.optim.SGD):
+    def __init__(self, params, lr=0.1, grip=1):
+        {0: "off", 1: "on", 2: "more"}[grip]
+        super().__init__(params, lr=lr)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Needy", "grip must be positive (got -1)"), ("Failing", "KeyError: -1")],
+)
+def test_an_optimizer_of_ones_own_has_the_line_of_what_it_refuses(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "refusing.py").write_text(OPTIMIZERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    space = {**ADAM["space"], "grip": {"type": "int", "low": -1, "high": 2}}
+    text = check({**ADAM, "method": f"refusing:{name}", "space": space}, tmp_path)
+    assert re.match(r"f\.yaml:\d+: space\.grip: ", text)
+    assert said in text
+
+
 def test_tcep_names_every_parameter_of_the_wrong_name_or_value() -> None:
     config = SearchConfig.model_validate(
         {

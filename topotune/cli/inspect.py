@@ -93,11 +93,15 @@ def best(
         whole = {"front": [trial.to_dict() for trial in front]} if several else {}
         print_json({**winner.to_dict(), **whole})
         return
-    say(f"# search {name}, trial {winner.number}: {valued(winner, report.board.objectives)}")
+    head = [f"search {name}, trial {winner.number}: {valued(winner, report.board.objectives)}"]
     if len(front) > 1:
-        say(f"# It is the first of a front of {len(front)}; topotune export {name} --front has all")
+        head.append(
+            f"It is the first of a front of {len(front)}; topotune export {name} --front has all"
+        )
         for trial in front[1:]:
-            say(f"# trial {trial.number}: {valued(trial, report.board.objectives)}")
+            head.append(f"trial {trial.number}: {valued(trial, report.board.objectives)}")
+    for line in head:
+        say_whole(console(), shown(line), first="# ", indent="#   ")
     typer.echo(dump_yaml(dict(winner.spec)), nl=False)
 
 

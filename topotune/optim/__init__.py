@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from topotune.errors import ConfigError, UnknownNameError, did_you_mean
+from topotune.errors import ConfigError, TopotuneError, UnknownNameError, did_you_mean, told
 from topotune.optim._state import FUSED_KERNELS
 from topotune.optim._trace import EnergyTrace
 from topotune.optim.topological_adam import TopologicalAdam
@@ -100,33 +100,41 @@ def build_optimizer(
     Raises:
         UnknownNameError: the name is unknown.
         PluginError: the import path does not lead to a torch optimizer.
-        ConfigError: an option is unknown, or the constructor refuses a value.
+        ConfigError: an option is unknown, or the constructor refuses a value or fails.
     """
     tensors = list(params)
     try:
         return _construct(name, tensors, options)
-    except (TypeError, ValueError) as error:
-        refused = list(_refused(name, tensors, options, str(error)))
-        if len(refused) != 1:
-            place = f"{_PLACE} parameters"
-            raise ConfigError(place, f"{name}: {error} (got {dict(options)})") from error
-        value = repr(options[refused[0]])
-        got = "" if value in str(error) else f" (got {value})"
-        raise ConfigError(f"{_PLACE} parameter {refused[0]}", f"{name}: {error}{got}") from error
+    except (TopotuneError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # code of a user may raise anything
+        said = str(error) if isinstance(error, TypeError | ValueError) else told(error)
+        option = _refused(name, tensors, options, str(error))
+        if option is None:
+            place, got = f"{_PLACE} parameters", str(dict(options))
+        else:
+            place, got = f"{_PLACE} parameter {option}", repr(options[option])
+        got = "" if got in said else f" (got {got})"
+        raise ConfigError(place, f"{name}: {said}{got}") from error
 
 
 def _refused(
     name: str, tensors: list[Tensor], options: Mapping[str, object], said: str
-) -> Iterator[str]:
-    """The options without which a constructor does not say this."""
+) -> str | None:
+    """The one option without which a constructor is content, or else says something new."""
+    content: list[str] = []
+    new: list[str] = []
     for option in options:
         rest = {key: value for key, value in options.items() if key != option}
         try:
             _construct(name, tensors, rest)
-        except Exception as error:  # noqa: BLE001 - code of a user; any other end is an answer
-            if str(error) == said:
-                continue
-        yield option
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - it is compared, whatever it is
+            if str(error) != said:
+                new.append(option)
+        else:
+            content.append(option)
+    found = content or new
+    return found[0] if len(found) == 1 else None
 
 
 def _construct(name: str, tensors: list[Tensor], options: Mapping[str, object]) -> Optimizer:
