@@ -21,6 +21,8 @@ from topotune.cli.options import (
     on_cluster,
     print_json,
     say,
+    say_whole,
+    shown,
 )
 from topotune.errors import ConfigError, RunError
 from topotune.settings import VARIABLES
