@@ -430,7 +430,7 @@ def test_delay_and_fade_beside_lambda_are_remarked_on(space: dict[str, Any], nam
     found = remarks(**space)
     assert len(found) == bool(named)
     for remark in found:
-        assert remark.startswith(f"recirculation {named} rests where 'none' does")
+        assert remark.startswith(f"recirculation {named}: at rest it stands where 'none' does")
         assert "or fix lambda" in remark
 
 

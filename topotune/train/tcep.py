@@ -143,9 +143,9 @@ class TcepMethod(Method):
             return []
         kinds = " and ".join(sorted({str(params["recirculation"]) for params in same}))
         return [
-            f"recirculation {kinds} rests where 'none' does with damping lambda - gain, and this "
-            "space searches lambda as well: at several times the evaluations it finds nothing that "
-            "'none' would not. Take it out of the choices, or fix lambda"
+            f"recirculation {kinds}: at rest it stands where 'none' does with damping lambda - "
+            "gain, and this space searches lambda as well: at several times the evaluations it "
+            "finds nothing that 'none' would not. Take it out of the choices, or fix lambda"
         ]
 
     def plain(self) -> TrialSpec:
