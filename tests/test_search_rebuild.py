@@ -19,6 +19,7 @@ from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.book import Progress
 from topotune.search.ledger import Ledger, read_ledger
 from topotune.search.patience import Patience
+from topotune.search.reading import is_finished
 from topotune.search.rows import summaries
 from topotune.search.study import Handout, StudyStore
 from topotune.search.trialfile import (
@@ -228,6 +229,17 @@ def test_records_that_are_missing_are_written_at_the_next_start(tmp_path: Path) 
     assert {n: c.to_payload() for n, c in found.items()} == {
         n: c.to_payload() for n, c in whole.items()
     }
+
+
+def test_a_finished_search_whose_study_is_damaged_is_one_to_resume(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, make_config())
+    desk.run()
+    desk.store.close()
+    for damage in (scrambled, empty, Path.unlink):
+        assert is_finished(desk.folder)
+        damage(study_file(desk))
+        assert not is_finished(desk.folder)
+        Desk(tmp_path, make_config()).store.close()  # rebuilt
 
 
 def test_whoever_only_looks_is_told_what_to_do(tmp_path: Path) -> None:

@@ -341,7 +341,8 @@ def package(
     driver = holder(folder, folder.config())
     if driver is not None:
         raise SearchFolderError(f"search {name!r}: is being driven by {driver}")
-    if unfinished and (report := reading.status(results_dir, name)).finished:
+    if unfinished and reading.is_finished(folder):
+        report = reading.status(results_dir, name)
         if as_json:
             print_json({**report.to_dict(), "finished": True})
             return

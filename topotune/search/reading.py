@@ -124,8 +124,14 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
 
 
 def is_finished(folder: SearchFolder) -> bool:
-    """Whether a search has nothing left to do."""
-    return _status(folder).finished
+    """Whether a search is known to have nothing left to do.
+
+    Not where its study cannot be read: the driver that opens it waits for it, or rebuilds it.
+    """
+    try:
+        return _status(folder).finished
+    except (ResourceError, SearchFolderError):
+        return False
 
 
 def _status(folder: SearchFolder) -> SearchStatus:
