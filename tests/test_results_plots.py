@@ -394,7 +394,8 @@ def test_every_objective_with_a_curve_has_a_panel_and_the_front_is_highlighted(
     png = tmp_path / "c.png"
     plot_curves(trials, png, GOALS)
     image = read(png)
-    assert image.shape[0] == round((2 * 2.4 + 0.8) * fig.DPI)  # two of the three have curves
+    # Two of the three have curves; some Matplotlibs cut the broken pixel off.
+    assert image.shape[0] == pytest.approx((2 * 2.4 + 0.8) * fig.DPI, abs=1.1)
     half = image.shape[0] // 2 - 30
     for panel in (image[:half], image[half:]):
         assert mask(panel, fig.INK).sum() > 1000
@@ -404,7 +405,7 @@ def test_every_objective_with_a_curve_has_a_panel_and_the_front_is_highlighted(
     plot_curves(worse, png, GOALS)
     assert mask(read(png), fig.INK).sum() < both - 1000
     plot_history(trials, png, GOALS)
-    assert read(png).shape[0] == round((3 * 2.4 + 0.8) * fig.DPI)
+    assert read(png).shape[0] == pytest.approx((3 * 2.4 + 0.8) * fig.DPI, abs=1.1)
 
 
 def test_the_front_stands_in_the_plane_of_every_two_objectives(tmp_path: Path) -> None:
@@ -421,10 +422,10 @@ def test_the_front_stands_in_the_plane_of_every_two_objectives(tmp_path: Path) -
         heights.append(image.shape[0])
         assert has(image, fig.BLUE)
         assert has(image, fig.INK)
-    assert heights == [round(3.6 * fig.DPI), round(3 * 3.6 * fig.DPI)]
+    assert heights == [pytest.approx(n * 3.6 * fig.DPI, abs=1.1) for n in (1, 3)]
     many = {f"m{i}": "maximize" for i in range(7)}
     plot_front([TrialSummary(0, "COMPLETE", values=(1.0,) * 7)], png, many)
-    assert read(png).shape[0] == round(6 * 3.6 * fig.DPI)
+    assert read(png).shape[0] == pytest.approx(6 * 3.6 * fig.DPI, abs=1.1)
     plot_front([of_several(0, 0.9, 0.5, 1.2, violated=("x",))], png, GOALS)
     assert mask(read(png)[: 3 * 500], fig.INK).sum() < 5000  # axes and letters, no front
 
