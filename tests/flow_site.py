@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import psutil
 
+from tests.cluster.test_run import free_port
 from tests.cluster_files import CLUSTER, ROOT
-from tests.test_cluster_run import free_port
 from topotune.bench.faults.site import marked
 from topotune.records import Outcome
 from topotune.tracking.entries import Epoch

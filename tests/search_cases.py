@@ -11,13 +11,13 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
-from topotune.config import SearchConfig
+from topotune.config.models import SearchConfig
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
-from topotune.search.book import Book, Progress, Turn
-from topotune.search.folder import SearchFolder
-from topotune.search.ledger import Ledger
-from topotune.search.rows import summaries
-from topotune.search.study import Handout, StudyStore
+from topotune.search.drive.book import Book, Progress, Turn
+from topotune.search.place.folder import SearchFolder
+from topotune.search.study.ledger import Ledger
+from topotune.search.study.rows import summaries
+from topotune.search.study.store import Handout, StudyStore
 
 
 def make_config(**changes: Any) -> SearchConfig:

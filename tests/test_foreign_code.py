@@ -13,7 +13,7 @@ import yaml
 from topotune.errors import ConfigError, PluginError, told
 from topotune.plugins import load_object
 from topotune.records import TrialSpec
-from topotune.search.session import _fix_relative_paths
+from topotune.search.ray.session import _fix_relative_paths
 from topotune.train.assemble import check_spec, preflight
 
 ROOT = str(Path(__file__).parent.parent)

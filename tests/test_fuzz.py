@@ -11,9 +11,9 @@ import pytest
 
 from topotune.bench.fuzz import TARGETS, run, try_one
 from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
-from topotune.search.trialfile import read_copies
+from topotune.config.yamlfile import MAX_BYTES
+from topotune.search.study.trialfile import read_copies
 from topotune.tracking.tails import read_all
-from topotune.yamlfile import MAX_BYTES
 
 SPEC = b"task: digits\nmethod: adam\nepochs: 3\nseed: 1\n"
 SPACE = b"""name: a

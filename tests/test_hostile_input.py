@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from tests.search_cases import Desk, make_config
 from topotune.cli.main import app, main
-from topotune.config import SearchConfig
+from topotune.config.models import SearchConfig
 from topotune.errors import (
     CheckpointError,
     ConfigError,
@@ -35,8 +35,8 @@ from topotune.errors import (
 )
 from topotune.records import TrialSpec
 from topotune.results.trace import read_trace
-from topotune.search.folder import SearchFolder
-from topotune.search.recorder import Recorder, leaderboard
+from topotune.search.drive.recorder import Recorder, leaderboard
+from topotune.search.place.folder import SearchFolder
 from topotune.tracking.entries import Tags, from_payload
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.pages import trials_page

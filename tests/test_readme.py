@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from topotune.cli.main import app
-from topotune.configfile import parse_search, parse_yaml
+from topotune.config.file import parse_search, parse_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 import topotune
 from topotune.errors import ConfigError
 from topotune.requirements import install_command, installed, pythons, requirements
-from topotune.search.address import with_driver
-from topotune.search.health import examine
+from topotune.search.doctor.machine import examine
+from topotune.search.study.address import with_driver
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -102,7 +102,7 @@ def test_the_environment_has_what_the_metadata_asks_for(tmp_path: Path) -> None:
 HALF = """
 import sys
 from pathlib import Path
-from topotune.search.health import examine
+from topotune.search.doctor.machine import examine
 from topotune.data.vision import load_vision
 from topotune.errors import ResourceError
 

@@ -24,11 +24,11 @@ import yaml
 
 from topotune.bench.faults.proxy import Proxy
 from topotune.cli.main import app
-from topotune.config import TrackingConfig
-from topotune.configfile import parse_search
+from topotune.config.file import parse_search
+from topotune.config.models import TrackingConfig
 from topotune.errors import ConfigError
 from topotune.redaction import address_with_secret, brief, names_secret, redact
-from topotune.search.folder import SearchFolder
+from topotune.search.place.folder import SearchFolder
 from topotune.tracking.store import check_tracking_uri
 
 ROOT = Path(__file__).parent.parent

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from topotune.cli.options import DEFAULT_RESULTS, Address, RayAddress, ResultsDir, elsewhere
 from topotune.errors import ConfigError, ResourceError, RunError
+from topotune.search.code.shipped import ENV_FILE, SEARCH_FILE, from_archive, to_archive
+from topotune.search.code.usercode import import_paths, own_modules
 from topotune.service import package
 from topotune.service.ask import RemoteError, failure, printed
 from topotune.service.cluster import Job
 from topotune.service.package import pack
 from topotune.settings import VARIABLES, apply_settings, read_env_file
-from topotune.shipped import ENV_FILE, SEARCH_FILE, from_archive, to_archive
-from topotune.usercode import import_paths, own_modules
 
 
 @pytest.fixture

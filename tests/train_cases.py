@@ -25,7 +25,7 @@ from topotune.records import (
 )
 from topotune.tasks.base import DataOptions, Task
 from topotune.train.checkpoint import CheckpointStore
-from topotune.trial import TIMING_METRICS, TrialRun
+from topotune.train.trial import TIMING_METRICS, TrialRun
 
 TRAIN_ROWS = 70
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from topotune.optim import TopologicalAdam
     from topotune.records import EpochReport, Outcome, TrialResult, TrialSpec
     from topotune.tasks import Task
-    from topotune.trial import run_trial
+    from topotune.train.trial import run_trial
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _HOMES = {
     "TopotuneError": "topotune.errors",
     "TrialResult": "topotune.records",
     "TrialSpec": "topotune.records",
-    "run_trial": "topotune.trial",
+    "run_trial": "topotune.train.trial",
 }
 
 __all__ = [

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import ray
 
-from topotune.config_budget import Limits
+from topotune.config.budget import Limits
 from topotune.records import Outcome, TrialSpec
-from topotune.search.book import Progress
-from topotune.search.session import RaySession
+from topotune.search.drive.book import Progress
+from topotune.search.ray.session import RaySession
+from topotune.search.ray.worker import TrialActor, trial_config
 from topotune.search.view import SilentListener
-from topotune.search.worker import TrialActor, trial_config
-from topotune.trial import TIMING_METRICS
-from topotune.weights import load_weights
+from topotune.train.trial import TIMING_METRICS
+from topotune.train.weights import load_weights
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(300)]
 

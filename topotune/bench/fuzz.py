@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
-from topotune.configfile import load_spec, parse_search, parse_yaml
+from topotune.config.file import load_spec, parse_search, parse_yaml
 from topotune.errors import TopotuneError
 from topotune.records import TrialSpec
 from topotune.results.yamltext import dump_yaml
-from topotune.search.folder import SearchFolder
-from topotune.search.ledger import read_ledger
-from topotune.search.trialfile import TRIAL_FILE, read_copies
+from topotune.search.place.folder import SearchFolder
+from topotune.search.study.ledger import read_ledger
+from topotune.search.study.trialfile import TRIAL_FILE, read_copies
 from topotune.tracking.entries import items
 from topotune.tracking.lines import LineWriter
 from topotune.tracking.progress import Progress, Refused

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from topotune.config.spaces import shipped_spaces
 from topotune.records import EpochReport, Outcome
-from topotune.spaces import shipped_spaces
 from topotune.tracking.entries import Artifact, End, Entry, Epoch, Metrics, Start, Tags, to_payload
 
 _TOKENS = (

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from topotune.bench.console import wide_console
 from topotune.bench.faults.task import IMPORT_PATH
-from topotune.configfile import parse_search
+from topotune.config.file import parse_search
 from topotune.records import TrialSummary
 from topotune.search import driver
-from topotune.search.folder import SearchFolder
-from topotune.search.recorder import leaderboard
+from topotune.search.drive.recorder import leaderboard
+from topotune.search.place.folder import SearchFolder
 from topotune.search.view import SilentListener
 
 MARKS = (100, 125, 250, 500, 1000)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.errors import RunError
-from topotune.shipped import load_env, size_of, to_archive
+from topotune.search.code.shipped import load_env, size_of, to_archive
 
 MARK = "TOPOTUNE_ANSWER"
 """Variable with the word that marks the line; set by who asks."""

@@ -84,8 +84,8 @@ def tcep(
     as_json: AsJson = False,
 ) -> None:
     """Measure equilibrium propagation: exact gradients, memory, solvers, and what it learns."""
-    from topotune.bench.tcep import DEFAULT_PARTS, Options, print_part, run, tell
-    from topotune.bench.tcep_memory import STEPS
+    from topotune.bench.tcep.memory import STEPS
+    from topotune.bench.tcep.run import DEFAULT_PARTS, Options, print_part, run, tell
     from topotune.train.process import resolve_device
 
     options = Options(
@@ -177,7 +177,7 @@ def scaling(
     as_json: AsJson = False,
 ) -> None:
     """Search with more and more worker slots: trials an hour, and what one driver can feed."""
-    from topotune.bench.scaling import QUICK, Options, print_report, run
+    from topotune.bench.scaling.command import QUICK, Options, print_report, run
 
     options = Options(
         slots=_counts("--slots", slots),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from topotune.records import TrialSummary
     from topotune.results.leaderboard import Column, Leaderboard
-    from topotune.search.reading import SearchStatus
+    from topotune.search.status import SearchStatus
 
 _OVERHEADS = {
     "overhead_vs_adam": "fused Adam",

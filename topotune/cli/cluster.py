@@ -61,8 +61,8 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Run a new search on a cluster, which needs this machine no longer once it has begun."""
-    from topotune.config_remarks import remarks
-    from topotune.configfile import parse_search, read_yaml
+    from topotune.config.file import parse_search, read_yaml
+    from topotune.config.remarks import remarks
 
     data, lines = read_yaml(file)
     changes = {
@@ -192,7 +192,7 @@ def logs(
         if cluster := elsewhere(context, address):
             forward(context, cluster, ["--trial", str(trial)], name)
             return
-        from topotune.search import reading
+        from topotune.search import status as reading
 
         show(reading.printed(results_dir, name, trial))
         return
@@ -266,7 +266,7 @@ def forward(
         as_json: whether JSON is asked for.
         files: the folder that it makes there, and where its content goes here.
     """
-    from topotune.shipped import from_archive
+    from topotune.search.code.shipped import from_archive
 
     command = [str(context.info_name), *([name] if name else []), *arguments]
     command += ["--json"] if as_json else []
@@ -304,7 +304,7 @@ def arrive(version: str) -> None:
     Raises:
         ConfigError: another version of topotune sent it, or no storage is named.
     """
-    from topotune.shipped import load_env, own_copy
+    from topotune.search.code.shipped import load_env, own_copy
 
     if version != __version__:
         raise ConfigError(
@@ -332,10 +332,10 @@ def package(
     """Send the code that a search was submitted with to whoever asks."""
     from topotune.cli.boards import print_status
     from topotune.errors import SearchFolderError
-    from topotune.search import reading
-    from topotune.search.folder import SearchFolder
-    from topotune.search.objects.hold import holder
-    from topotune.search.objects.pull import fetch_folder
+    from topotune.search import status as reading
+    from topotune.search.place.folder import SearchFolder
+    from topotune.search.place.objects.hold import holder
+    from topotune.search.place.objects.pull import fetch_folder
 
     folder = SearchFolder.open(results_dir, name)
     driver = holder(folder, folder.config())

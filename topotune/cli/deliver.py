@@ -64,9 +64,9 @@ def export(
         _export_there(context, cluster, name, target, as_json)
         return
     log_to_stderr()
-    from topotune.search.exports import export_top
-    from topotune.search.folder import SearchFolder
-    from topotune.search.objects.pull import fetch_folder
+    from topotune.search.export import export_top
+    from topotune.search.place.folder import SearchFolder
+    from topotune.search.place.objects.pull import fetch_folder
 
     search = SearchFolder.open(results_dir, name)
     if on_cluster(context):
@@ -144,15 +144,15 @@ def train(
     import dataclasses
     import tempfile
 
-    from topotune.configfile import load_spec
+    from topotune.config.file import load_spec
     from topotune.records import Outcome
 
     log_to_stderr()
     spec = load_spec(config)
     changes = {"seed": seed, "data_dir": data_dir, "device": device}
     spec = dataclasses.replace(spec, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    from topotune.trial import run_trial
-    from topotune.weights import evaluate_test, load_weights
+    from topotune.train.trial import run_trial
+    from topotune.train.weights import evaluate_test, load_weights
 
     def show(report: EpochReport) -> bool:
         if not as_json:

@@ -38,14 +38,14 @@ def doctor(
         forward(context, cluster, [], None, as_json)
         return
     if on_cluster(context):
-        from topotune.search.nodes import Stores, examine_cluster
-        from topotune.search.objects.address import store_address
+        from topotune.search.doctor.cluster import Stores, examine_cluster
+        from topotune.search.place.objects.address import store_address
 
         study, tracking = (os.environ.get(VARIABLES[key]) for key in ("study_uri", "tracking_uri"))
         storage = str(store_address(results_dir) or results_dir)
         findings = examine_cluster(Stores(storage, study, tracking))
     else:
-        from topotune.search.health import examine
+        from topotune.search.doctor.machine import examine
 
         findings = examine(results_dir, data_dir, with_ray=ray)
     if as_json:

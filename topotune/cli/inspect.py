@@ -43,7 +43,7 @@ def status(
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], name, as_json)
         return
-    from topotune.search import reading
+    from topotune.search import status as reading
 
     if name is not None:
         report = reading.status(results_dir, name)
@@ -54,7 +54,7 @@ def status(
 
         print_status(console(), report, limit=len(report.board.trials))
         return
-    from topotune.search.objects.address import shown as place
+    from topotune.search.place.objects.address import shown as place
 
     reports = reading.all_status(results_dir, lambda text: say(text, err=True))
     if as_json:
@@ -83,7 +83,7 @@ def best(
         return
     from topotune.results.export import dump_yaml
     from topotune.results.leaderboard import valued
-    from topotune.search import reading
+    from topotune.search import status as reading
 
     report = reading.status(results_dir, name)
     winner = report.board.best
@@ -139,11 +139,11 @@ def dashboard(
         forward(context, cluster, [], name)
         return
     if optuna:
-        from topotune.search import optuna_pages
+        from topotune.search.study import optuna_pages
 
         optuna_pages.serve(results_dir, name, optuna_pages.PORT if port is None else port, say)
         return
-    from topotune.search import reading
+    from topotune.search import status as reading
     from topotune.tracking.dashboard import DEFAULT_PORT
 
     if on_cluster(context) and not os.environ.get(VARIABLES["tracking_uri"]):
@@ -168,7 +168,7 @@ def sync(
     if cluster := elsewhere(context, address):
         forward(context, cluster, ["--timeout", str(timeout)], name)
         return
-    from topotune.search import reading
+    from topotune.search import status as reading
 
     text, complete = reading.sync(results_dir, name, timeout)
     say(text)

@@ -15,7 +15,7 @@ from topotune.cli import answer, bench, cluster, deliver, doctor, inspect, run, 
 from topotune.cli.options import shown
 from topotune.cli.surroundings import give_a_home, open_closed_streams
 from topotune.errors import FaultsError, InterruptError, TopotuneError
-from topotune.search.signals import discard
+from topotune.search.drive.signals import discard
 from topotune.settings import apply_settings
 
 EPILOG = (

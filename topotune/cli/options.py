@@ -15,30 +15,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from topotune.config.spaces import find_space, shipped_spaces
 from topotune.errors import ConfigError, FieldError
 from topotune.redaction import redact
 from topotune.results.text import clean
 from topotune.settings import ADDRESS, STORAGE
-from topotune.spaces import find_space, shipped_spaces
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from topotune.config import SearchConfig
+    from topotune.config.models import SearchConfig
 
 DEFAULT_RESULTS = Path("topotune-results")
 
 
 def results_dir(place: str | Path) -> Path:
     """The folder to work in for a results place: a path, or an object store's address."""
-    from topotune.search.objects.address import results_folder
+    from topotune.search.place.objects.address import results_folder
 
     return results_folder(str(place))
 
 
 def option_for(results: Path) -> str:
     """`` --results-dir PLACE`` as a person would add it to a command; empty for the default."""
-    from topotune.search.objects.address import shown
+    from topotune.search.place.objects.address import shown
 
     return "" if results == DEFAULT_RESULTS else f" --results-dir {shown(results)}"
 
@@ -235,7 +235,7 @@ def waiting(text: str) -> AbstractContextManager[object]:
 
 def build_faults(part: SearchConfig) -> list[FieldError]:
     """What keeps trials of a search from being built, looked for where its file has faults."""
-    from topotune.search.preflight import faults
+    from topotune.search.doctor.preflight import faults
 
     return faults(part)
 

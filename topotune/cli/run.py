@@ -37,7 +37,7 @@ from topotune.settings import STORAGE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from topotune.config import SearchConfig
+    from topotune.config.models import SearchConfig
     from topotune.search.driver import SearchReport
     from topotune.search.view import Listener
 
@@ -62,8 +62,8 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Run a new search to its end: leaderboard, best config, next commands."""
-    from topotune.config_faults import located
-    from topotune.configfile import parse_search, read_yaml
+    from topotune.config.faults import located
+    from topotune.config.file import parse_search, read_yaml
 
     data, lines = read_yaml(file)
     changes = {
@@ -169,7 +169,7 @@ def _again(
     as_json: bool,
 ) -> None:
     from topotune.search import driver
-    from topotune.search.folder import SearchFolder
+    from topotune.search.place.folder import SearchFolder
 
     config = SearchFolder.open(results_dir, name).config()
     _finish(
@@ -201,7 +201,7 @@ def _finish(
     import sys
 
     from topotune.cli.live import listener_for
-    from topotune.search.signals import discard
+    from topotune.search.drive.signals import discard
     from topotune.search.view import SilentListener
 
     log_to_stderr()
@@ -248,7 +248,7 @@ def _as_data(report: SearchReport) -> dict[str, object]:
 
 def where(results_dir: Path) -> str:
     """The option that the next commands need to find the search, as it is typed."""
-    from topotune.search.objects.address import results_folder
+    from topotune.search.place.objects.address import results_folder
 
     known = os.environ.get(STORAGE)
     return "" if known and results_folder(known) == results_dir else option_for(results_dir)
@@ -256,7 +256,7 @@ def where(results_dir: Path) -> str:
 
 def _print(report: SearchReport, where: str) -> None:
     from topotune.cli.boards import print_best, print_board
-    from topotune.search.objects.address import shown_search
+    from topotune.search.place.objects.address import shown_search
 
     out = console()
     name = report.config.name
@@ -288,7 +288,7 @@ def _print(report: SearchReport, where: str) -> None:
 
 def _more_trials(config: SearchConfig) -> int:
     """With how many trials a finished search may be extended, 20 at most; 0 where it cannot be."""
-    from topotune.config_rules import planned_trials
+    from topotune.config.rules import planned_trials
     from topotune.search.driver import extended
 
     try:

@@ -29,10 +29,10 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Validate a search file, show its space, and build its task and method at every extreme."""
-    from topotune.config_faults import located
-    from topotune.config_remarks import remarks
-    from topotune.config_rules import describe, one_of
-    from topotune.configfile import parse_search, read_yaml
+    from topotune.config.faults import located
+    from topotune.config.file import parse_search, read_yaml
+    from topotune.config.remarks import remarks
+    from topotune.config.rules import describe, one_of
     from topotune.results.text import rich_text
 
     log_to_stderr()
@@ -43,7 +43,7 @@ def check(
     metrics: list[str] = []
     notes = remarks(config)
     if not quick:
-        from topotune.search.preflight import machine_remarks, preflight
+        from topotune.search.doctor.preflight import machine_remarks, preflight
 
         notes += machine_remarks(config)
         with located(str(file), lines):
@@ -82,7 +82,7 @@ def schema(
     out: Annotated[Path | None, typer.Option(help="Write it to this file instead.")] = None,
 ) -> None:
     """Print the JSON schema of a search file, for editors and other tools."""
-    from topotune.config import json_schema
+    from topotune.config.models import json_schema
 
     if out is None:
         print_json(json_schema())
@@ -102,8 +102,8 @@ def spaces(
 ) -> None:
     """List the shipped search files, or copy them; 'search', 'check' and 'submit' know them by
     name."""
-    from topotune.spaces import copy_spaces, shipped_spaces
-    from topotune.yamlfile import read_yaml
+    from topotune.config.spaces import copy_spaces, shipped_spaces
+    from topotune.config.yamlfile import read_yaml
 
     if copy is not None:
         copies = [str(path) for path in copy_spaces(copy)]

@@ -8,43 +8,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from topotune import __version__
-from topotune.config import SearchConfig
-from topotune.config_remarks import remarks
-from topotune.config_rules import grid_size, planned_trials
+from topotune.config.models import SearchConfig
+from topotune.config.remarks import remarks
+from topotune.config.rules import grid_size, planned_trials
 from topotune.errors import ConfigError, LeaseLostError, RunError, TopotuneError
 from topotune.files import make_folder
 from topotune.records import TrialSummary
 from topotune.results.leaderboard import Leaderboard
-from topotune.search.address import remembered_study, study_place
-from topotune.search.folder import SearchFolder
-from topotune.search.guard import GUARD_FILE
-from topotune.search.live import LiveFile
-from topotune.search.objects.address import store_address
-from topotune.search.objects.hold import Hold
-from topotune.search.objects.hold import check_stores as check_beside_objects
-from topotune.search.output import tidy_killed
-from topotune.search.patience import Patience
-from topotune.search.preflight import (
+from topotune.search.code.shipped import keep_code
+from topotune.search.code.source import CODE_TAG, Source, changed, check_unchanged, code_of, keep
+from topotune.search.code.usercode import contents, hashes
+from topotune.search.doctor.preflight import (
     MOST_AT_ONCE,
     check_stores,
     check_writable,
     fit_resources,
     preflight,
 )
-from topotune.search.reading import is_finished
-from topotune.search.session import RaySession
-from topotune.search.shipping import check_addresses, look_first, remembered
-from topotune.search.signals import Interrupts
-from topotune.search.source import CODE_TAG, Source, changed, check_unchanged, code_of, keep
-from topotune.search.storage import check_study
+from topotune.search.drive.signals import Interrupts
+from topotune.search.live import LiveFile
+from topotune.search.place.folder import SearchFolder
+from topotune.search.place.objects.address import store_address
+from topotune.search.place.objects.hold import Hold
+from topotune.search.place.objects.hold import check_stores as check_beside_objects
+from topotune.search.place.output import tidy_killed
+from topotune.search.place.shipping import check_addresses, look_first, remembered
+from topotune.search.ray.session import RaySession
+from topotune.search.ray.watchdog import GUARD_FILE
+from topotune.search.status import is_finished
+from topotune.search.study.address import remembered_study, study_place
+from topotune.search.study.patience import Patience
+from topotune.search.study.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
-from topotune.shipped import keep_code
 from topotune.tracking.entries import RUNNING
-from topotune.usercode import contents, hashes
 
 if TYPE_CHECKING:
-    from topotune.search.book import Book
-    from topotune.search.sharing import Sharing
+    from topotune.search.drive.book import Book
+    from topotune.search.ray.sharing import Sharing
 
 
 FIRST_SHARE_SECONDS = 10.0
@@ -185,9 +185,9 @@ def _on_disk(config: SearchConfig) -> str:
 
 def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: float) -> Sharing:
     """The search's part in sharing a cluster with others, its first share known if it came soon."""
-    from topotune.search.cluster import UNLIMITED, needs_of
+    from topotune.search.ray.cluster import UNLIMITED, needs_of
+    from topotune.search.ray.sharing import Sharing
     from topotune.search.share import Claim
-    from topotune.search.sharing import Sharing
 
     search, config = folder.search_id, book.config
     needs = needs_of(config, gpus)
@@ -255,14 +255,14 @@ def _run(
 ) -> SearchReport:
     """One session of a search on a running Ray; without one, of a search that is finished: what an
     earlier session did not come to record is recorded, and sent."""
-    from topotune.search.book import Book
-    from topotune.search.execute import execute
-    from topotune.search.ledger import Ledger
-    from topotune.search.pulse import Pulse
-    from topotune.search.recorder import Recorder, objectives
-    from topotune.search.retention import Retention
-    from topotune.search.shipping import Shipping
-    from topotune.search.study import StudyStore
+    from topotune.search.drive.book import Book
+    from topotune.search.drive.recorder import Recorder, objectives
+    from topotune.search.drive.retention import Retention
+    from topotune.search.place.shipping import Shipping
+    from topotune.search.ray.execute import execute
+    from topotune.search.ray.pulse import Pulse
+    from topotune.search.study.ledger import Ledger
+    from topotune.search.study.store import StudyStore
 
     ledger = Ledger(folder.ledger, gpus or 1.0, lease.check)
     patience = Patience(study_place(folder, config), listener.note)

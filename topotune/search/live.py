@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from topotune.errors import TopotuneError
 from topotune.results.text import clean
-from topotune.search.folder import write_bytes
+from topotune.search.place.folder import write_bytes
 from topotune.search.view import SearchView
 
 WRITE_EVERY = 3.0
@@ -96,7 +96,7 @@ class Live:
 
         Args:
             path: the file.
-            holder: who drives the search, as :func:`topotune.search.lease.lease_holder` says.
+            holder: who drives the search, as :func:`topotune.search.place.lease.lease_holder` says.
         """
         try:
             with path.open("rb") as file:
@@ -133,5 +133,5 @@ class Live:
 
 
 def _this_driver() -> str:
-    """As :mod:`topotune.search.lease` names a holder."""
+    """As :mod:`topotune.search.place.lease` names a holder."""
     return f"pid {os.getpid()} on {socket.gethostname()}"

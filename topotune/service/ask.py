@@ -15,8 +15,8 @@ from pathlib import Path
 
 from topotune import __version__
 from topotune.errors import ResourceError, RunError, UserError
+from topotune.search.code.shipped import ship_env
 from topotune.service.cluster import Cluster, Job
-from topotune.shipped import ship_env
 
 _BEGUN = "Running entrypoint for job"
 _NONE_THERE = re.compile(

@@ -14,8 +14,15 @@ from pathlib import Path
 
 from topotune.errors import ConfigError
 from topotune.repository import Repository
-from topotune.shipped import ENV_FILE, REPOSITORY_FILE, SEARCH_FILE, left_out, ship_env, size_of
-from topotune.usercode import import_paths, own_modules
+from topotune.search.code.shipped import (
+    ENV_FILE,
+    REPOSITORY_FILE,
+    SEARCH_FILE,
+    left_out,
+    ship_env,
+    size_of,
+)
+from topotune.search.code.usercode import import_paths, own_modules
 
 MAX_BYTES = 100 * 2**20
 

@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from topotune.config import SearchConfig
-from topotune.configfile import read_yaml
+from topotune.config.file import read_yaml
+from topotune.config.models import SearchConfig
 from topotune.errors import ResourceError, RunError, SearchFolderError
-from topotune.search.shipping import EXPERIMENT
+from topotune.search.code.shipped import REPOSITORY_FILE, SEARCH_FILE, from_archive, ship_env
+from topotune.search.place.shipping import EXPERIMENT
 from topotune.search.view import BEGUN
 from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
 from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
 from topotune.service.package import pack
-from topotune.shipped import REPOSITORY_FILE, SEARCH_FILE, from_archive, ship_env
 
 BEGIN_SECONDS = 180.0
 """How long a command waits for the driver to have checked its search and begun."""

@@ -58,7 +58,7 @@ def check_spec(spec: TrialSpec) -> None:
 
 
 def preflight(spec: TrialSpec, *, check_device: bool = True) -> None:
-    """Raise now what :func:`~topotune.trial.open_trial` would raise in a worker, data apart.
+    """Raise now what :func:`~topotune.train.trial.open_trial` would raise in a worker, data apart.
 
     Builds the method, the task, the model and the optimizer on the CPU and drops them; loads no
     data and leaves the global random generators as they were.

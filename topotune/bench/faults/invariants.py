@@ -14,11 +14,11 @@ from typing import Any
 from topotune.bench.faults.scenario import expect
 from topotune.bench.faults.site import NAME, Site
 from topotune.records import EpochReport, Outcome, TrialSpec
-from topotune.search.folder import SearchFolder
-from topotune.search.shipping import open_store
+from topotune.search.place.folder import SearchFolder
+from topotune.search.place.shipping import open_store
 from topotune.tracking.shipper import Shipper
 from topotune.train.checkpoint import CHECKPOINT_FILE, CheckpointStore
-from topotune.trial import TIMING_METRICS
+from topotune.train.trial import TIMING_METRICS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from topotune.bench.faults.rogue import IMPORT_PATH, POISONED_ADAM
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import NAME, Site
 from topotune.bench.faults.task import BATCHES
-from topotune.search.storage import open_storage
+from topotune.search.study.storage import open_storage
 
 EPOCHS = 3
 _WORDS = {

@@ -19,7 +19,7 @@ from topotune.bench.console import wide_console
 from topotune.bench.faults.registry import named
 from topotune.bench.faults.scenario import BrokenPromiseError, Finding, Scenario
 from topotune.bench.faults.site import Site, marked
-from topotune.search.signals import Interrupts
+from topotune.search.drive.signals import Interrupts
 
 _SCRATCH = "TOPOTUNE_FAULTS_SCRATCH"
 

@@ -19,8 +19,8 @@ from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import NAME, Driver, Site
 from topotune.bench.faults.task import PAUSE
 from topotune.bench.faults.workers import STALL
-from topotune.search.ledger import MAX_GAP
-from topotune.search.pulse import DRAIN_SECONDS
+from topotune.search.ray.pulse import DRAIN_SECONDS
+from topotune.search.study.ledger import MAX_GAP
 
 GONE_WITHIN = 20.0
 """Seconds from the first signal until every process of the search is gone."""

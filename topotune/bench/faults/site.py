@@ -20,7 +20,7 @@ import yaml
 from topotune.bench.faults.scenario import expect
 from topotune.bench.faults.task import IMPORT_PATH, TRAINED
 from topotune.records import EpochReport
-from topotune.search.folder import SearchFolder
+from topotune.search.place.folder import SearchFolder
 from topotune.tracking.entries import Epoch
 from topotune.tracking.spool import TRIAL_SPOOL
 from topotune.tracking.tails import read_all

@@ -19,7 +19,7 @@ from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.signals import GONE_WITHIN, INTERRUPTED
 from topotune.bench.faults.site import NAME, Driver, Site
 from topotune.records import TrialSpec
-from topotune.search.address import ENVIRONMENT
+from topotune.search.study.address import ENVIRONMENT
 from topotune.tracking.spool import DRIVER_SPOOL, TRIAL_SPOOL
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
 

@@ -13,7 +13,7 @@ from topotune.bench.faults.invariants import audit
 from topotune.bench.faults.rogue import IMPORT_PATH, PRINTED
 from topotune.bench.faults.scenario import Scenario, expect
 from topotune.bench.faults.site import NAME, Driver, Site
-from topotune.search.output import OUTPUT_FILE
+from topotune.search.place.output import OUTPUT_FILE
 
 RESUMES_WITHIN = 15.0
 """Seconds from the kill of a worker to the next epoch of its trial."""

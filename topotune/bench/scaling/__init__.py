@@ -1,0 +1,1 @@
+"""Measures how a search scales with workers."""

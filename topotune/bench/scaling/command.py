@@ -1,0 +1,288 @@
+"""How a search scales with its worker slots: trials an hour against the ideal, what the driver
+spends on each, and how many slots one driver can feed.
+
+The trials sleep instead of computing, so that a few cores can play many slots and what is measured
+is the driver's part. Everything else is real: a Ray cluster of two nodes with a token, ``topotune
+search`` as a process of its own, the study, the spools, MLflow and the plots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from topotune.bench.console import wide_console
+from topotune.bench.faults.postgres import Postgres
+from topotune.bench.faults.scenario import BrokenPromiseError
+from topotune.bench.scaling.numbers import Cost, Spread, fit
+from topotune.bench.scaling.run import Plan, Run, measure
+from topotune.errors import RunError
+from topotune.search.drive.signals import Interrupts
+from topotune.search.study.address import ENVIRONMENT
+
+LENGTHS = ((10.0, 5), (60.0, 20), (600.0, 50), (3600.0, 100))
+"""Seconds and epochs of the trials that the slots are projected for."""
+EPOCHS, SLEEP, TRIALS_A_SLOT = 4, 0.5, 6
+"""Of the paced searches; a slot needs three trials at least for a steady state."""
+SATURATING_TRIALS = 60
+_RUNS_TO_TRUST = 6
+"""Twice as many as the cost has parts."""
+_TRIALS_A_FULL_SLOT = 12
+"""At least; the first slots that work have used up many before the last one does."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is run.
+
+    Attributes:
+        slots: of the searches whose trials sleep.
+        saturating: slots of those whose trials do not.
+        rounds: times that each of ``slots`` is run, alternating.
+        saturating_rounds: the same of ``saturating``, which come last.
+        epochs, sleep: epochs of a paced trial, and seconds of each.
+        trials_a_slot: trials of a paced search for each of its slots.
+        saturating_trials: trials of a saturating search, of one epoch each; more where it has
+            many slots.
+        postgres: keep the study in a PostgreSQL server in place of SQLite.
+    """
+
+    slots: tuple[int, ...] = (1, 2, 4)
+    saturating: tuple[int, ...] = (1, 2, 4, 8)
+    rounds: int = 2
+    saturating_rounds: int = 1
+    epochs: int = EPOCHS
+    sleep: float = SLEEP
+    trials_a_slot: int = TRIALS_A_SLOT
+    saturating_trials: int = SATURATING_TRIALS
+    postgres: bool = False
+
+    def plans(self) -> list[Plan]:
+        """The searches in their order."""
+        paced = [Plan(n, n * self.trials_a_slot, self.epochs, self.sleep) for n in self.slots]
+        full = [
+            Plan(n, max(self.saturating_trials, _TRIALS_A_FULL_SLOT * n), 1, 0.0)
+            for n in self.saturating
+        ]
+        return paced * self.rounds + full * self.saturating_rounds
+
+
+QUICK = Options(
+    slots=(1, 2), saturating=(4,), rounds=1, sleep=0.2, trials_a_slot=8, saturating_trials=48
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured.
+
+    Attributes:
+        options: what was run.
+        cores: of the machine.
+        runs: one a search.
+    """
+
+    options: Options
+    cores: int
+    runs: tuple[Run, ...]
+
+    @property
+    def cost(self) -> Cost:
+        """What the driver's CPU time went on, by all runs together."""
+        return fit([run.driver_load for run in self.runs])
+
+    @property
+    def ceiling(self) -> float:
+        """Trials of one epoch a second at the most, as measured."""
+        return max((run.window.rate for run in self.runs if not run.plan.sleep), default=0.0)
+
+    @property
+    def full(self) -> float:
+        """Cores that the driver uses where it can do no more: as in the fastest run that saturated
+        it, and one at the most."""
+        saturated = [run for run in self.runs if not run.plan.sleep]
+        return min(1.0, max(saturated, key=lambda run: run.window.rate).cores) if saturated else 1.0
+
+    def slots(self, seconds: float, epochs: int) -> float:
+        """Slots that one driver can feed with trials of this length."""
+        return self.cost.slots(seconds, epochs, self.full)
+
+    def groups(self, saturating: bool) -> list[tuple[Plan, list[Run]]]:
+        """The runs of each plan."""
+        found: dict[Plan, list[Run]] = {}
+        for run in self.runs:
+            if saturating != bool(run.plan.sleep):
+                found.setdefault(run.plan, []).append(run)
+        return list(found.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON, with what follows from the measurements."""
+        runs = []
+        for run in self.runs:
+            ideal = run.plan.ideal if run.plan.sleep else None
+            efficiency = run.hourly / ideal if ideal else None
+            derived = {"hourly": run.hourly, "ideal": ideal, "efficiency": efficiency}
+            runs.append({**dataclasses.asdict(run), **derived, "driver_cores": run.cores})
+        return {
+            "options": dataclasses.asdict(self.options),
+            "cores": self.cores,
+            "runs": runs,
+            "driver_cost": dataclasses.asdict(self.cost),
+            "ceiling": self.ceiling,
+            "full_cores": self.full,
+            "projection": [
+                {"seconds": seconds, "epochs": epochs, "slots": self.slots(seconds, epochs)}
+                for seconds, epochs in LENGTHS
+            ],
+        }
+
+
+def run(options: Options, say: Callable[[str], None]) -> Report:
+    """Measure.
+
+    Args:
+        options: what is run.
+        say: told, in a line, of each search.
+
+    Raises:
+        RunError: a search did not end as it must.
+    """
+    runs = []
+    plans = options.plans()
+    with ExitStack() as stack:
+        stack.enter_context(Interrupts())
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="topotune-scaling-")))
+        try:
+            environment = {}
+            if options.postgres:
+                environment[ENVIRONMENT] = stack.enter_context(Postgres()).uri
+            for number, plan in enumerate(plans, start=1):
+                kind = f"{plan.epochs} x {plan.sleep:g} s" if plan.sleep else "as fast as it can"
+                say(f"{number}/{len(plans)} {plan.slots} slots, {plan.trials} trials, {kind}")
+                runs.append(measure(plan, scratch / str(number), environment))
+        except (BrokenPromiseError, ValueError) as error:
+            raise RunError(f"bench scaling: {error}") from error
+    return Report(options, os.cpu_count() or 1, tuple(runs))
+
+
+def print_report(report: Report) -> None:
+    """The measurements as tables."""
+    out = wide_console()
+    out.print(_paced(report))
+    if report.ceiling:
+        out.print(_saturating(report))
+    out.print(_projection(report))
+    cost = report.cost
+    measured = f"; measured: {report.ceiling:.1f}" if report.ceiling else ""
+    out.print(
+        f"The driver's CPU time by all runs: {1e3 * cost.second:.0f} ms a second, "
+        f"{1e3 * cost.trial:.0f} ms a trial, {1e3 * cost.epoch:.1f} ms an epoch. It can do no more "
+        f"at {report.full:.2f} cores: {report.slots(1.0, 1):.1f} trials of one epoch a second"
+        f"{measured}."
+    )
+    if len(report.runs) < _RUNS_TO_TRUST:
+        out.print(
+            f"These are {len(report.runs)} runs, too few to tell the three parts of the cost apart "
+            "but roughly: take no figure from them."
+        )
+
+
+def _table(title: str, headings: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _paced(report: Report) -> Table:
+    options = report.options
+    study = "PostgreSQL" if options.postgres else "SQLite"
+    table = _table(
+        f"Trials of {options.epochs} epochs that sleep {options.sleep:g} s each; study in {study}; "
+        f"{report.cores} cores; medians of {options.rounds} rounds, [least to largest], "
+        "(quartiles)",
+        (
+            *("slots", "trials/h", "ideal", "of ideal, %", "between trials, ms"),
+            *("between epochs, ms", "driver CPU, ms a trial", "plots", "Ray", "its helpers"),
+            "workers",
+            *("trials/h, all told", "start, s", "close, s", "machine's load"),
+        ),
+    )
+    for plan, runs in report.groups(saturating=False):
+        table.add_row(
+            str(plan.slots),
+            _range([run.hourly for run in runs], 0),
+            f"{plan.ideal:.0f}",
+            _range([100 * run.hourly / plan.ideal for run in runs], 1),
+            _quartiles([run.between_trials for run in runs]),
+            _quartiles([run.between_epochs for run in runs if run.between_epochs]),
+            *_cpu(runs),
+            _range([3600 * plan.trials / run.whole for run in runs], 0),
+            _range([run.start for run in runs], 0),
+            _range([run.close for run in runs], 0),
+            _range([run.load for run in runs], 1),
+        )
+    return table
+
+
+def _saturating(report: Report) -> Table:
+    table = _table(
+        "Trials of one epoch that does not sleep: all that driver and machine can do",
+        (
+            *("slots", "trials/s", "driver's cores", "all cores", "between trials, ms"),
+            *("driver CPU, ms a trial", "plots", "Ray", "its helpers", "workers"),
+            "machine's load",
+        ),
+    )
+    for plan, runs in report.groups(saturating=True):
+        table.add_row(
+            str(plan.slots),
+            _range([run.window.rate for run in runs], 2),
+            _range([run.cores for run in runs], 2),
+            _range([sum(run.cpu.values()) / run.window.seconds for run in runs], 2),
+            _quartiles([run.between_trials for run in runs]),
+            *_cpu(runs),
+            _range([run.load for run in runs], 1),
+        )
+    return table
+
+
+def _projection(report: Report) -> Table:
+    table = _table(
+        "Slots that one driver can feed, by what all runs cost it",
+        ("trial, s", "its epochs", "slots"),
+    )
+    for seconds, epochs in LENGTHS:
+        table.add_row(f"{seconds:.0f}", str(epochs), f"{report.slots(seconds, epochs):.0f}")
+    return table
+
+
+def _cpu(runs: Sequence[Run]) -> list[str]:
+    return [
+        _range([1e3 * run.cpu[part] / run.window.trials for run in runs], 0) for part in runs[0].cpu
+    ]
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    spread = Spread.range(values)
+    text = f"{spread.median:.{digits}f}"
+    if len(values) > 1:
+        text += f" [{spread.low:.{digits}f}-{spread.high:.{digits}f}]"
+    return text
+
+
+def _quartiles(spreads: Sequence[Spread]) -> str:
+    """The median over the rounds of each round's median and quartiles, in milliseconds."""
+    if not spreads:
+        return ""
+    parts = [(spread.median, spread.low, spread.high) for spread in spreads]
+    middle, low, high = (1e3 * Spread.range(part).median for part in zip(*parts, strict=True))
+    return f"{middle:.0f} ({low:.0f}-{high:.0f})"

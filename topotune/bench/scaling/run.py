@@ -1,0 +1,217 @@
+"""One search of ``bench scaling``: a cluster with so many slots, a driver, and what they used."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from topotune.bench.faults.nodes import Node, start_head, with_token
+from topotune.bench.faults.scenario import expect
+from topotune.bench.faults.site import Driver, Site
+from topotune.bench.scaling.numbers import (
+    Epoch,
+    Load,
+    Sample,
+    Spread,
+    Window,
+    pauses,
+    spent,
+    steady,
+)
+from topotune.bench.scaling.task import IMPORT_PATH, POINTS, SLEPT
+from topotune.records import Outcome
+from topotune.search.study.trialfile import read_copies
+
+SAMPLE_SECONDS = 0.25
+LIMIT_SECONDS = 600.0
+PARTS = ("driver", "plots", "ray", "helpers", "workers")
+"""Processes whose CPU time is counted: the driver with all its threads; those that it has started,
+which draw and watch it; gcs_server and the raylets of both nodes; what else serves Ray's nodes; the
+workers, those that only stand by included."""
+_SERVICES = ("gcs_server", "raylet")
+_MEMORY = ("--object-store-memory", str(100 * 2**20))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search to run.
+
+    Attributes:
+        slots: logical CPUs of the one node that runs trials, and trials at once.
+        trials: of the search.
+        epochs: of a trial.
+        sleep: seconds of an epoch; 0 saturates the driver.
+    """
+
+    slots: int
+    trials: int
+    epochs: int
+    sleep: float
+
+    @property
+    def ideal(self) -> float:
+        """Trials an hour if a slot did nothing but sleep; infinite where it does not sleep."""
+        seconds = self.epochs * self.sleep
+        return self.slots * 3600 / seconds if seconds else float("inf")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one search showed. All but the times of the whole are of its steady state.
+
+    Attributes:
+        plan: the search.
+        window: its steady state.
+        workers: processes that trained; more than slots where Ray replaced one.
+        start: seconds from the command to the first trial's first epoch.
+        close: seconds from the last trial's last epoch to the command's end.
+        whole: seconds of the command.
+        cpu: CPU seconds, user and system, of ``PARTS``.
+        between_trials: seconds of a slot from the end of a trial's last sleep to the begin of the
+            next trial's first one.
+        between_epochs: the same within a trial.
+        load: the machine's load average, over the minute before the run.
+    """
+
+    plan: Plan
+    window: Window
+    workers: int
+    start: float
+    close: float
+    whole: float
+    cpu: Mapping[str, float]
+    between_trials: Spread
+    between_epochs: Spread | None
+    load: float
+
+    @property
+    def hourly(self) -> float:
+        """Trials an hour."""
+        return 3600 * self.window.rate
+
+    @property
+    def cores(self) -> float:
+        """Cores that the driver kept busy."""
+        return self.cpu["driver"] / self.window.seconds
+
+    @property
+    def driver_load(self) -> Load:
+        """What the driver spent its CPU time on."""
+        window = self.window
+        return Load(window.seconds, window.trials, window.epochs, self.cpu["driver"])
+
+
+def measure(plan: Plan, folder: Path, environment: dict[str, str]) -> Run:
+    """Run the search on a cluster of its own: a head without slots and one node with all of them.
+
+    Args:
+        plan: the search.
+        folder: an empty one, for all that it writes.
+        environment: changes of the driver's.
+
+    Raises:
+        BrokenPromiseError: the search does not end well, or not all of its trials do.
+        ValueError: the run was too short for a steady state.
+    """
+    load = os.getloadavg()[0]
+    log = folder / "slept.txt"
+    with Site(folder, folder / "shared") as site:
+        changes = {**with_token(), SLEPT: str(log)}
+        head, address = start_head(site, site.environment(changes))
+        slots = (f"--address={address}", f"--num-cpus={plan.slots}", *_MEMORY)
+        node = Node(site, site.environment(changes), *slots)
+        services = [*head.processes(), *node.processes()]
+        file = site.search_file(
+            task={"name": IMPORT_PATH, "options": {"sleep": plan.sleep}},
+            budget={"trials": plan.trials, "epochs": plan.epochs},
+            train={"batch_size": POINTS},
+            resources={"concurrency": plan.slots},
+        )
+        began = time.monotonic()
+        driver = site.start(
+            "search", file, "--ray-address", address, env={**changes, **environment}
+        )
+        samples = _watch(driver, node, services)
+        ended = time.monotonic()
+        driver.finish()
+        copies = read_copies(site.search.root)
+    outcomes = Counter(copy.trial.user_attrs["end"]["outcome"] for copy in copies.values())
+    expect(
+        outcomes == {Outcome.COMPLETE: plan.trials},
+        f"{plan.trials} trials were asked for, these came out: {dict(outcomes)}",
+    )
+    return _run(plan, read_log(log), samples, began, ended, load)
+
+
+def read_log(path: Path) -> list[Epoch]:
+    """The epochs that :class:`~topotune.bench.scaling.task.SleepingRings` wrote down."""
+    lines = path.read_text(encoding="ascii").splitlines()
+    return [Epoch(int(w), float(b), float(e)) for w, b, e in map(str.split, lines)]
+
+
+def _watch(driver: Driver, node: Node, services: list[psutil.Process]) -> list[Sample]:
+    """Samples of what all parts use, until the driver ends."""
+    parts: dict[str, list[psutil.Process]] = {
+        "driver": [psutil.Process(driver.pid)],
+        "plots": [],
+        "ray": [one for one in services if one.name() in _SERVICES],
+        "helpers": [one for one in services if one.name() not in _SERVICES],
+        "workers": [],
+    }
+    known = {one.pid for one in services}
+    used: dict[int, float] = {}
+    samples = []
+    deadline = time.monotonic() + LIMIT_SECONDS
+    look = 0.0
+    while driver.process.poll() is None:
+        now = time.monotonic()
+        expect(now < deadline, f"the search runs for {LIMIT_SECONDS:.0f} s: {driver.output()}")
+        if now >= look:  # costs more than all samples together
+            look = now + 2.0
+            found = {"workers": node.processes(), "plots": []}
+            with suppress(psutil.Error):  # the driver has just ended
+                found["plots"] = parts["driver"][0].children()
+            for part, processes in found.items():
+                fresh = [one for one in processes if one.pid not in known]
+                known |= {one.pid for one in fresh}
+                parts[part] += fresh
+        for process in (one for part in parts.values() for one in part):
+            with suppress(psutil.Error):  # one that has ended has used what it had used
+                times = process.cpu_times()
+                used[process.pid] = times.user + times.system
+        cpu = {name: sum(used.get(p.pid, 0.0) for p in part) for name, part in parts.items()}
+        samples.append(Sample(time.monotonic(), cpu))
+        time.sleep(SAMPLE_SECONDS)
+    return samples
+
+
+def _run(
+    plan: Plan,
+    epochs: list[Epoch],
+    samples: list[Sample],
+    began: float,
+    ended: float,
+    load: float,
+) -> Run:
+    window = steady(epochs, plan.epochs)
+    trials, within = pauses(epochs, plan.epochs, window.begin)
+    used = {part: spent(samples, part, window.begin, window.end) for part in PARTS}
+    return Run(
+        plan=plan,
+        window=window,
+        workers=len({epoch.worker for epoch in epochs}),
+        start=min(epoch.begin for epoch in epochs) - began,
+        close=ended - window.end,
+        whole=ended - began,
+        cpu=used,
+        between_trials=Spread.quartiles(trials),
+        between_epochs=Spread.quartiles(within) if within else None,
+        load=load,
+    )

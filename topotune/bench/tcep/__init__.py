@@ -1,0 +1,1 @@
+"""Measures TCEP: gradients, memory, solvers and accuracy."""

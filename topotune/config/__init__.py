@@ -1,0 +1,1 @@
+"""What a search file may say, and how it is read."""

@@ -1,0 +1,1 @@
+"""Which code a search runs, and how it travels to a cluster."""

@@ -1,0 +1,1 @@
+"""What ``topotune doctor`` and a search look at before anything starts."""

@@ -1,0 +1,1 @@
+"""Where a search lies, and who drives it."""

@@ -1,0 +1,43 @@
+"""A search's results in an object store: ``s3://BUCKET/PREFIX`` or ``gs://BUCKET/PREFIX``.
+
+Each machine works in a folder of its own with the layout of
+:mod:`topotune.search.place.folder`, and the same layout lies as objects below ``ADDRESS/NAME/``::
+
+    $TOPOTUNE_SCRATCH (~/.cache/topotune)
+      stores/DIGEST/NAME/...               where commands and the driver work
+      workers/DIGEST/NAME/trials/0007/...  where this node's workers train; gone with the trial
+
+Only the layer here knows of objects: everything else reads and writes those folders.
+
+**Every file has one writer** (:mod:`~topotune.search.place.objects.layout`), so nothing is merged:
+
+=========  ========================================================================================
+worker     of its trial: ``checkpoint.pt``, ``spool.jsonl``, ``overhead.json``, ``error.txt``,
+           ``guard.txt``, ``output.txt``, and the chunks under ``trace/`` and ``relaxation/``
+driver     everything else: ``search.json``, ``search.yaml``, ``ledger.json``,
+           ``driver.spool.jsonl``, the leaderboard's files, ``shipped.json``, ``refused.jsonl``; of
+           a trial ``trial.jsonl``, ``crash-N.txt`` and the joined traces with their pictures. It
+           also deletes a worker's files when the worker is done: checkpoints that are not among
+           the best, chunks that are joined, a crash note that is read
+nobody     stays on its machine: locks, half-written files, and the ``previous`` versions, which
+           guard against a file torn by a crash: an object is whole or absent
+=========  ========================================================================================
+
+**Who may write** is said by a claim, an object with a token: ``driver.claim`` of the search and
+``worker.claim`` of each trial. Who begins to work writes its own; who finds another's has been
+replaced and writes nothing more. A machine that finds its own last claim there holds at least what
+the store does and goes on from its folder; otherwise the store counts and the folder is replaced.
+Two drivers are kept apart before that by a row of the study's database
+(:mod:`~topotune.search.place.objects.tenure`).
+
+**An epoch is in the store before the driver hears of it**: first what belongs to it (traces), then
+its checkpoint, then its spool. A worker that dies in between is survived at each point: until the
+checkpoint is there, the epoch has never been, and the next worker trains it; once it is, the next
+worker continues after it and spools it again from the checkpoint's own history.
+
+**Cost of an epoch** by requests: one read of the claim and one write a file that changed, as a rule
+checkpoint, spool and one chunk; the driver reads the spool again. A spool is small and written
+whole: with ``b`` bytes an epoch (about 1 kB), ``n`` epochs move ``b n (n + 1) / 2`` bytes, 5 MB for
+100 epochs, next to ``n`` checkpoints. The driver's own files go every three seconds where they have
+changed, a large one less often.
+"""

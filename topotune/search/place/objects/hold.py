@@ -1,0 +1,156 @@
+"""The right to drive a search wherever its results are, and what comes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Self
+
+from topotune.config.models import SearchConfig
+from topotune.errors import ConfigError
+from topotune.search.place.folder import SearchFolder
+from topotune.search.place.lease import Lease, lease_holder
+from topotune.search.place.objects.address import StoreAddress, store_address
+from topotune.search.place.objects.files import AllHere, TrialFiles
+from topotune.search.place.objects.mirror import Mirror
+from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
+from topotune.search.place.objects.tenure import Tenure, tenant
+from topotune.search.place.shipping import ENVIRONMENT as TRACKING
+from topotune.search.place.shipping import tracking_uri
+from topotune.search.study.address import ENVIRONMENT as STUDY
+from topotune.search.study.address import study_place, study_uri
+from topotune.search.study.patience import Patience
+from topotune.search.study.storage import OPENING_SECONDS
+from topotune.search.view import Listener
+
+
+class Hold:
+    """Held between ``__enter__`` and ``__exit__``: the lease of the folder here and, for a search
+    in an object store, the row of the study's database and the claim in the store.
+
+    Args:
+        folder: the search's folder here.
+        config: the search, its study's address written down.
+        listener: told what is waited for.
+
+    Attributes:
+        files: what else the driver must do about trials' files.
+    """
+
+    def __init__(self, folder: SearchFolder, config: SearchConfig, listener: Listener) -> None:
+        self._lease = Lease(folder.lock, listener.note)
+        self._tenure: Tenure | None = None
+        self._mirror: Mirror | None = None
+        self._stack = ExitStack()
+        address = store_address(folder.root.parent)
+        if address is not None:
+            check_stores(address, config)
+            url = study_uri(config)
+            assert url is not None  # check_stores() refuses a study without
+            patience = Patience(study_place(folder, config), listener.note, OPENING_SECONDS)
+            self._tenure = Tenure(url, _key(address, folder.name), patience)
+            self._mirror = Mirror(folder.root.parent, address, folder.name, listener)
+        self.files: TrialFiles = AllHere() if self._mirror is None else self._mirror
+
+    def __enter__(self) -> Self:
+        """Take the search over.
+
+        Raises:
+            SearchFolderError: another process drives it.
+            ResourceError: the folder, the database or the store cannot be used.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._lease)
+            if self._tenure is not None and self._mirror is not None:
+                stack.enter_context(self._tenure)
+                stack.callback(self._mirror.close)
+                self._mirror.open()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def check(self) -> None:
+        """Make sure that the search is still ours; asked before every change.
+
+        Raises:
+            LeaseLostError: another driver has taken it over.
+            ResourceError: nobody knows.
+        """
+        self._lease.check()
+        if self._tenure is not None and self._mirror is not None:
+            self._tenure.check()
+            self._mirror.check()
+
+    def begin(self, live: Callable[[], dict[int, int]] = dict) -> None:
+        """Save what is here, and go on doing so.
+
+        Args:
+            live: the trials that are under way, and how many epochs of each were reported.
+
+        Raises:
+            LeaseLostError, ResourceError: as :meth:`check`, or the store is away.
+        """
+        if self._mirror is not None:
+            self._mirror.begin(live)
+
+    def gather(self, hurry: bool) -> str:
+        """Bring here what the workers have recorded last; within seconds where there is hurry, and
+        then as :meth:`finish` where the store is away."""
+        return "" if self._mirror is None else self._mirror.gather(hurry)
+
+    def finish(self, hurry: bool) -> str:
+        """Save what is left; what could not be saved and how to go on, empty if all is.
+
+        Raises:
+            LeaseLostError: another driver has taken the search over.
+        """
+        return "" if self._mirror is None else self._mirror.finish(hurry)
+
+
+def holder(folder: SearchFolder, config: SearchConfig) -> str | None:
+    """Who drives a search ("pid 12 on host"); None if nobody does.
+
+    Raises:
+        ResourceError: nobody knows.
+    """
+    address, url = store_address(folder.root.parent), study_uri(config)
+    if address is None or url is None:
+        return lease_holder(folder.lock)
+    return tenant(url, _key(address, folder.name))
+
+
+def check_stores(address: StoreAddress, config: SearchConfig) -> None:
+    """Make sure that what goes with results in an object store is not in files of one machine.
+
+    Raises:
+        ConfigError: the study or the tracking store is.
+    """
+    if study_uri(config) is None:
+        raise ConfigError(
+            f"results address {address}",
+            "an object store holds no study file, which is changed in place",
+            f"Name a PostgreSQL database: study.uri, or {STUDY}=postgresql://USER:PASSWORD@HOST/DB",
+        )
+    uri = tracking_uri(config)
+    if uri is None or uri.startswith(("sqlite:", "file:")):
+        raise ConfigError(
+            f"results address {address}",
+            "MLflow's embedded store is a file of one machine, and an object store holds none "
+            "that is changed in place",
+            f"Name a tracking server: tracking.uri, or {TRACKING}=http://HOST:5000",
+        )
+
+
+def check_store(address: StoreAddress, limit: float = READER_SECONDS) -> None:
+    """Make sure that this machine can write, read and delete in a store.
+
+    Raises:
+        ResourceError: it cannot.
+    """
+    ObjectStore(address, limit=limit).check()
+
+
+def _key(address: StoreAddress, name: str) -> str:
+    return f"{address.place}/{name}"

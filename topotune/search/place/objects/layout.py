@@ -1,0 +1,111 @@
+"""Which files of a search there are, and who writes each of them."""
+
+from __future__ import annotations
+
+import re
+
+from topotune.search.place.output import OUTPUT_FILE
+from topotune.search.ray.watchdog import GUARD_FILE, HANG_FILE
+from topotune.search.study.trialfile import PREVIOUS_TRIAL_FILE, TRIAL_FILE
+from topotune.tracking.spool import TRIAL_SPOOL
+from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from topotune.train.trace import (
+    RELAXATION_FILE,
+    RELAXATION_FOLDER,
+    TRACE_FILE,
+    TRACE_FOLDER,
+)
+
+DRIVER_CLAIM = "driver.claim"
+WORKER_CLAIM = "worker.claim"
+
+_SAFE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_NAME = re.compile(rf"(?:{_SAFE}/){{0,9}}{_SAFE}")
+_TRIAL = re.compile(r"trials/([0-9]{4,7})/(.+)")
+_CRASHED = re.compile(r"crash-[0-9]+\.txt")
+_PREVIOUS = {"ledger.previous.json", PREVIOUS_TRIAL_FILE, PREVIOUS_FILE}
+_STAYS = {*_PREVIOUS, "driver.lock", HANG_FILE, DRIVER_CLAIM, WORKER_CLAIM}
+_DRIVERS = {
+    TRIAL_FILE,
+    *(TRACE_FILE, RELAXATION_FILE),
+    *(f"{name.removesuffix('.npz')}.png" for name in (TRACE_FILE, RELAXATION_FILE)),
+}
+"""The driver's files in a trial's folder."""
+_CHUNKS = (f"{TRACE_FOLDER}/", f"{RELAXATION_FOLDER}/")
+
+
+def belongs(name: str) -> bool:
+    """Whether a name is one that a search can have, in a store or in a folder that others wrote."""
+    return bool(_NAME.fullmatch(name)) and ".." not in name
+
+
+def of_driver(name: str) -> bool:
+    """Whether the driver writes a file to the store.
+
+    Args:
+        name: relative to the search's folder, with ``/``.
+    """
+    base = name.rpartition("/")[2]
+    if not belongs(name) or base in _STAYS or base.endswith((".partial", ".tmp")):
+        return False
+    if name.startswith(("study.", "mlflow/")):
+        return False
+    trial = _TRIAL.fullmatch(name)
+    if trial is None:
+        return not name.startswith("trials/")
+    return trial[2] in _DRIVERS or bool(_CRASHED.fullmatch(trial[2]))
+
+
+def of_worker(name: str) -> bool:
+    """Whether a trial's worker writes a file to the store.
+
+    Args:
+        name: relative to the trial's folder, with ``/``.
+    """
+    if not belongs(name) or name in _STAYS or name.endswith((".partial", ".tmp")):
+        return False
+    if "/" in name:
+        return name.startswith(_CHUNKS)
+    return name not in _DRIVERS and not _CRASHED.fullmatch(name)
+
+
+def for_worker(name: str) -> bool:
+    """Whether the next worker of a trial needs a file of the last one."""
+    return of_worker(name) and name != GUARD_FILE
+
+
+def for_driver(name: str) -> bool:
+    """Whether the driver reads a worker's file as it comes: a checkpoint and what was printed are
+    large and not for it, and a crash note is asked for when a worker has died.
+
+    Args:
+        name: relative to the trial's folder.
+    """
+    return of_worker(name) and name not in (CHECKPOINT_FILE, GUARD_FILE, OUTPUT_FILE)
+
+
+def is_previous(name: str) -> bool:
+    """Whether a file is the version before another one, which stays where it was written."""
+    return name.rpartition("/")[2] in _PREVIOUS
+
+
+def rank(name: str) -> int:
+    """In which order files go to the store: what an epoch's checkpoint relies on, the checkpoint,
+    what says that the epoch is there, and what says how much of that was sent on."""
+    base = name.rpartition("/")[2]
+    if base == CHECKPOINT_FILE:
+        return 1
+    if base.endswith(TRIAL_SPOOL):
+        return 2
+    return 3 if base == "shipped.json" else 0
+
+
+def split_trial(name: str) -> tuple[int, str] | None:
+    """A trial's number and the name within its folder; None of what is no trial's."""
+    trial = _TRIAL.fullmatch(name)
+    return (int(trial[1]), trial[2]) if trial else None
+
+
+def trial_name(number: int) -> str:
+    """A trial's folder, relative to the search's."""
+    return f"trials/{number:04d}"

@@ -1,0 +1,314 @@
+"""The driver's side of a search in a store: a thread brings what workers write, and sends what the
+driver writes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from topotune.errors import LeaseLostError, TopotuneError
+from topotune.search.place.objects import layout
+from topotune.search.place.objects.address import StoreAddress, shown, worker_folder
+from topotune.search.place.objects.replica import Replica, each
+from topotune.search.place.objects.store import READER_SECONDS, ObjectStore, Stat
+from topotune.search.ray.watchdog import GUARD_FILE
+from topotune.search.view import Listener
+from topotune.tracking.spool import TRIAL_SPOOL
+from topotune.train.checkpoint import CHECKPOINT_FILE
+
+EVERY_SECONDS = 3.0
+"""Between two looks at what has changed; what a driver that is lost with its disk can lose of its
+own records, all of which a resume makes again from the study."""
+BYTES_PER_SECOND = 256 * 1024
+"""A file that grows for days is sent whole each time, but not more often than this on average."""
+FINISH_SECONDS, FINISH_SECONDS_HURRY = 60.0, 3.0
+"""How long the last sending waits for a store that is away."""
+LOST_FOLDER = "trials.lost"
+_log = logging.getLogger(__name__)
+
+
+class Mirror:
+    """Keeps the folder here and the store alike while a driver works.
+
+    Args:
+        results_dir: the folder that stands for the address.
+        address: the store.
+        name: the search.
+        listener: told when the store is away for long.
+    """
+
+    def __init__(
+        self, results_dir: Path, address: StoreAddress, name: str, listener: Listener
+    ) -> None:
+        self.address, self._name, self._listener = address, name, listener
+        self.root, self._results_dir = results_dir / name, results_dir
+        meanwhile = f"What is not saved there yet is kept in {self.root}"
+        self._store = ObjectStore(address, listener.note, meanwhile=meanwhile)
+        self._workers = worker_folder(address, name)
+        self._replica = driver_replica(results_dir, name, self._store)
+        self._live: Callable[[], dict[int, int]] = dict
+        self._epochs: dict[int, int] = {}  # how far each trial's spool here is
+        self._touched: set[int] = set()
+        self._gone: dict[str, None] = {}
+        self._settled: set[int] = set()
+        self._again: dict[str, float] = {}
+        self._changing = threading.Lock()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lost: LeaseLostError | None = None
+
+    def open(self) -> None:
+        """Take the search over in the store, and bring here what the driver needs of it.
+
+        Raises:
+            ResourceError: the store or the folder cannot be used.
+        """
+        behind = self._replica.open()
+        listing = self._replica.listing
+        trials = {found[0] for name in listing if (found := layout.split_trial(name))}
+        self._settled = {
+            number
+            for number in trials
+            if f"{layout.trial_name(number)}/{CHECKPOINT_FILE}" not in listing
+        }
+        if not behind:
+            self._catch_up(listing)
+
+    def _catch_up(self, listing: dict[str, Stat]) -> None:
+        """Bring what workers have written and is not here in that size."""
+        late = []
+        for name, stat in listing.items():
+            found = layout.split_trial(name)
+            if found and layout.for_driver(found[1]):
+                path = self.root / name
+                if not path.is_file() or path.stat().st_size != stat.size:
+                    late.append(name)
+        self._replica.fetch(late)
+
+    def begin(self, live: Callable[[], dict[int, int]]) -> None:
+        """Send all that is here, and keep both alike from now on.
+
+        Args:
+            live: the trials that are under way, and how many epochs of each were reported.
+
+        Raises:
+            LeaseLostError: another driver has taken the search over in the store.
+            ResourceError: the store cannot be used.
+        """
+        self._live = live
+        self._set_aside()
+        self._replica.listing = {}
+        self._replica.push()
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
+        self._thread.start()
+
+    def _set_aside(self) -> None:
+        """Trials whose folders a rebuild has moved away begin anew in the store, too."""
+        listing = self._replica.listing
+        for lost in (self.root / LOST_FOLDER).glob("[0-9]*-[0-9]*"):
+            if any(name.startswith(f"{LOST_FOLDER}/{lost.name}/") for name in listing):
+                continue  # of an earlier rebuild
+            home = layout.trial_name(int(lost.name.partition("-")[0]))
+            if any(name.startswith(f"{home}/") for name in listing):
+                self._replica.forget(f"{home}/")
+                shutil.rmtree(self._workers / home, ignore_errors=True)
+
+    def fetch(self, number: int) -> None:
+        """Bring a trial's files, its crash note included."""
+        store, home = ObjectStore(self.address, limit=READER_SECONDS), layout.trial_name(number)
+        prefix = f"{self._name}/{home}"
+        wanted = [n for n in store.objects(prefix) if layout.for_driver(n) or n == GUARD_FILE]
+        each(lambda n: store.download(f"{prefix}/{n}", self.root / home / n), wanted)
+        note = self._workers / home / GUARD_FILE  # of a worker here that could not send it
+        with contextlib.suppress(OSError):
+            if note.stat().st_size:
+                (self.root / home).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(note, self.root / home / GUARD_FILE)
+
+    def forget(self, number: int, *names: str) -> None:
+        """Delete a trial's files from the store, soon."""
+        with self._changing:
+            self._touched.add(number)
+            for name in names:
+                if name == CHECKPOINT_FILE:
+                    if number in self._settled:
+                        continue  # every resume asks again for every trial
+                    self._settled.add(number)
+                if not layout.is_previous(name):
+                    self._gone[f"{layout.trial_name(number)}/{name}"] = None
+
+    def check(self) -> None:
+        """Make sure that the search is ours in the store, as far as the last look there showed.
+
+        Raises:
+            LeaseLostError: another driver has taken it over.
+        """
+        if self._lost is not None:
+            raise self._lost
+
+    def _run(self) -> None:
+        while not self._over.wait(EVERY_SECONDS):
+            try:
+                self._round()
+            except LeaseLostError as error:
+                self._lost = error  # whoever changes something next is told
+                return
+            except Exception as error:  # noqa: BLE001 - the next round, or the end, tries again
+                if not self._over.is_set():
+                    _log.warning("%s", error)
+
+    def _round(self) -> None:
+        live = self._live()
+        self._bring_spools(live)
+        with self._changing:
+            touched, self._touched = self._touched, set()
+            gone = list(self._gone)
+        try:
+            self._replica.push(self._names(touched | live.keys()))
+        except BaseException:
+            with self._changing:
+                self._touched |= touched
+            raise
+        self._delete(gone)
+
+    def _bring_spools(self, live: dict[int, int]) -> None:
+        now, wanted = time.monotonic(), {}
+        for number, epoch in live.items():
+            name = f"{layout.trial_name(number)}/{TRIAL_SPOOL}"
+            if epoch != self._epochs.get(number, 0) and now >= self._again.get(name, 0.0):
+                wanted[name] = (number, epoch)
+        self._replica.fetch(wanted)
+        for name, (number, epoch) in wanted.items():
+            self._epochs[number] = epoch
+            self._again[name] = now + _size(self.root / name) / BYTES_PER_SECOND
+
+    def _names(self, numbers: Iterable[int]) -> list[str]:
+        """The driver's files that may have changed: at the top and of some trials."""
+        now = time.monotonic()
+        names = []
+        for path in self.root.iterdir():
+            if path.is_file() and now >= self._again.get(path.name, 0.0):
+                self._again[path.name] = now + _size(path) / BYTES_PER_SECOND
+                names.append(path.name)
+        for home in map(layout.trial_name, numbers):
+            if (self.root / home).is_dir():
+                names += [f"{home}/{path.name}" for path in (self.root / home).iterdir()]
+        return names
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._replica.forget(name)
+            with self._changing:
+                self._gone.pop(name, None)
+
+    def gather(self, hurry: bool) -> str:
+        """The trials have ended: bring what is still to be sent to the tracking server.
+
+        Args:
+            hurry: the search was told to stop, and its process is soon to be gone.
+
+        Returns:
+            As :meth:`finish`, where that will have no time to wait for a store that is away.
+        """
+        self._stop(hurry)
+
+        def last() -> None:
+            listing = self._store.objects(f"{self._name}/trials")
+            self._catch_up({f"trials/{name}": stat for name, stat in listing.items()})
+
+        error = self._within(last, hurry)
+        if error and hurry:
+            return self._unsaved(error)
+        if error:
+            _log.warning("%s", error)  # it stays in the store, for a sync
+        return ""
+
+    def finish(self, hurry: bool) -> str:
+        """Send all that is left; what could not be sent and how to go on, empty if all is there.
+
+        Args:
+            hurry: as for :meth:`gather`.
+
+        Raises:
+            LeaseLostError: another driver has taken the search over in the store.
+        """
+        self._stop(hurry)
+
+        def last() -> None:
+            self._replica.push()
+            self._delete(list(self._gone))
+
+        error = self._within(last, hurry)
+        self.check()
+        return self._unsaved(error) if error else ""
+
+    def _unsaved(self, error: str) -> str:
+        return (
+            f"search {self._name!r}: not all of it is saved in {self.address}: {error}. The study "
+            f"has every trial; pages, ledger and records for MLflow wait in {self.root}. When the "
+            f"store is back, on this machine: topotune sync {self._name} --results-dir "
+            f"{shown(self._results_dir)}"
+        )
+
+    def _within(self, call: Callable[[], None], hurry: bool) -> str:
+        """Call, for a few seconds at most where there is hurry; what went wrong, else empty."""
+        if hurry and self._store.trouble:  # a stop has no time to wait for it
+            return f"it is away: {self._store.trouble}"
+        errors = ["it does not answer"]
+
+        def run() -> None:
+            try:
+                call()
+                errors.clear()
+            except LeaseLostError as error:
+                self._lost = error
+            except (TopotuneError, OSError) as error:
+                errors[:] = [str(error)]
+
+        thread = threading.Thread(target=run, name="mirror end", daemon=True)
+        thread.start()
+        thread.join(FINISH_SECONDS_HURRY + 1.0 if hurry else None)
+        return "".join(errors)
+
+    def _stop(self, hurry: bool) -> None:
+        self._store.limit = FINISH_SECONDS_HURRY if hurry else FINISH_SECONDS
+        self._over.set()
+        if self._thread is not None and not (hurry and self._store.trouble):
+            self._thread.join(FINISH_SECONDS_HURRY if hurry else None)
+
+    def close(self) -> None:
+        """End, whatever is left: nothing more is written."""
+        self._store.limit, self._store.stopping = 0.0, lambda: True
+        self._over.set()
+        if self._thread is not None and not self._store.trouble:
+            self._thread.join(FINISH_SECONDS_HURRY)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def driver_replica(results_dir: Path, name: str, store: ObjectStore) -> Replica:
+    """A search's folder and its copy in the store."""
+
+    def needed(path: str) -> bool:
+        trial = layout.split_trial(path)
+        return layout.of_driver(path) or (trial is not None and layout.for_driver(trial[1]))
+
+    return Replica(
+        store,
+        name,
+        results_dir / name,
+        results_dir / ".state" / f"{name}.json",
+        layout.DRIVER_CLAIM,
+        layout.of_driver,
+        needed,
+    )

@@ -1,0 +1,240 @@
+"""A folder here and its copy in a store, with one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from topotune.errors import LeaseLostError, ResourceError
+from topotune.files import make_folder, write_atomically
+from topotune.search.place.objects import layout
+from topotune.search.place.objects.store import ObjectStore, Stat
+from topotune.search.place.output import OUTPUT_FILE
+from topotune.search.ray.watchdog import GUARD_FILE
+
+_AT_ONCE = 8
+"""Files on their way at a time; each waits for the network nearly all of its time."""
+
+
+class Replica:
+    """The files that one writer has in a folder and, under the same names, in a store.
+
+    Args:
+        store: the store.
+        prefix: the folder's name in the store.
+        folder: the folder here.
+        state: a file beside it that remembers what is known of the store; losing it costs time.
+        claim: name of the object that says who writes.
+        owned: whether this writer writes a file, by its name relative to the folder.
+        needed: whether the next writer needs a file of the last one.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        prefix: str,
+        folder: Path,
+        state: Path,
+        claim: str,
+        owned: Callable[[str], bool],
+        needed: Callable[[str], bool],
+    ) -> None:
+        self.store, self.folder = store, folder
+        self._prefix, self._state, self._claim = prefix, state, f"{prefix}/{claim}"
+        self._owned, self._needed = owned, needed
+        self._writing = threading.RLock()
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._mine = ""
+        self.listing: dict[str, Stat] = {}
+        """What the store held when it was last listed, by names relative to the folder."""
+        self._remember()
+
+    def _remember(self) -> None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            data: dict[str, Any] = json.loads(self._state.read_text(encoding="utf-8"))
+            self._mine = str(data["claim"])
+            self._sent = {str(k): (int(v[0]), int(v[1])) for k, v in data["sent"].items()}
+
+    def _note_down(self) -> None:
+        data = {"claim": self._mine, "sent": self._sent}
+        try:
+            self._state.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._state, json.dumps(data).encode())
+        except OSError as error:
+            raise ResourceError(
+                f"{self._state}: cannot be written: {error.strerror}. Make space, or set "
+                "TOPOTUNE_SCRATCH to a folder with more"
+            ) from error
+
+    @property
+    def ahead(self) -> bool:
+        """Whether nobody has written there since this machine did, so that the folder here is as
+        new as the store, or newer; not one that others have deleted."""
+        return self.ours and all((self.folder / name).exists() for name in self._sent)
+
+    @property
+    def ours(self) -> bool:
+        """Whether what was written there last was written by this."""
+        return bool(self._mine) and self.store.read(self._claim) == self._mine.encode()
+
+    def open(self) -> bool:
+        """Take the writing over, the folder brought up to the store first; whether it had to be.
+
+        Raises:
+            ResourceError: the store or the folder cannot be used.
+        """
+        with self._writing:
+            make_folder(self.folder)
+            behind = not self.ahead
+            self.listing = self.store.objects(self._prefix)
+            if behind:
+                # Forgotten first: a kill half-way through must not leave a mixture that looks ours.
+                self._state.unlink(missing_ok=True)
+                self._mine, self._sent = "", {}
+                self._replace()
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+            claim = json.dumps(who)
+            self.store.write(self._claim, claim.encode())
+            self._mine = claim
+            self._note_down()
+            return behind
+
+    def _replace(self) -> None:
+        for name in list(self._files()):
+            stale = self._needed(name) and name not in self.listing
+            if stale or layout.is_previous(name):
+                (self.folder / name).unlink(missing_ok=True)
+        names = [name for name in self.listing if self._needed(name)]
+        self.fetch(names)
+        for name in names:
+            if self._owned(name):
+                with contextlib.suppress(FileNotFoundError):
+                    self._sent[name] = _look(self.folder / name)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Bring files from the store, several at a time; what the store lacks stays as it is."""
+
+        def one(name: str) -> None:
+            self.store.download(f"{self._prefix}/{name}", self.folder / name)
+
+        each(one, [name for name in names if layout.belongs(name)])
+
+    def check(self) -> None:
+        """Make sure that nobody has taken the writing over.
+
+        Raises:
+            LeaseLostError: somebody has.
+            ResourceError: the store cannot be asked, so nobody knows.
+        """
+        found = self.store.read(self._claim)
+        if found != self._mine.encode():
+            who = ""
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                data = json.loads(found or b"{}")
+                who = f" by pid {data['pid']} on {data['host']}"
+            raise LeaseLostError(
+                f"{self.store.address}: {self._prefix} was taken over{who} while this process was "
+                "suspended or cut off. It writes nothing more there"
+            )
+
+    def push(self, names: Iterable[str] | None = None) -> int:
+        """Write what has changed here to the store, in the order of :func:`layout.rank`; how many
+        files that were.
+
+        Args:
+            names: where to look; None for the whole folder.
+
+        Raises:
+            LeaseLostError: another writer has taken over; nothing was written.
+            ResourceError: the store or the folder cannot be used.
+        """
+        with self._writing:
+            changed: dict[int, list[tuple[str, tuple[int, int]]]] = {}
+            for name in self._files() if names is None else names:
+                if not self._owned(name):
+                    continue
+                try:
+                    look = _look(self.folder / name)
+                except FileNotFoundError:
+                    continue
+                if self._sent.get(name) != look and (look[0] or name not in _EMPTY_IS_NOTHING):
+                    changed.setdefault(layout.rank(name), []).append((name, look))
+            if not changed:
+                return 0
+            self.check()
+
+            def one(found: tuple[str, tuple[int, int]]) -> None:
+                name, look = found  # looked at before it is read: what is added since goes later
+                if self.store.upload(self.folder / name, f"{self._prefix}/{name}"):
+                    self._sent[name] = look
+
+            try:
+                for rank in sorted(changed):
+                    each(one, changed[rank])
+            finally:
+                self._note_down()
+            return sum(map(len, changed.values()))
+
+    @property
+    def clean(self) -> bool:
+        """Whether all that is here is in the store, too."""
+        for name in self._files():
+            with contextlib.suppress(FileNotFoundError):
+                look = _look(self.folder / name)
+                nothing = not look[0] and name in _EMPTY_IS_NOTHING
+                if self._owned(name) and not nothing and self._sent.get(name) != look:
+                    return False
+        return True
+
+    def forget(self, name: str) -> None:
+        """Delete a file, or a folder whose name ends with ``/``, from the store."""
+        with self._writing:
+            self.check()
+            path = f"{self._prefix}/{name}"
+            if name.endswith("/"):
+                self.store.delete_folder(path.removesuffix("/"))
+            else:
+                self.store.delete(path)
+            gone = [
+                k for k in self._sent if k == name or (name.endswith("/") and k.startswith(name))
+            ]
+            for known in gone:
+                del self._sent[known]
+
+    def drop_state(self) -> None:
+        """Remember nothing of the store: the folder here is going to be deleted."""
+        self._state.unlink(missing_ok=True)
+
+    def _files(self) -> Iterator[str]:
+        for place, _, files in os.walk(self.folder):
+            inner = Path(place).relative_to(self.folder).as_posix()
+            for name in files:
+                yield name if inner == "." else f"{inner}/{name}"
+
+
+_EMPTY_IS_NOTHING = (GUARD_FILE, OUTPUT_FILE)
+"""Files that are there, and empty, while nothing has gone wrong and nothing is printed."""
+
+
+def _look(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def each(call: Callable[[Any], object], values: list[Any]) -> None:
+    """Call for each value, several at a time; the first error, once those under way are done."""
+    if len(values) < 2:
+        for value in values:
+            call(value)
+        return
+    with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="store") as pool:
+        for done in [pool.submit(call, value) for value in values]:
+            done.result()

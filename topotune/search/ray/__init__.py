@@ -1,0 +1,1 @@
+"""The part that runs on Ray: sessions, workers, and what Tune asks for."""
