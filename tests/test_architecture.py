@@ -49,8 +49,7 @@ NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
 KNOWN_CIRCLES = set(
-    (
-        "bench.faults.scenario bench.faults.site "
+    (  # noqa: SIM905
         "config.models config.rules config.secrets optim optim.topological_adam "
         "search.drive.book search.drive.outlook "
         "search.place.folder search.place.objects.layout search.place.objects.mirror "
