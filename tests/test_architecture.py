@@ -49,8 +49,6 @@ NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
 KNOWN_CIRCLES = {
-    "bench.faults.scenario",
-    "bench.faults.site",
     "config.models",
     "config.rules",
     "config.secrets",

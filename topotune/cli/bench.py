@@ -107,52 +107,6 @@ def tcep(
 
 
 @app.command()
-def faults(
-    row: Annotated[
-        list[str] | None, typer.Option(help="Only this row; may be repeated. Default: all.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One or two short rows of every kind.")
-    ] = False,
-    jobs: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Hurt real searches in every way that one can be hurt, and see whether anything is lost."""
-    from topotune.bench.faults.registry import QUICK, named
-    from topotune.bench.faults.runner import print_table, run
-
-    scenarios = named(row or (QUICK if quick else ()))
-    findings = list(run(scenarios, jobs, _tell))
-    if as_json:
-        print_json([dataclasses.asdict(finding) for finding in findings])
-    else:
-        print_table(findings)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
-
-
-@app.command()
-def load(
-    trials: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=2, help="Trials of a search; may be repeated. Default 125, 250, 500, 1000."
-        ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Trials at once.", min=1)] = 8,
-    as_json: AsJson = False,
-) -> None:
-    """Search over almost nothing a thousand times: what the driver costs, and whether it grows."""
-    from topotune.bench.load import SIZES, print_report, run
-
-    report = run(trials or SIZES, concurrency, _tell)
-    if as_json:
-        print_json(dataclasses.asdict(report))
-    else:
-        print_report(report)
-
-
-@app.command()
 def scaling(
     slots: Annotated[
         str, typer.Option(help="Worker slots of the searches whose trials sleep.")
@@ -168,15 +122,15 @@ def scaling(
         float, typer.Option(help="Seconds of an epoch; 4 are a trial.", min=0.05)
     ] = 0.5,
     trials: Annotated[int, typer.Option(help="Trials for each of --slots.", min=3)] = 6,
-    postgres: Annotated[
-        bool, typer.Option("--postgres", help="The study in a PostgreSQL server of its own.")
-    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Three short searches in place of all that.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search with more and more worker slots: trials an hour, and what one driver can feed."""
+    """Search with more and more worker slots: trials an hour, and what one driver can feed.
+
+    TOPOTUNE_STUDY_URI names a PostgreSQL database for the studies, as for any search.
+    """
     from topotune.bench.scaling.command import QUICK, Options, print_report, run
 
     options = Options(
@@ -187,7 +141,7 @@ def scaling(
         sleep=sleep,
         trials_a_slot=trials,
     )
-    chosen = dataclasses.replace(QUICK if quick else options, postgres=postgres)
+    chosen = QUICK if quick else options
     if len(set(chosen.plans())) < 3:
         raise ConfigError(
             "--slots, --saturating",
@@ -211,46 +165,3 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
     if not counts or min(counts) < 1:
         raise ConfigError(option, f"expected numbers from 1 between commas, got {text!r}")
     return counts
-
-
-@app.command()
-def fuzz(
-    inputs: Annotated[int, typer.Option(min=1, help="Inputs in all.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the mutations.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Throw broken search files, configs, spools and results at their readers."""
-    import logging
-
-    from topotune.bench.fuzz import run
-    from topotune.errors import RunError
-
-    logging.disable(logging.CRITICAL)  # a broken spool is logged line by line
-    records = run(inputs, seed, _tell)
-    if as_json:
-        print_json([record.to_dict() for record in records])
-    else:
-        for record in records:
-            typer.echo(record.line())
-    broken = [failure.error for record in records for failure in record.failures]
-    if broken:
-        raise RunError(f"not an error of ours: {'; '.join(broken)}")
-
-
-@app.command()
-def tracking(
-    children: Annotated[
-        list[int] | None,
-        typer.Option(min=10, help="Trials of a search; may be repeated. Default 125, 250, 500."),
-    ] = None,
-    points: Annotated[int, typer.Option(min=1000, help="Step-trace points.")] = 1_000_000,
-    as_json: AsJson = False,
-) -> None:
-    """Ship many trials into one MLflow parent, and a very long step trace."""
-    from topotune.bench.load_tracking import CHILDREN, print_records, run
-
-    records = run(children or CHILDREN, points, _tell)
-    if as_json:
-        print_json([dataclasses.asdict(record) for record in records])
-    else:
-        print_records(records)

@@ -20,8 +20,6 @@ from typing import Any
 from rich.table import Table
 
 from topotune.bench.console import wide_console
-from topotune.bench.faults.postgres import Postgres
-from topotune.bench.faults.scenario import BrokenPromiseError
 from topotune.bench.scaling.numbers import Cost, Spread, fit
 from topotune.bench.scaling.run import Plan, Run, measure
 from topotune.errors import RunError
@@ -52,7 +50,6 @@ class Options:
         trials_a_slot: trials of a paced search for each of its slots.
         saturating_trials: trials of a saturating search, of one epoch each; more where it has
             many slots.
-        postgres: keep the study in a PostgreSQL server in place of SQLite.
     """
 
     slots: tuple[int, ...] = (1, 2, 4)
@@ -63,7 +60,6 @@ class Options:
     sleep: float = SLEEP
     trials_a_slot: int = TRIALS_A_SLOT
     saturating_trials: int = SATURATING_TRIALS
-    postgres: bool = False
 
     def plans(self) -> list[Plan]:
         """The searches in their order."""
@@ -161,14 +157,11 @@ def run(options: Options, say: Callable[[str], None]) -> Report:
         stack.enter_context(Interrupts())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="topotune-scaling-")))
         try:
-            environment = {}
-            if options.postgres:
-                environment[ENVIRONMENT] = stack.enter_context(Postgres()).uri
             for number, plan in enumerate(plans, start=1):
                 kind = f"{plan.epochs} x {plan.sleep:g} s" if plan.sleep else "as fast as it can"
                 say(f"{number}/{len(plans)} {plan.slots} slots, {plan.trials} trials, {kind}")
-                runs.append(measure(plan, scratch / str(number), environment))
-        except (BrokenPromiseError, ValueError) as error:
+                runs.append(measure(plan, scratch / str(number)))
+        except (RunError, ValueError) as error:
             raise RunError(f"bench scaling: {error}") from error
     return Report(options, os.cpu_count() or 1, tuple(runs))
 
@@ -204,7 +197,7 @@ def _table(title: str, headings: Iterable[str]) -> Table:
 
 def _paced(report: Report) -> Table:
     options = report.options
-    study = "PostgreSQL" if options.postgres else "SQLite"
+    study = f"the database of {ENVIRONMENT}" if ENVIRONMENT in os.environ else "its own file"
     table = _table(
         f"Trials of {options.epochs} epochs that sleep {options.sleep:g} s each; study in {study}; "
         f"{report.cores} cores; medians of {options.rounds} rounds, [least to largest], "

@@ -13,11 +13,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from topotune.bench.faults.task import BATCHES, PacedRings, in_worker
+from tests.faults.task import BATCHES, PacedRings
+from topotune.bench.scaling.task import in_worker
 from topotune.optim import TopologicalAdam
 
-IMPORT_PATH = "topotune.bench.faults.rogue:RogueRings"
-POISONED_ADAM = "topotune.bench.faults.rogue:PoisonedAdam"
+IMPORT_PATH = "tests.faults.rogue:RogueRings"
+POISONED_ADAM = "tests.faults.rogue:PoisonedAdam"
 FAULTS = ("raise", "exit", "interrupt", "abort", "hang", "leak", "fork", "print")
 _SPARED = 1e9
 """Bytes of the machine's memory that the fault "leak" leaves, if nobody stops it."""

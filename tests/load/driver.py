@@ -1,4 +1,6 @@
-"""A thousand trials of almost nothing: what the driver itself costs, and whether that grows.
+"""Searches over almost nothing: what the driver itself costs, and whether that grows.
+
+``python -m tests.load.driver TRIALS...`` measures searches of so many trials and prints JSON.
 
 The searches are real: Ray, the study, the spools, MLflow and the plots; only the training takes
 no time. The largest comes first, in this process, so that its memory is that of a fresh driver.
@@ -6,21 +8,21 @@ no time. The largest comes first, in this process, so that its memory is that of
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 from rich.table import Table
 
-from topotune.bench.console import wide_console
-from topotune.bench.faults.task import IMPORT_PATH
+from tests.faults.task import IMPORT_PATH
 from topotune.config.file import parse_search
 from topotune.records import TrialSummary
 from topotune.search import driver
@@ -128,7 +130,7 @@ class _Watch(SilentListener):
         return float(times.user + times.system)
 
 
-def run(sizes: Sequence[int], concurrency: int, say: Callable[[str], None]) -> Load:
+def run(sizes: Sequence[int], concurrency: int = 8) -> Load:
     """Measure, the largest search first."""
     # One slot a trial, whatever the machine has: the trials hardly compute.
     os.environ["RAY_OVERRIDE_RESOURCES"] = json.dumps({"CPU": concurrency})
@@ -136,7 +138,6 @@ def run(sizes: Sequence[int], concurrency: int, say: Callable[[str], None]) -> L
     measured = []
     with tempfile.TemporaryDirectory(prefix="topotune-load-") as scratch:
         for trials in sorted(sizes, reverse=True):
-            say(f"{trials} trials")
             watch = _Watch(trials)
             measured.append(_measure(Path(scratch), trials, watch))
             marks = marks or watch.marks
@@ -182,9 +183,8 @@ def _command(results: Path, *arguments: str) -> float:
     return time.perf_counter() - began
 
 
-def print_report(load: Load) -> None:
+def tables(load: Load) -> tuple[Table, Table]:
     """The measurements as two tables."""
-    out = wide_console()
     marks = Table(
         title=f"The driver while {load.marks[-1].trials} trials run, {load.concurrency} at once; "
         f"memory grows by {load.growth_kb:.0f} KiB a trial",
@@ -205,5 +205,8 @@ def print_report(load: Load) -> None:
             *(str(size.trials), f"{size.search:.0f}", f"{size.close:.1f}", f"{size.status:.1f}"),
             *(f"{size.board:.2f}", f"{size.resume:.1f}", size.stored.removeprefix("MLflow: ")),
         )
-    out.print(marks)
-    out.print(sizes)
+    return marks, sizes
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(run([int(trials) for trials in sys.argv[1:]]))))

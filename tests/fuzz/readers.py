@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import resource
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
+from rich.table import Table
+
+from tests.fuzz.inputs import Mutator, space_files, spool, spool_lines, trial_record
 from topotune.config.file import load_spec, parse_search, parse_yaml
 from topotune.errors import TopotuneError
 from topotune.records import TrialSpec
@@ -35,7 +36,7 @@ SLOW = 5.0
 
 @dataclass(frozen=True)
 class Failure:
-    """An input that brought out something else than our errors: what came, and the input."""
+    """An input that raised something else than our errors: what was raised, and the input."""
 
     error: str
     data: bytes
@@ -63,23 +64,22 @@ class FuzzRecord:
     grown_mb: float = 0.0
     failures: list[Failure] = field(default_factory=list)
 
-    @property
-    def inputs_per_second(self) -> float:
-        """Inputs a CPU second."""
-        return self.inputs / self.seconds if self.seconds else 0.0
 
-    def line(self) -> str:
-        """One line for a person."""
-        return (
-            f"{self.target}: {self.inputs} inputs, {self.refused} refused with our errors, "
-            f"{len(self.failures)} failures, {self.inputs_per_second:.0f} inputs/s, slowest "
-            f"{self.slowest:.2f} s, memory grown by {self.grown_mb:.0f} MB"
+def table(records: Sequence[FuzzRecord]) -> Table:
+    """What all readers were given."""
+    out = Table(title="Broken inputs, by what reads them", title_justify="left")
+    for heading in (
+        *("reader", "inputs", "refused with our errors", "failures", "inputs a CPU second"),
+        *("slowest, CPU s", "memory grown, MB"),
+    ):
+        out.add_column(heading, justify="left" if heading == "reader" else "right")
+    for one in records:
+        out.add_row(
+            *(one.target, str(one.inputs), str(one.refused), str(len(one.failures))),
+            f"{one.inputs / one.seconds:.0f}" if one.seconds else "",
+            *(f"{one.slowest:.2f}", f"{one.grown_mb:.0f}"),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a script; failing inputs as hexadecimal text."""
-        failures = [{"error": one.error, "data": one.data.hex()} for one in self.failures]
-        return {**asdict(self), "failures": failures}
+    return out
 
 
 def read_search(data: bytes, _folder: Path) -> None:
@@ -157,22 +157,17 @@ TARGETS: Mapping[str, tuple[Callable[[bytes, Path], None], float]] = {
 """Reader and its share of the inputs."""
 
 
-def run(
-    inputs: int = 100_000, seed: int = 0, tell: Callable[[str], None] = lambda text: None
-) -> list[FuzzRecord]:
+def run(inputs: int, seed: int, folder: Path) -> list[FuzzRecord]:
     """Fuzz all readers.
 
     Args:
         inputs: in all.
         seed: of the mutations.
-        tell: told, in a line, what is fuzzed now.
+        folder: for the files.
     """
-    records = []
-    with tempfile.TemporaryDirectory(prefix="topotune-fuzz-") as folder:
-        for target, (_, share) in TARGETS.items():
-            tell(f"fuzzing: {target}")
-            records.append(_fuzz(target, round(share * inputs), seed, Path(folder)))
-    return records
+    return [
+        _fuzz(target, round(share * inputs), seed, folder) for target, (_, share) in TARGETS.items()
+    ]
 
 
 def try_one(target: str, data: bytes, folder: Path) -> bool:

@@ -15,8 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from topotune.bench.faults.ports import free_port
-from topotune.bench.faults.scenario import expect
+from topotune.bench.scaling.processes import free_port
 
 START_SECONDS = 60.0
 
@@ -59,7 +58,7 @@ class Postgres:
         return f"postgresql://tester:{self.password}@{self._host}:{self.port}/postgres"
 
     def __enter__(self) -> Self:
-        expect(installed(), "PostgreSQL's server (initdb, postgres) is not installed")
+        assert installed(), "PostgreSQL's server (initdb, postgres) is not installed"
         try:
             self._make()
             self.start()
@@ -84,7 +83,7 @@ class Postgres:
             cwd=self._folder,
             **self._as,
         )
-        expect(done.returncode == 0, f"initdb failed: {done.stderr[-500:]}")
+        assert done.returncode == 0, f"initdb failed: {done.stderr[-500:]}"
         with (self._folder / "data" / "pg_hba.conf").open("a", encoding="ascii") as file:
             file.write("host all all samenet scram-sha-256\n")
 
@@ -111,7 +110,7 @@ class Postgres:
                     return
             time.sleep(0.1)
         text = (self._folder / "log").read_text(encoding="utf-8", errors="replace")
-        expect(False, f"PostgreSQL does not start: {text[-500:]}")
+        raise AssertionError(f"PostgreSQL does not start: {text[-500:]}")
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """End it: SIGINT cuts its connections and shuts down, SIGQUIT is as a crash."""

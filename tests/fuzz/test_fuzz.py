@@ -1,16 +1,20 @@
-"""Broken files bring out our errors only: a small run of the fuzzer, and what it once found."""
+"""Broken files bring out our errors only: a run of the fuzzer, and what it once found.
+
+``pytest -m fuzz --table`` gives the readers 100,000 inputs; the default run, 2,000.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from topotune.bench.fuzz import TARGETS, run, try_one
-from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
+from tests.fuzz.inputs import Mutator, space_files, spool, spool_lines, trial_record
+from tests.fuzz.readers import TARGETS, run, table, try_one
+from tests.tables import text
 from topotune.config.yamlfile import MAX_BYTES
 from topotune.search.study.trialfile import read_copies
 from topotune.tracking.tails import read_all
@@ -47,8 +51,19 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def test_only_our_errors_come_out() -> None:
-    records = run(inputs=2000, seed=7)
+@pytest.mark.fuzz
+@pytest.mark.timeout(7200)
+def test_only_our_errors_come_out_of_many_inputs(
+    tmp_path: Path, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    options = request.config.option
+    records = run(options.inputs, options.seed, tmp_path)
+    record_property("table", text(table(records)))
+    assert [record.failures for record in records] == [[]] * len(TARGETS)
+
+
+def test_only_our_errors_come_out(tmp_path: Path) -> None:
+    records = run(2000, 7, tmp_path)
     assert [record.failures for record in records] == [[]] * len(TARGETS)
     assert sum(record.inputs for record in records) == 2000
     taken = {record.target: record.inputs - record.refused for record in records}
@@ -76,8 +91,8 @@ def test_the_fuzzer_finds_a_reader_that_breaks(
     def careless(data: bytes, _folder: Path) -> None:
         data.decode()
 
-    monkeypatch.setattr("topotune.bench.fuzz.TARGETS", {"spool": (careless, 1.0)})
-    (record,) = run(inputs=300, seed=1)
+    monkeypatch.setattr("tests.fuzz.readers.TARGETS", {"spool": (careless, 1.0)})
+    (record,) = run(300, 1, tmp_path)
     assert [failure.error.partition(" ")[0] for failure in record.failures] == [
         "UnicodeDecodeError"
     ]

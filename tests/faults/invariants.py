@@ -7,12 +7,11 @@ import json
 import uuid
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topotune.bench.faults.scenario import expect
-from topotune.bench.faults.site import NAME, Site
+from tests.faults.site import NAME, Site
+from tests.reconcile import StoredCheck, reconcile
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.shipping import open_store
@@ -21,31 +20,8 @@ from topotune.train.checkpoint import CHECKPOINT_FILE, CheckpointStore
 from topotune.train.trial import TIMING_METRICS
 
 
-@dataclass(frozen=True)
-class Audit:
-    """What an audit counted.
-
-    Attributes:
-        trials: trials of the search, all ended.
-        epochs: epochs of all trials.
-        recorded: metric points in the spools.
-        stored: how many of them are in MLflow.
-    """
-
-    trials: int
-    epochs: int
-    recorded: int
-    stored: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.trials} trials, {self.epochs} epochs, {self.recorded} points recorded, "
-            f"{self.stored} stored"
-        )
-
-
-def audit(site: Site, trials: int = 4, undisturbed: bool = True, kills: int | None = None) -> Audit:
-    """Check a search that has come to its end.
+def audit(site: Site, trials: int = 4, undisturbed: bool = True, kills: int | None = None) -> str:
+    """Check a search that has come to its end; what was counted, in words.
 
     Args:
         site: where it lies.
@@ -54,29 +30,26 @@ def audit(site: Site, trials: int = 4, undisturbed: bool = True, kills: int | No
             same in all but timings. For one trial at a time, where the fault changes no value.
         kills: how often the one trial at work was interrupted, each of which may cost the epoch
             that it was in and no more; None for not counted.
-
-    Raises:
-        BrokenPromiseError: something does not hold.
     """
     status = site.status()
     rows = status["trials"]
-    expect(status["state"] == "finished", f"state {status['state']}: {status['counts']}")
+    assert status["state"] == "finished", f"state {status['state']}: {status['counts']}"
     numbers = sorted(row["number"] for row in rows)
-    expect(numbers == list(range(trials)), f"trials {numbers}, expected 0 to {trials - 1}")
+    assert numbers == list(range(trials)), f"trials {numbers}, expected 0 to {trials - 1}"
     ended = {outcome.value for outcome in Outcome}
-    expect({row["state"] for row in rows} <= ended, f"not ended: {status['counts']}")
+    assert {row["state"] for row in rows} <= ended, f"not ended: {status['counts']}"
     epochs = sum(_check_epochs(row, site.epochs(row["number"])) for row in rows)
     if kills is not None:
         trained = site.trained()
-        expect(
-            epochs <= trained <= epochs + kills,
-            f"{trained} epochs were trained for {epochs}, with {kills} interruptions",
+        assert epochs <= trained <= epochs + kills, (
+            f"{trained} epochs were trained for {epochs}, with {kills} interruptions"
         )
-    _check_checkpoints(site.search, rows)
-    recorded, stored = _check_mlflow(site.search, trials)
+    _check_checkpoints(site.kept, rows)
+    stored = _check_mlflow(site.kept, trials)
     if undisturbed:
         _compare(rows, reference(site))
-    return Audit(trials, epochs, recorded, stored)
+    points = f"{stored.recorded} points recorded, {stored.stored} stored"
+    return f"{trials} trials, {epochs} epochs, {points}"
 
 
 def reference(site: Site) -> list[dict[str, Any]]:
@@ -89,7 +62,7 @@ def reference(site: Site) -> list[dict[str, Any]]:
 def known_reference(site: Site) -> Path | None:
     """The kept search file of the undisturbed run, its results in a folder beside it; None before
     :func:`reference` has run."""
-    text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
+    text = site.file.read_text(encoding="utf-8")
     files = site.shared.glob("*.yaml")
     return next((file for file in files if file.read_text(encoding="utf-8") == text), None)
 
@@ -98,12 +71,10 @@ def _reference(site: Site) -> list[dict[str, Any]]:
     if (known := known_reference(site)) is not None:
         found: list[dict[str, Any]] = json.loads(known.with_suffix(".json").read_text())
         return found
-    text = (site.folder / f"{NAME}.yaml").read_text(encoding="utf-8")
-    calm = Site(site.shared / f"calm-{uuid.uuid4().hex[:8]}", site.shared)
-    with calm:
-        file = calm.folder / f"{NAME}.yaml"
-        file.write_text(text, encoding="utf-8")
-        calm.run("search", file)
+    text = site.file.read_text(encoding="utf-8")
+    with Site(site.shared / f"calm-{uuid.uuid4().hex[:8]}", site.shared) as calm:
+        calm.file.write_text(text, encoding="utf-8")
+        calm.run("search", calm.file)
         rows: list[dict[str, Any]] = calm.status()["trials"]
     target = site.shared / f"{calm.folder.name}.yaml"
     target.with_suffix(".json").write_text(json.dumps(rows), encoding="utf-8")
@@ -128,9 +99,9 @@ def _check_epochs(row: dict[str, Any], reports: list[EpochReport]) -> int:
     place = f"trial {row['number']}"
     numbers = [report.epoch for report in reports]
     repeated = [epoch for epoch, count in Counter(numbers).items() if count > 1]
-    expect(not repeated, f"{place}: epochs {repeated} are recorded twice")
-    expect(numbers == list(range(1, len(numbers) + 1)), f"{place}: recorded epochs {numbers}")
-    expect(len(numbers) == row["epochs"], f"{place}: {len(numbers)} recorded, {row['epochs']} told")
+    assert not repeated, f"{place}: epochs {repeated} are recorded twice"
+    assert numbers == list(range(1, len(numbers) + 1)), f"{place}: recorded epochs {numbers}"
+    assert len(numbers) == row["epochs"], f"{place}: {len(numbers)} recorded, {row['epochs']} told"
     return len(numbers)
 
 
@@ -143,28 +114,28 @@ def _check_checkpoints(folder: SearchFolder, rows: list[dict[str, Any]]) -> None
         spec = TrialSpec.from_dict(row["spec"])
         state = CheckpointStore(folder.trial(row["number"]), spec).load()
         epochs = 0 if state is None else len(state["history"])
-        expect(epochs == row["epochs"], f"trial {row['number']}: checkpoint of epoch {epochs}")
+        assert epochs == row["epochs"], f"trial {row['number']}: checkpoint of epoch {epochs}"
         kept += 1
     complete = sum(row["state"] == Outcome.COMPLETE for row in rows)
     wanted = min(complete, folder.config().keep_checkpoints)
-    expect(kept == wanted, f"{kept} checkpoints are kept, expected {wanted}")
+    assert kept == wanted, f"{kept} checkpoints are kept, expected {wanted}"
 
 
-def _check_mlflow(folder: SearchFolder, trials: int) -> tuple[int, int]:
+def _check_mlflow(folder: SearchFolder, trials: int) -> StoredCheck:
     """One run a trial and one for the search, all ended, with every recorded point."""
     store = open_store(folder, folder.config())
     shipper = Shipper(folder.root, store, folder.search_id, NAME)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow's libraries
         shipper.close(30)
-        checked = shipper.reconcile()
+        checked = reconcile(folder.root, store, folder.search_id)
         runs = [run for run in store.runs(folder.search_id) if not run.deleted]
     counts = Counter(run.trial for run in runs)
-    expect(counts == Counter([None, *range(trials)]), f"MLflow's runs: {dict(counts)}")
+    assert counts == Counter([None, *range(trials)]), f"MLflow's runs: {dict(counts)}"
     open_runs = [run.trial for run in runs if run.status == "RUNNING"]
-    expect(not open_runs, f"still RUNNING in MLflow: {open_runs}")
-    expect(checked.complete, f"MLflow lacks or has too much: {checked}")
-    return checked.recorded, checked.stored
+    assert not open_runs, f"still RUNNING in MLflow: {open_runs}"
+    assert checked.complete, f"MLflow lacks or has too much: {checked}"
+    return checked
 
 
 def _compare(rows: list[dict[str, Any]], calm: list[dict[str, Any]]) -> None:
@@ -172,9 +143,8 @@ def _compare(rows: list[dict[str, Any]], calm: list[dict[str, Any]]) -> None:
     for row in calm:
         mine, theirs = here[row["number"]], untimed(row)
         differing = sorted(key for key in theirs if mine.get(key) != theirs[key])
-        expect(
-            not differing,
-            f"trial {row['number']} differs from the undisturbed run's in {differing}",
+        assert not differing, (
+            f"trial {row['number']} differs from the undisturbed run's in {differing}"
         )
     order, wanted = [row["number"] for row in rows], [row["number"] for row in calm]
-    expect(order == wanted, f"leaderboard {order}, undisturbed {wanted}")
+    assert order == wanted, f"leaderboard {order}, undisturbed {wanted}"

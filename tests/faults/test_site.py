@@ -1,4 +1,4 @@
-"""``topotune bench faults`` leaves nothing behind when it is stopped."""
+"""The rows' own tools: a site leaves nothing behind, and what is slow is measured again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from topotune.bench.faults.scenario import BrokenPromiseError
-from topotune.bench.faults.site import Site, marked
-from topotune.bench.faults.tracking import MEASURED, SlowedError, measured
+from tests.faults.site import Site
+from tests.faults.test_tracking import MEASURED, SlowedError, measured
+from tests.tables import spread
+from topotune.bench.scaling.processes import marked
 
 
 def titles(processes: list[psutil.Process]) -> list[str]:
@@ -47,24 +48,33 @@ def test_slowed_epochs_are_measured_again_on_both_sides_and_not_for_ever(
 
     with Site(tmp_path / "site", tmp_path / "shared") as site:
         if slowed < MEASURED:
-            assert measured(row)(site).count("1.2") == slowed
+            assert measured(site, row).count("1.2") == slowed
         else:
-            with pytest.raises(BrokenPromiseError, match="slower"):
-                measured(row)(site)
+            with pytest.raises(AssertionError, match="slower"):
+                measured(site, row)
     assert len(places) == min(slowed + 1, MEASURED)
     assert places[0][1] == tmp_path / "shared"
     for kind in zip(*places, strict=True):  # nothing of one attempt is used in the next
         assert len(set(kind)) == len(kind)
 
 
+def test_a_table_gives_the_range_of_each_number() -> None:
+    texts = ["epoch 3 came 9.5 s after", "epoch 3 came 10.25 s after", "epoch 4 came 9.75 s after"]
+    assert spread(texts) == "epoch 3 to 4 came 9.5 to 10.25 s after"
+    assert spread(["gone", "1 left", "gone"]) == "gone | 1 left"
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_bench_ends_its_searches_and_removes_its_folder(
-    number: signal.Signals, tmp_path: Path
-) -> None:
-    bench = subprocess.Popen(
-        [sys.executable, "-m", "topotune", "bench", "faults", "--row", "worker-killed"],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+@pytest.mark.parametrize(
+    ("number", "jobs"), [(signal.SIGTERM, "0"), (signal.SIGINT, "0"), (signal.SIGTERM, "1")]
+)
+def test_a_stopped_row_ends_its_searches(number: signal.Signals, jobs: str, tmp_path: Path) -> None:
+    rows = Path(__file__).parent / "test_workers.py"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    pytest_run = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-n", jobs, f"{rows}::test_worker_killed", "-m", "faults"],
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -75,19 +85,17 @@ def test_a_stopped_bench_ends_its_searches_and_removes_its_folder(
     try:
         deadline = time.monotonic() + 100
         while not any("topotune search" in title for title in titles(ours())):
-            assert bench.poll() is None
+            assert pytest_run.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        assert list(tmp_path.glob("topotune-faults-*"))
-        bench.send_signal(number)
-        assert bench.wait(60) == 130
+        pytest_run.send_signal(number)
+        assert pytest_run.wait(60) == pytest.ExitCode.INTERRUPTED
         deadline = time.monotonic() + 15  # what only follows its parent: Python's resource tracker
         while titles(ours()):
             assert time.monotonic() < deadline, titles(ours())
             time.sleep(0.1)
-        assert not list(tmp_path.glob("topotune-faults-*"))
     finally:
         for process in ours():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        bench.wait(10)
+        pytest_run.wait(10)

@@ -7,25 +7,23 @@ an embedded MLflow store of their own.
 from __future__ import annotations
 
 import itertools
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import psutil
 from rich.table import Table
 
-from topotune.bench.console import wide_console
+from tests.reconcile import reconcile
 from topotune.records import EpochReport, Outcome
+from topotune.results.plots import plot_trace
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.spool import TRIAL_SPOOL, SearchTracker, SpoolTracker
+from topotune.train.trace import TRACE_FILE, StepTrace, step_traces
 
-CHILDREN = (125, 250, 500)
-POINTS = 1_000_000
 _EPOCHS, _METRICS = 5, 12
 
 
@@ -41,7 +39,6 @@ class ShippingRecord:
         seconds: to ship all.
         last_tenth: seconds a child for the last tenth of the children over that of the first.
         idle_ms: milliseconds of a look that finds nothing new.
-        reconcile_seconds: to compare every point with the store.
         memory_mb: growth of the process's resident memory while it shipped, megabytes.
     """
 
@@ -52,13 +49,7 @@ class ShippingRecord:
     seconds: float
     last_tenth: float
     idle_ms: float
-    reconcile_seconds: float
     memory_mb: float
-
-    @property
-    def items_per_second(self) -> float:
-        """Items shipped a second."""
-        return self.items / self.seconds
 
     @property
     def seconds_per_child(self) -> float:
@@ -87,69 +78,44 @@ class TraceRecord:
     upload_seconds: float
 
 
-Record: TypeAlias = ShippingRecord | TraceRecord
-
-
-def run(
-    children: Sequence[int] = CHILDREN,
-    points: int = POINTS,
-    tell: Callable[[str], None] = lambda text: None,
-) -> list[Record]:
-    """Measure both.
-
-    Args:
-        children: how many trials, one record each.
-        points: steps of the trace.
-        tell: told, in a line, what is measured now.
-    """
-    records: list[Record] = []
-    for count in children:
-        tell(f"shipping {count} children")
-        with tempfile.TemporaryDirectory(prefix="topotune-load-") as folder:
-            records.append(_shipping(Path(folder), count))
-    tell(f"a trace of {points} points")
-    with tempfile.TemporaryDirectory(prefix="topotune-load-") as folder:
-        records.append(_trace(Path(folder), points))
-    return records
-
-
-def print_records(records: Sequence[Record]) -> None:
-    """The records as two tables."""
-    out = wide_console()
-    ships = Table(title="Trials shipped into one parent run", title_justify="left")
+def shipping_table(records: Sequence[ShippingRecord]) -> Table:
+    """What shipping cost, by the number of trials."""
+    out = Table(title="Trials shipped into one parent run", title_justify="left")
     for heading in (
         *("trials", "items", "points stored", "s", "ms a trial", "last tenth / first"),
-        *("idle look, ms", "reconcile, s", "memory, MB"),
+        *("idle look, ms", "memory, MB"),
     ):
-        ships.add_column(heading, justify="right")
-    traces = Table(title="A step trace, in seconds", title_justify="left")
-    for heading in ("steps", "file, MB", "write", "join", "plot", "upload"):
-        traces.add_column(heading, justify="right")
+        out.add_column(heading, justify="right")
     for one in records:
-        if isinstance(one, ShippingRecord):
-            ships.add_row(
-                *(str(one.children), str(one.items), f"{one.stored} of {one.recorded}"),
-                *(f"{one.seconds:.1f}", f"{1e3 * one.seconds_per_child:.0f}"),
-                *(f"{one.last_tenth:.2f}", f"{one.idle_ms:.1f}"),
-                *(f"{one.reconcile_seconds:.1f}", f"{one.memory_mb:.0f}"),
-            )
-        else:
-            traces.add_row(
-                *(str(one.points), f"{one.size_mb:.1f}", f"{one.write_seconds:.1f}"),
-                *(f"{one.join_seconds:.1f}", f"{one.plot_seconds:.1f}"),
-                f"{one.upload_seconds:.1f}",
-            )
-    out.print(ships)
-    out.print(traces)
+        out.add_row(
+            *(str(one.children), str(one.items), f"{one.stored} of {one.recorded}"),
+            *(f"{one.seconds:.1f}", f"{1e3 * one.seconds_per_child:.0f}"),
+            *(f"{one.last_tenth:.2f}", f"{one.idle_ms:.1f}", f"{one.memory_mb:.0f}"),
+        )
+    return out
+
+
+def trace_table(one: TraceRecord) -> Table:
+    """What a step trace cost."""
+    out = Table(title="A step trace, in seconds", title_justify="left")
+    for heading in ("steps", "file, MB", "write", "join", "plot", "upload"):
+        out.add_column(heading, justify="right")
+    out.add_row(
+        *(str(one.points), f"{one.size_mb:.1f}", f"{one.write_seconds:.1f}"),
+        *(f"{one.join_seconds:.1f}", f"{one.plot_seconds:.1f}", f"{one.upload_seconds:.1f}"),
+    )
+    return out
 
 
 def _store(results: Path) -> MlflowStore:
+    results.mkdir(exist_ok=True)
     store = MlflowStore.embedded(results)
     store.ping()  # made before the clock runs
     return store
 
 
-def _shipping(results: Path, children: int) -> ShippingRecord:
+def ship(results: Path, children: int) -> ShippingRecord:
+    """Ship so many trials, into an embedded store in the same folder."""
     search = results / "search"
     store = _store(results)
     driver = SearchTracker(search)
@@ -170,9 +136,7 @@ def _shipping(results: Path, children: int) -> ShippingRecord:
         shipper.ship_once()
     idle = (time.perf_counter() - began) / 10
     grown = psutil.Process().memory_info().rss - before
-    began = time.perf_counter()
-    check = shipper.reconcile()
-    reconcile = time.perf_counter() - began
+    check = reconcile(search, store, "load")
     count = shipper.close(0.0)
     whole = [seconds / size for seconds, size in pace if size == tenth]
     return ShippingRecord(
@@ -183,7 +147,6 @@ def _shipping(results: Path, children: int) -> ShippingRecord:
         seconds=sum(seconds for seconds, _ in pace),
         last_tenth=whole[-1] / whole[0],
         idle_ms=1e3 * idle,
-        reconcile_seconds=reconcile,
         memory_mb=grown / 1e6,
     )
 
@@ -199,10 +162,8 @@ def _record_trial(search: Path, driver: SearchTracker, number: int) -> None:
     driver.trial_end(number, Outcome.COMPLETE, "")
 
 
-def _trace(results: Path, points: int) -> TraceRecord:
-    from topotune.results.plots import plot_trace
-    from topotune.train.trace import TRACE_FILE, StepTrace, step_traces
-
+def trace(results: Path, points: int) -> TraceRecord:
+    """Write, join, draw and upload a step trace."""
     trial = results / "search" / "trials" / "0000"
     trial.mkdir(parents=True)
     epochs, size = 10, points // 10
