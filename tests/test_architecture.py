@@ -62,11 +62,6 @@ KNOWN_CIRCLES = {
     "search.place.objects.pull",
     "search.place.objects.replica",
     "search.study.trialfile",
-    "tcep.baselines",
-    "tcep.gradients",
-    "tcep.margin",
-    "tcep.network",
-    "tcep.nudging",
 }
 """To be opened, one after the other."""
 
