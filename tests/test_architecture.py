@@ -48,12 +48,10 @@ GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
-KNOWN_CIRCLES = {
+KNOWN_CIRCLES: set[str] = {
     "config.models",
     "config.rules",
     "config.secrets",
-    "optim",
-    "optim.topological_adam",
     "search.drive.book",
     "search.drive.outlook",
     "search.place.folder",
@@ -62,11 +60,6 @@ KNOWN_CIRCLES = {
     "search.place.objects.pull",
     "search.place.objects.replica",
     "search.study.trialfile",
-    "tcep.baselines",
-    "tcep.gradients",
-    "tcep.margin",
-    "tcep.network",
-    "tcep.nudging",
 }
 """To be opened, one after the other."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from tests.tcep_reference import energy, implicit_gradient, ring_kernel, solve_equilibrium
 from topotune.bench.tcep import accuracy as tcep_accuracy
 from topotune.bench.tcep import gradients as tcep_gradients
 from topotune.bench.tcep import memory as tcep_memory
@@ -36,7 +37,6 @@ from topotune.tcep.energy import EnergyField
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics
 from topotune.tcep.probe import resolve
-from topotune.tcep.reference import energy, implicit_gradient, ring_kernel, solve_equilibrium
 
 CPU = torch.device("cpu")
 MEASURED = ("energy", "energy, shift, corrected", "energy, shift, uncorrected")
