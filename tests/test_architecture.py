@@ -51,7 +51,7 @@ NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 KNOWN_CIRCLES = set(
     (
         "bench.faults.scenario bench.faults.site "
-        "config.models config.rules config.secrets optim optim.topological_adam "
+        "optim optim.topological_adam "
         "search.drive.book search.drive.outlook "
         "search.place.folder search.place.objects.layout search.place.objects.mirror "
         "search.place.objects.pull search.place.objects.replica search.study.trialfile "

@@ -11,7 +11,7 @@ import pytest
 
 from topotune.bench.fuzz import TARGETS, run, try_one
 from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
-from topotune.config.yamlfile import MAX_BYTES
+from topotune.config.file import MAX_BYTES
 from topotune.search.study.trialfile import read_copies
 from topotune.tracking.tails import read_all
 

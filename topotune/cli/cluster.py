@@ -62,7 +62,7 @@ def submit(
 ) -> None:
     """Run a new search on a cluster, which needs this machine no longer once it has begun."""
     from topotune.config.file import parse_search, read_yaml
-    from topotune.config.remarks import remarks
+    from topotune.config.rules import remarks
 
     data, lines = read_yaml(file)
     changes = {

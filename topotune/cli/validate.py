@@ -31,8 +31,8 @@ def check(
     """Validate a search file, show its space, and build its task and method at every extreme."""
     from topotune.config.faults import located
     from topotune.config.file import parse_search, read_yaml
-    from topotune.config.remarks import remarks
-    from topotune.config.rules import describe, one_of
+    from topotune.config.rules import remarks
+    from topotune.config.space import describe, one_of
     from topotune.results.text import rich_text
 
     log_to_stderr()
@@ -102,8 +102,8 @@ def spaces(
 ) -> None:
     """List the shipped search files, or copy them; 'search', 'check' and 'submit' know them by
     name."""
+    from topotune.config.file import read_yaml
     from topotune.config.spaces import copy_spaces, shipped_spaces
-    from topotune.config.yamlfile import read_yaml
 
     if copy is not None:
         copies = [str(path) for path in copy_spaces(copy)]

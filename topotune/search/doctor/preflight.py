@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.config.models import SearchConfig
+from topotune.config.rules import metric_places
 from topotune.errors import (
     ConfigError,
     FieldError,
@@ -75,15 +76,9 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
 
 def _unknown_metrics(config: SearchConfig, names: list[str]) -> list[FieldError]:
     """The objectives and constraints on metrics that are not among these."""
-    several = len(config.objective) > 1
-    wanted: list[tuple[tuple[str | int, ...], str]] = [
-        (("objective", *([index] if several else []), "metric"), objective.metric)
-        for index, objective in enumerate(config.objective)
-    ]
-    wanted += [(("constraints", name), name) for name in config.constraints]
     return [
         FieldError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
-        for place, metric in wanted
+        for place, metric in metric_places(config)
         if metric not in names
     ]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topotune.config.yamlfile import read_yaml
+from topotune.config.file import read_yaml
 from topotune.errors import ConfigError
 from topotune.search.ray.cluster import UNLIMITED, Amounts, NodeType
 
