@@ -21,6 +21,7 @@ from typing import Any
 from topotune.config.file import read_yaml
 from topotune.errors import ConfigError
 from topotune.search.ray.cluster import UNLIMITED, Amounts, NodeType
+from topotune.search.ray.ray_internals import cluster_config
 
 ENVIRONMENT = "TOPOTUNE_AUTOSCALER_CONFIG"
 LAUNCHERS_FILE = Path("~/ray_bootstrap_config.yaml")
@@ -52,11 +53,8 @@ def growth() -> Growth:
 
 
 def _reported() -> Growth:
-    """What Ray's GCS knows; in 2.60 the raw form of ``get_max_resources_from_cluster_config``,
-    which has no sizes of nodes."""
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
+    """What Ray's GCS knows."""
+    config = cluster_config()
     if config is None:
         return Growth()
     types = tuple(

@@ -17,6 +17,7 @@ from topotune.redaction import brief
 from topotune.search.drive.signals import Interrupts, shielded
 from topotune.search.ray.autoscaler import Growth, growth
 from topotune.search.ray.cluster import Cluster, Node
+from topotune.search.ray.ray_internals import free_by_node, silence_processes
 from topotune.search.ray.sweep import Sweeper
 from topotune.search.view import Listener
 
@@ -92,10 +93,6 @@ def _can_be_made(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _ignore(*_: object, **__: object) -> None:
-    """Print nothing."""
-
-
 class RaySession:
     """A connection to Ray that is closed whatever happens.
 
@@ -153,11 +150,8 @@ class RaySession:
 
     def _connect(self) -> None:
         import ray
-        from ray._private import worker
 
-        # Ray prints what happened to its processes, hundreds of lines, whatever its settings say;
-        # what matters of it is in a trial's reason.
-        vars(worker)["print_to_stdstream"] = _ignore
+        silence_processes()
         local = self._address == "local"
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
         folder = None
@@ -208,9 +202,8 @@ class RaySession:
             ConfigError: the file that says what may be added is broken.
         """
         import ray
-        from ray._private.state import available_resources_per_node
 
-        free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+        free = free_by_node()
         nodes = tuple(
             Node(node["Resources"], free.get(node["NodeID"], {}))
             for node in ray.nodes()  # type: ignore[no-untyped-call]
