@@ -29,7 +29,6 @@ from topotune.errors import (
 )
 from topotune.records import TrialSpec
 from topotune.search.place.objects.address import store_address
-from topotune.search.place.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.place.shipping import tracking_uri
 from topotune.search.ray.autoscaler import ENVIRONMENT
@@ -166,6 +165,8 @@ def check_writable(results_dir: Path) -> None:
     """
     folder = results_dir.absolute()
     if (address := store_address(folder)) is not None:
+        from topotune.search.place.objects.store import OPENING_SECONDS, ObjectStore
+
         ObjectStore(address, limit=OPENING_SECONDS).check()
     while not folder.exists():
         folder = folder.parent

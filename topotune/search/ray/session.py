@@ -9,8 +9,10 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from topotune.errors import ResourceError
 from topotune.redaction import brief
@@ -40,6 +42,7 @@ _RAY_ENVIRONMENT = {
 }
 
 
+T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 _DEEPEST = "/ray/session_2026-11-27_18-37-50_267095_4194304/sockets/plasma_store"
 MOST_BYTES = 107 - len(_DEEPEST)
@@ -91,6 +94,14 @@ def _can_be_made(folder: Path) -> bool:
     # Not Path's own exists(), which raises below a folder that is closed to this user.
     there = next(path for path in parts if os.path.exists(path))  # noqa: PTH110
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes that are up, as Ray describes them."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
 
 
 class RaySession:
@@ -201,14 +212,8 @@ class RaySession:
         Raises:
             ConfigError: the file that says what may be added is broken.
         """
-        import ray
-
         free = free_by_node()
-        nodes = tuple(
-            Node(node["Resources"], free.get(node["NodeID"], {}))
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"]
-        )
+        nodes = tuple(Node(node["Resources"], free.get(node["NodeID"], {})) for node in _nodes())
         more = Growth() if self.local else growth()
         return Cluster(nodes, more.types, more.most_workers, more.limits)
 
@@ -219,10 +224,37 @@ class RaySession:
 
     def hosts(self) -> int:
         """Machines of the cluster, by their addresses."""
-        import ray
+        return len({node["NodeManagerAddress"] for node in _nodes()})
 
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        return len({node["NodeManagerAddress"] for node in nodes if node["Alive"]})
+    def on_each_node(
+        self, look: Callable[[float], T], seconds: float
+    ) -> Iterator[tuple[str, T | None, str]]:
+        """Run a function on every node at the same time.
+
+        Args:
+            look: called in a worker with the GPUs that Ray offers on its node.
+            seconds: how long all of them may take.
+
+        Yields:
+            A node's address and id, and its answer, or None and why there is none.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        run: Any = ray.remote(num_cpus=0, max_retries=0)(lambda gpus: look(gpus))
+        asked: dict[Any, str] = {}
+        for node in _nodes():
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            reference = run.options(scheduling_strategy=there).remote(
+                node["Resources"].get("GPU", 0.0)
+            )
+            asked[reference] = f"{node['NodeManagerAddress']} {node['NodeID'][:6]}"
+        end = time.monotonic() + seconds
+        for reference, place in asked.items():
+            try:
+                yield place, ray.get(reference, timeout=max(end - time.monotonic(), 1.0)), ""
+            except ray.exceptions.RayError as error:
+                yield place, None, str(error)
 
     def probe(self) -> str:
         """Run a task on a worker process; what it said."""
