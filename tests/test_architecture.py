@@ -48,16 +48,25 @@ GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
-KNOWN_CIRCLES = set(
-    (
-        "bench.faults.scenario bench.faults.site "
-        "optim optim.topological_adam "
-        "search.drive.book search.drive.outlook "
-        "search.place.folder search.place.objects.layout search.place.objects.mirror "
-        "search.place.objects.pull search.place.objects.replica search.study.trialfile "
-        "tcep.baselines tcep.gradients tcep.margin tcep.network tcep.nudging"
-    ).split()
-)
+KNOWN_CIRCLES = {
+    "bench.faults.scenario",
+    "bench.faults.site",
+    "optim",
+    "optim.topological_adam",
+    "search.drive.book",
+    "search.drive.outlook",
+    "search.place.folder",
+    "search.place.objects.layout",
+    "search.place.objects.mirror",
+    "search.place.objects.pull",
+    "search.place.objects.replica",
+    "search.study.trialfile",
+    "tcep.baselines",
+    "tcep.gradients",
+    "tcep.margin",
+    "tcep.network",
+    "tcep.nudging",
+}
 """To be opened, one after the other."""
 
 
