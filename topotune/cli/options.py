@@ -23,6 +23,7 @@ from topotune.settings import ADDRESS, STORAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from topotune.config.models import SearchConfig
 
@@ -34,13 +35,6 @@ def results_dir(place: str | Path) -> Path:
     from topotune.search.place.objects.address import results_folder
 
     return results_folder(str(place))
-
-
-def option_for(results: Path) -> str:
-    """`` --results-dir PLACE`` as a person would add it to a command; empty for the default."""
-    from topotune.search.place.objects.address import shown
-
-    return "" if results == DEFAULT_RESULTS else f" --results-dir {shown(results)}"
 
 
 def _complete_file(incomplete: str) -> list[str]:
@@ -188,6 +182,16 @@ def console() -> Console:
     out = Console(highlight=False)
     width = os.environ.get("TOPOTUNE_WIDTH", "")
     return out if out.is_terminal else Console(highlight=False, width=int(width or 200))
+
+
+def plain_table(*titles: str) -> Table:
+    """A table without lines, its titles in bold."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title)
+    return table
 
 
 def say_whole(
