@@ -327,7 +327,7 @@ def package(
     unfinished: Annotated[bool, typer.Option(help="Show a finished search instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send the code that a search was submitted with to whoever asks."""
+    """Answer with the code that a search was submitted with."""
     from topotune.cli.boards import print_status
     from topotune.errors import SearchFolderError
     from topotune.search import status as reading

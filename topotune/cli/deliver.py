@@ -25,7 +25,7 @@ from topotune.cli.options import (
     say,
     typed,
 )
-from topotune.errors import ConfigError, RunError, TopotuneError, told
+from topotune.errors import ConfigError, RunError, TopotuneError, in_one_line
 from topotune.records import pack_metrics
 from topotune.results.text import spread
 
@@ -166,7 +166,7 @@ def train(
         except (TopotuneError, OSError):
             raise
         except Exception as error:
-            raise RunError(f"{config}: training failed: {told(error)}") from error
+            raise RunError(f"{config}: training failed: {in_one_line(error)}") from error
         complete = result.outcome is Outcome.COMPLETE
         test = evaluate_test(spec, load_weights(spec, place)) if complete else {}
     if as_json:

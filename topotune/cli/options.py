@@ -83,7 +83,7 @@ Address = Annotated[
     ),
 ]
 AllowOpen = Annotated[
-    bool, typer.Option("--allow-open", help="Also a cluster that asks nobody for a token.")
+    bool, typer.Option("--allow-open", help="Also a cluster that asks for no token.")
 ]
 EnvFile = Annotated[
     Path | None,
@@ -176,7 +176,7 @@ def print_json(data: Any) -> None:
 
 
 def console() -> Console:
-    """A console on standard output; wide where nobody looks, so that no line is cut."""
+    """A console on standard output; wide where it is no terminal, so that no line is cut."""
     from rich.console import Console
 
     out = Console(highlight=False)
@@ -230,7 +230,7 @@ def say_commands(out: Console, commands: Mapping[str, str]) -> None:
 
 
 def waiting(text: str) -> AbstractContextManager[object]:
-    """Says on a terminal's standard error what is waited for, while it is; nothing elsewhere."""
+    """Say on a terminal's standard error what is waited for; nothing elsewhere."""
     from rich.console import Console
 
     err = Console(stderr=True, highlight=False)

@@ -196,7 +196,7 @@ def _finish(
         else:
             _print(report, place)
         sys.stdout.flush()
-    except OSError:  # the terminal or pipe is gone: nobody reads, and the results are on disk
+    except OSError:  # the terminal or pipe is gone, and the results are on disk
         discard(sys.stdout.fileno())
     if not report.finished:
         raise typer.Exit(INTERRUPTED)

@@ -283,7 +283,7 @@ class SearchConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _default_pruner(cls, data: object) -> object:
-        """With several objectives there is no one curve to prune by: the default is none."""
+        """With several objectives there is no one curve to prune by: by default nothing prunes."""
         if isinstance(data, dict) and "pruner" not in data:
             objective = data.get("objective")
             if isinstance(objective, list | tuple) and len(objective) > 1:

@@ -32,7 +32,7 @@ from topotune.search.place.objects.address import store_address
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.place.shipping import tracking_uri
 from topotune.search.ray.autoscaler import ENVIRONMENT
-from topotune.search.ray.cluster import Cluster, Node, needs_of, told
+from topotune.search.ray.cluster import Cluster, Node, amount_of, needs_of
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import study_uri
 from topotune.search.study.faults import faults_at
@@ -257,7 +257,7 @@ def fit_resources(config: SearchConfig, cluster: Cluster) -> tuple[float, int]:
             key, fix = _WORDS.get(name, (f"custom.{name}", _CUSTOM_FIX))
             seen = "may get" if cluster.grows else "has"
             raise ResourceError(
-                f"resources.{key}: a trial needs {told(name, amount)} and the cluster {seen} "
+                f"resources.{key}: a trial needs {amount_of(name, amount)} and the cluster {seen} "
                 f"{most:g}. {fix}"
             )
     if refusal := cluster.refusal(needs):

@@ -38,7 +38,7 @@ class Growth:
 
 
 def growth() -> Growth:
-    """Of the cluster that this process is connected to; nothing where nobody says.
+    """Of the cluster that this process is connected to; nothing where neither source has it.
 
     Raises:
         ConfigError: the file that says it is not of the launcher's form.

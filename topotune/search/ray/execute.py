@@ -1,4 +1,4 @@
-"""Ray Tune, told what to run by the book."""
+"""Ray Tune runs what the book hands out."""
 
 from __future__ import annotations
 

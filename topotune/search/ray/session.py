@@ -105,14 +105,14 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 class RaySession:
-    """A connection to Ray that is closed whatever happens.
+    """A connection to Ray that is closed in any case.
 
     Args:
-        address: "local" starts a cluster of its own, whatever the environment or a file in the
-            temporary directory names; "auto" takes what RAY_ADDRESS names, else the cluster that
-            was started last on this machine; else a cluster's address.
-        listener: told that Ray starts, which takes seconds.
-        interrupts: holds signals back while Ray starts; None where nobody handles them.
+        address: "local" starts a cluster of its own, though the environment or a file in the
+            temporary directory may name another; "auto" takes what RAY_ADDRESS names, else the
+            cluster that was started last on this machine; else a cluster's address.
+        listener: gets a line when Ray starts, which takes seconds.
+        interrupts: holds signals back while Ray starts; None where they are not handled.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class RaySession:
         """Find out at once what Ray would try for minutes.
 
         Raises:
-            ResourceError: nobody listens at the address.
+            ResourceError: nothing listens at the address.
         """
         host, colon, port = self._address.rpartition(":")
         if not colon or not port.isdecimal() or "/" in host:
@@ -236,7 +236,7 @@ class RaySession:
             seconds: how long all of them may take.
 
         Yields:
-            A node's address and id, and its answer, or None and why there is none.
+            A node's address and id, and its answer, or None and why it gave no answer.
         """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

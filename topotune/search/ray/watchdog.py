@@ -153,8 +153,8 @@ class Guard:
 
     def _excess(self) -> str:
         """The resident memory in words where it is too much; else empty."""
-        # Pages that a fork shares count in each process; only where it matters are they told
-        # apart, which is slow.
+        # Pages that a fork shares count in each process; they are counted apart, which is
+        # slow, only where it matters.
         if self._memory is None or resident(shared=True) <= self._memory:
             return ""
         taken = resident(shared=False)
