@@ -29,9 +29,9 @@ ROOM_ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ROOM_ORDER) for name in names}
 THIRD_PARTY_HOMES = {
-    "ray": {"search/ray", "search/doctor", "service"},
+    "ray": {"search/ray", "service"},
     "optuna": {"search/study"},
-    "sqlalchemy": {"search/study", "search/place", "search/doctor"},
+    "sqlalchemy": {"search/study", "search/place"},
     "mlflow": {"tracking/mlflow.py"},
     "torchvision": {"data"},
     "mlxtend": {"data"},
@@ -49,9 +49,6 @@ NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
 KNOWN_CIRCLES: set[str] = {
-    "config.models",
-    "config.rules",
-    "config.secrets",
     "search.drive.book",
     "search.drive.outlook",
     "search.place.folder",

@@ -35,7 +35,7 @@ def optimizer(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Time full training steps: Topological Adam against torch's Adam, alternating blocks."""
+    """Time training steps against torch's Adam. Full steps, in alternating blocks."""
     from topotune.bench.optimizer import MODELS, print_table, run
     from topotune.train.process import resolve_device
 
@@ -83,7 +83,7 @@ def tcep(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure equilibrium propagation: exact gradients, memory, solvers, and what it learns."""
+    """Measure TCEP: gradients, memory, solvers, what it learns."""
     from topotune.bench.tcep.memory import STEPS
     from topotune.bench.tcep.run import DEFAULT_PARTS, Options, print_part, run, tell
     from topotune.train.process import resolve_device
@@ -127,7 +127,7 @@ def scaling(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search with more and more worker slots: trials an hour, and what one driver can feed.
+    """Search with more and more worker slots. Trials an hour, and what one driver can feed.
 
     TOPOTUNE_STUDY_URI names a PostgreSQL database for the studies, as for any search.
     """
