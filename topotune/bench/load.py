@@ -1,7 +1,7 @@
 """A thousand trials of almost nothing: what the driver itself costs, and whether that grows.
 
-The searches are real: Ray, the study, the spools, MLflow and the plots; only the training takes
-no time. The largest comes first, in this process, so that its memory is that of a fresh driver.
+The searches are real: Ray, the study, the spools and MLflow; only the training takes no time. The
+largest comes first, in this process, so that its memory is that of a fresh driver.
 """
 
 from __future__ import annotations
