@@ -3,7 +3,7 @@ spends on each, and how many slots one driver can feed.
 
 The trials sleep instead of computing, so that a few cores can play many slots and what is measured
 is the driver's part. Everything else is real: a Ray cluster of two nodes with a token, ``topotune
-search`` as a process of its own, the study, the spools, MLflow and the plots.
+search`` as a process of its own, the study, the spools and MLflow.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _paced(report: Report) -> Table:
         "(quartiles)",
         (
             *("slots", "trials/h", "ideal", "of ideal, %", "between trials, ms"),
-            *("between epochs, ms", "driver CPU, ms a trial", "plots", "Ray", "its helpers"),
+            *("between epochs, ms", "driver CPU, ms a trial", "Ray", "its helpers"),
             "workers",
             *("trials/h, all told", "start, s", "close, s", "machine's load"),
         ),
@@ -231,7 +231,7 @@ def _saturating(report: Report) -> Table:
         "Trials of one epoch that does not sleep: all that driver and machine can do",
         (
             *("slots", "trials/s", "driver's cores", "all cores", "between trials, ms"),
-            *("driver CPU, ms a trial", "plots", "Ray", "its helpers", "workers"),
+            *("driver CPU, ms a trial", "Ray", "its helpers", "workers"),
             "machine's load",
         ),
     )
