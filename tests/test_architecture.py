@@ -29,9 +29,9 @@ ROOM_ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ROOM_ORDER) for name in names}
 THIRD_PARTY_HOMES = {
-    "ray": {"search/ray", "search/doctor", "service"},
+    "ray": {"search/ray", "service"},
     "optuna": {"search/study"},
-    "sqlalchemy": {"search/study", "search/place", "search/doctor"},
+    "sqlalchemy": {"search/study", "search/place"},
     "mlflow": {"tracking/mlflow.py"},
     "torchvision": {"data"},
     "mlxtend": {"data"},
@@ -48,15 +48,16 @@ GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
-KNOWN_CIRCLES = set(
-    (  # noqa: SIM905
-        "config.models config.rules config.secrets optim optim.topological_adam "
-        "search.drive.book search.drive.outlook "
-        "search.place.folder search.place.objects.layout search.place.objects.mirror "
-        "search.place.objects.pull search.place.objects.replica search.study.trialfile "
-        "tcep.baselines tcep.gradients tcep.margin tcep.network tcep.nudging"
-    ).split()
-)
+KNOWN_CIRCLES: set[str] = {
+    "search.drive.book",
+    "search.drive.outlook",
+    "search.place.folder",
+    "search.place.objects.layout",
+    "search.place.objects.mirror",
+    "search.place.objects.pull",
+    "search.place.objects.replica",
+    "search.study.trialfile",
+}
 """To be opened, one after the other."""
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from tests.tables import text
+from tests.tcep_reference import energy, implicit_gradient, ring_kernel, solve_equilibrium
 from topotune.bench.shared import alternate, median_and_spread
 from topotune.bench.tcep import accuracy as tcep_accuracy
 from topotune.bench.tcep import gradients as tcep_gradients
@@ -30,7 +31,6 @@ from topotune.tcep.energy import EnergyField
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics
 from topotune.tcep.probe import resolve
-from topotune.tcep.reference import energy, implicit_gradient, ring_kernel, solve_equilibrium
 
 CPU = torch.device("cpu")
 MEASURED = ("energy", "energy, shift, corrected", "energy, shift, uncorrected")

@@ -88,9 +88,9 @@ def test_no_file_gets_the_number_of_a_closed_stream() -> None:
 def test_ctrl_c_says_so_in_every_command() -> None:
     code = (
         "import os, signal\n"
-        "from topotune import config\n"
+        "from topotune.config import models\n"
         "from topotune.cli.main import main\n"
-        "config.json_schema = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "models.json_schema = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "main()"
     )
     done = subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 from tests.fuzz.inputs import Mutator, space_files, spool, spool_lines, trial_record
 from tests.fuzz.readers import TARGETS, run, table, try_one
 from tests.tables import text
-from topotune.config.yamlfile import MAX_BYTES
+from topotune.config.file import MAX_BYTES
 from topotune.search.study.trialfile import read_copies
 from topotune.tracking.tails import read_all
 

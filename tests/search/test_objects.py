@@ -20,7 +20,7 @@ from topotune.search.place.objects.address import (
     SCRATCH,
     StoreAddress,
     results_folder,
-    shown,
+    shown_place,
     store_address,
 )
 from topotune.search.place.objects.courier import KEEP_SECONDS, Courier, sweep
@@ -221,7 +221,7 @@ def test_an_address_keeps_its_form(tmp_path: Path) -> None:
     assert str(StoreAddress.parse("s3://bucket/a/b/")) == "s3://bucket/a/b"
     folder = results_folder(text)
     assert store_address(folder) == address
-    assert shown(folder) == f"'{text}'"
+    assert shown_place(folder) == f"'{text}'"
     assert results_folder("some/where") == Path("some/where")
     assert store_address(tmp_path) is None
 

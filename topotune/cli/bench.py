@@ -36,7 +36,7 @@ def optimizer(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Time full training steps: Topological Adam against torch's Adam, alternating blocks."""
+    """Time training steps against torch's Adam. Full steps, in alternating blocks."""
     from topotune.bench.optimizer import MODELS, run, step_table
     from topotune.train.process import resolve_device
 
@@ -84,7 +84,7 @@ def tcep(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure equilibrium propagation: exact gradients, memory, solvers, and what it learns."""
+    """Measure TCEP: gradients, memory, solvers, what it learns."""
     from topotune.bench.tcep.memory import STEPS
     from topotune.bench.tcep.run import DEFAULT_PARTS, Options, conditions, plain, run, tables
     from topotune.train.process import resolve_device
@@ -136,7 +136,7 @@ def scaling(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search with more and more worker slots: trials an hour, and what one driver can feed.
+    """Search with more and more worker slots. Trials an hour, and what one driver can feed.
 
     TOPOTUNE_STUDY_URI names a PostgreSQL database for the studies, as for any search.
     """

@@ -25,6 +25,7 @@ from topotune.cli.options import (
     complete_name,
     console,
     elsewhere,
+    plain_table,
     print_json,
     say,
     shown,
@@ -60,9 +61,9 @@ def submit(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a new search on a cluster, which needs this machine no longer once it has begun."""
+    """Run a new search on a cluster. Once it has begun, it needs this machine no longer."""
     from topotune.config.file import parse_search, read_yaml
-    from topotune.config.remarks import remarks
+    from topotune.config.rules import remarks
 
     data, lines = read_yaml(file)
     changes = {
@@ -119,7 +120,7 @@ def list_searches(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """The searches on a cluster: state, trials, best, who runs them."""
+    """List the searches on a cluster: state, trials, best, user."""
     import json
 
     cluster = connect(context, address, allow_open)
@@ -148,11 +149,7 @@ def list_searches(
     if as_json:
         print_json(rows)
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("search", "state", "trials", "best", "user", "job", "submitted"):
-        table.add_column(title)
+    table = plain_table("search", "state", "trials", "best", "user", "job", "submitted")
     for row in rows:
         counts = ", ".join(
             f"{count} {state.lower()}" for state, count in row["counts"].items() if count
@@ -177,7 +174,8 @@ def logs(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """What the newest driver of a search on a cluster prints, or one trial of any search."""
+    """Print what a search's driver or a trial has printed. Of several drivers on a cluster
+    the newest."""
 
     def show(text: str) -> None:
         for line in text.splitlines(keepends=True):
@@ -217,7 +215,7 @@ def stop(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """Stop a search on a cluster in good order: trials finish their epoch, all is saved."""
+    """Stop a search on a cluster. Trials finish their epoch, all is saved."""
     from topotune.service import searches
 
     if (name is None) != all_of_them:
@@ -329,7 +327,7 @@ def package(
     unfinished: Annotated[bool, typer.Option(help="Show a finished search instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send the code that a search was submitted with to whoever asks."""
+    """Answer with the code that a search was submitted with."""
     from topotune.cli.boards import print_status
     from topotune.errors import SearchFolderError
     from topotune.search import status as reading

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from topotune import __version__
 from topotune.config.models import SearchConfig
-from topotune.config.remarks import remarks
-from topotune.config.rules import grid_size, planned_trials
+from topotune.config.rules import planned_trials, remarks
+from topotune.config.space import grid_size
 from topotune.errors import ConfigError, LeaseLostError, RunError, TopotuneError
 from topotune.files import make_folder
 from topotune.records import TrialSummary

@@ -52,7 +52,7 @@ def ask(
     Args:
         cluster: where.
         arguments: the command.
-        name: the search that it is about, for whoever looks at the cluster's jobs meanwhile.
+        name: the search that it is about, as the cluster's list of jobs shows it.
         env_file: variables that it needs besides the cluster's own.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topotune.tcep import stepping
-from topotune.tcep.memory import Memory
+from topotune.tcep.recirculation import Memory
 from topotune.tcep.stepping import DIVERGENCE, Flow, Stepper, row_norm
 
 CROWD = 0.7

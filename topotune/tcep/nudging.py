@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topotune.tcep.jacobian import Jacobian
 from topotune.tcep.network import MINIMUM_STEPS, TCEPNetwork
 from topotune.tcep.relax import Equilibrium, Noise, relax
+from topotune.tcep.spectral import Jacobian
 
 TOLERANCE_SHARE = 5e-4
 """The nudged phase's tolerance is at most this share of the nudge itself. What is left of the flow

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from topotune.tcep.anderson import Anderson
 from topotune.tcep.batch import Batch, Orbit, check_batch
-from topotune.tcep.memory import Memory
 from topotune.tcep.ode import Dopri5
 from topotune.tcep.options import Solver
 from topotune.tcep.precision import full_precision
+from topotune.tcep.recirculation import Memory
 from topotune.tcep.stepping import DIVERGENCE, Explicit, Flow, Noise, Stepper, row_norm
 
 __all__ = ["Equilibrium", "Flow", "Noise", "Status", "relax", "unroll"]

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from topotune.errors import UnknownNameError
 from topotune.tcep.functions import smooth_relu
-from topotune.tcep.memory import Memory
+from topotune.tcep.recirculation import Memory
 
 NOISE_KINDS = ("gaussian", "poisson")
 

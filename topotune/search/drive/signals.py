@@ -112,7 +112,7 @@ class Interrupts:
     def _watch(self) -> None:
         """In a thread: see the signals that are held, and that a stop comes to its end."""
         while not self._over.wait(0.0 if self._held else _LOOK_SECONDS):
-            if self._held:  # then they are blocked, and come to nobody else
+            if self._held:  # then they are blocked, and reach no handler
                 caught = signal.sigtimedwait(tuple(self._before), _LOOK_SECONDS)
                 if caught is not None:
                     self._note(caught.si_signo)

@@ -1,8 +1,8 @@
-"""The driver's side of sharing a cluster: tells its claim every few seconds and hears its share.
+"""The driver's side of sharing a cluster: sends its claim every few seconds and receives its share.
 
 The claims of all searches lie in one Ray actor of a known name, which the driver that is first
 makes. It goes with that driver; the next one to speak makes another, and within seconds all claims
-are there again. Until then everybody keeps the share that they have.
+are there again. Until then each search keeps its share.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Sharing:
         self.share: Share | None = None
 
     def tick(self) -> None:
-        """Hear an answer that has come; ask again when it is time."""
+        """Receive an answer that has come; ask again when it is time."""
         now = time.monotonic()
         try:
             if self._answer is not None:

@@ -1,4 +1,4 @@
-"""The state of one parameter: what a step needs it to be, and what is converted to that.
+"""What a parameter group and the state of a parameter must be, checked, completed and converted.
 
 Torch's fused kernels walk memory and check no sizes: an entry that disagrees with its parameter
 would be read and written beyond its end. Whatever a kernel gets has passed through here.
@@ -7,27 +7,55 @@ would be read and written beyond its end. Whatever a kernel gets has passed thro
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from topotune.optim._fields import FieldBatch, field_dtype, initial_fields
-from topotune.optim._local import LocalFields
-from topotune.optim._lowrank import ExchangeFields, UniformFields
+from topotune.optim.couplings import COUPLINGS
+from topotune.optim.fields import FieldBatch, field_dtype, initial_fields
 
-FIELDS: dict[str, type[FieldBatch]] = {
-    "uniform": UniformFields,
-    "exchange": ExchangeFields,
-    "local": LocalFields,
+Rule = tuple[str, Callable[[float], bool]]
+"""A rule in words, and whether a number keeps it; a NaN fails every comparison."""
+
+_NOT_NEGATIVE: Rule = ("a finite number >= 0", lambda x: 0.0 <= x < math.inf)
+_POSITIVE: Rule = ("a finite number > 0", lambda x: 0.0 < x < math.inf)
+
+_NUMBERS: dict[str, Rule] = {
+    "lr": _NOT_NEGATIVE,
+    "eps": _NOT_NEGATIVE,
+    "eta": ("a number in [0, 1)", lambda x: 0.0 <= x < 1.0),
+    "mu0": _POSITIVE,
+    "w_topo": _NOT_NEGATIVE,
+    "field_init_scale": (f"{_POSITIVE[0]} (fields that start at zero stay there)", _POSITIVE[1]),
+    "target_energy": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
 }
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "coupling": tuple(COUPLINGS),
+    "energy_control": ("exact", "band"),
+    "field_init": ("tanh_cos", "normal"),
+    "zero_gradient": ("move", "hold"),
+}
+_FLAGS = ("eps_inside_sqrt", "maximize", "decoupled_weight_decay")
+_OPTIONAL_FLAGS = ("foreach", "fused")
+
+STEPS = "steps_taken"
+"""Key of every parameter group that counts calls of ``step``."""
+
+ADAM_ONLY = ("amsgrad", "capturable", "differentiable")
+"""Flags of torch's Adam that this method does not have: False is taken, True is refused."""
+
+CHECKED = (*_NUMBERS, *_CHOICES, *_FLAGS, *_OPTIONAL_FLAGS, "betas", "field_seed", "trace_capacity")
+"""Every hyperparameter that :func:`check_group` looks at, beside :data:`ADAM_ONLY`."""
 
 ADAM_ENTRIES = ("step", "exp_avg", "exp_avg_sq")
-_FIELD_TENSORS = frozenset(name for kind in FIELDS.values() for name in kind.tensors)
+_FIELD_TENSORS = frozenset(name for kind in COUPLINGS.values() for name in kind.tensors)
 _FIELD_ENTRIES = _FIELD_TENSORS | {"scalars"}
 
 _PUBLISHED = {"m": "exp_avg", "v": "exp_avg_sq"}
@@ -37,6 +65,53 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 FUSED_KERNELS = ("cpu", "cuda", "mps", "xpu")
 """Types of device for which torch has a fused Adam kernel."""
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check every hyperparameter of a parameter group.
+
+    Raises:
+        ValueError: a value is of the wrong type, not finite, or outside its bounds; the message
+            names the hyperparameter, the value and the bound.
+    """
+    for name, (rule, keeps) in _NUMBERS.items():
+        value = number = group[name]
+        if name == "lr" and isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+            number = value.item()
+        if not (_is_real(number) and keeps(number)):
+            raise ValueError(f"{name} must be {rule}, got {value!r}")
+    betas = group["betas"]
+    pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    if not pair or not all(_is_real(beta) and 0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
+    if group["eps_inside_sqrt"] and betas[1] == 0.0:
+        raise ValueError(f"eps_inside_sqrt=True needs betas[1] > 0, got betas={betas!r}")
+    for name, known in _CHOICES.items():
+        if group[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
+    for name in (*_FLAGS, *_OPTIONAL_FLAGS):
+        optional = name in _OPTIONAL_FLAGS
+        if not isinstance(group[name], bool) and not (optional and group[name] is None):
+            allowed = "True, False or None" if optional else "True or False"
+            raise ValueError(f"{name} must be {allowed}, got {group[name]!r}")
+    if group["foreach"] and group["fused"]:
+        raise ValueError("foreach and fused must not both be True, got foreach=True, fused=True")
+    if group["foreach"] and isinstance(group["lr"], Tensor):
+        raise ValueError("foreach=True takes no tensor as lr: give a number, or fused=True")
+    for name in ADAM_ONLY:
+        if group.get(name):
+            raise ValueError(
+                f"{name} must be False: TopologicalAdam does not have this option of "
+                f"torch.optim.Adam, got {group[name]!r}"
+            )
+    for name, low in (("field_seed", 0), ("trace_capacity", 1), (STEPS, 0)):
+        value = group.get(name, low)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def label(group: Mapping[str, Any], place: int, first: int) -> str:
@@ -82,6 +157,11 @@ def check_parameter(called: str, parameter: Tensor, group: Mapping[str, Any]) ->
             "in memory, which torch's fused kernel would overwrite: make it contiguous, or leave "
             "fused at None"
         )
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for others, such as the shards of a DTensor."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def check_gradient(called: str, parameter: Tensor, gradient: Tensor) -> None:
@@ -139,25 +219,25 @@ def check_shapes(called: str, parameter: Tensor, state: object) -> None:
     Raises:
         ValueError: the message names the parameter, the entry and both shapes.
     """
-    if not isinstance(state, Mapping):
-        raise ValueError(f"the state of {called} must be a dict, got {type(state).__name__}")
-    present = [name for name in ADAM_ENTRIES if name in state]
+    entries = _mapping(called, state)
+    present = [name for name in ADAM_ENTRIES if name in entries]
     if present and len(present) < len(ADAM_ENTRIES):
-        (missing, *_) = [name for name in ADAM_ENTRIES if name not in state]
+        (missing, *_) = [name for name in ADAM_ENTRIES if name not in entries]
         raise ValueError(
             f"the state of {called} has {present[0]!r} but no {missing!r}; delete "
             "optimizer.state[parameter] to begin anew"
         )
-    if "step" in state:
-        _check_number(called, state["step"])
-    for name in (*ADAM_ENTRIES[1:], *sorted(_FIELD_TENSORS & state.keys())):
-        if name in state:
-            _check_tensor(called, repr(name), state[name])
-            _check_shape(called, parameter, repr(name), state[name])
-    kind = coupling_of(state)
+    step = entries.get("step", 0)
+    single = isinstance(step, Tensor) and step.numel() == 1 and step.layout is torch.strided
+    if not single and not isinstance(step, Real):
+        found = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
+        raise ValueError(f"'step' in the state of {called} must be one number, got {found}")
+    for name in (*ADAM_ENTRIES[1:], *sorted(_FIELD_TENSORS & entries.keys())):
+        if name in entries:
+            _check_tensor(called, repr(name), entries[name], parameter)
+    kind = coupling_of(entries)
     if kind is not None:
-        entry = state["scalars"]
-        _check_tensor(called, "'scalars'", entry)
+        entry = _check_tensor(called, "'scalars'", entries["scalars"])
         if entry.shape != (kind.scalar_count,):
             raise ValueError(
                 f"'scalars' in the state of {called} must have shape ({kind.scalar_count},), got "
@@ -165,28 +245,14 @@ def check_shapes(called: str, parameter: Tensor, state: object) -> None:
             )
 
 
-def _is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor only stands for others, such as the shards of a DTensor."""
-    return is_traceable_wrapper_subclass(tensor)
+def _mapping(called: str, state: object) -> Mapping[str, Any]:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state of {called} must be a dict, got {type(state).__name__}")
+    return state
 
 
-def _check_number(called: str, step: object) -> None:
-    single = isinstance(step, Tensor) and step.numel() == 1 and step.layout is torch.strided
-    if not single and not isinstance(step, Real):
-        found = f"shape {tuple(step.shape)}" if isinstance(step, Tensor) else repr(step)
-        raise ValueError(f"'step' in the state of {called} must be one number, got {found}")
-
-
-def _check_shape(called: str, parameter: Tensor, name: str, entry: Tensor) -> None:
-    if entry.shape != parameter.shape:
-        raise ValueError(
-            f"{called} has shape {tuple(parameter.shape)}, but {name} in its state has shape "
-            f"{tuple(entry.shape)}: give every entry the parameter's shape, or delete "
-            "optimizer.state[parameter] to begin anew"
-        )
-
-
-def _check_tensor(called: str, name: str, entry: object) -> None:
+def _check_tensor(called: str, name: str, entry: object, like: Tensor | None = None) -> Tensor:
+    """An entry of a state, if it is a dense real tensor and of the shape of ``like``."""
     if not isinstance(entry, Tensor):
         raise ValueError(
             f"{name} in the state of {called} must be a tensor, got {type(entry).__name__}"
@@ -197,13 +263,20 @@ def _check_tensor(called: str, name: str, entry: object) -> None:
             f"{name} in the state of {called} must be a dense real tensor, got a "
             f"{type(entry).__name__} of layout {entry.layout} and dtype {entry.dtype}"
         )
+    if like is not None and entry.shape != like.shape:
+        raise ValueError(
+            f"{called} has shape {tuple(like.shape)}, but {name} in its state has shape "
+            f"{tuple(entry.shape)}: give every entry the parameter's shape, or delete "
+            "optimizer.state[parameter] to begin anew"
+        )
+    return entry
 
 
 def coupling_of(state: Mapping[str, Any]) -> type[FieldBatch] | None:
     """The coupling whose fields a state holds, known by its entries; None if there are none."""
     if "scalars" not in state:
         return None
-    kinds = (kind for kind in FIELDS.values() if all(name in state for name in kind.tensors))
+    kinds = (kind for kind in COUPLINGS.values() if all(name in state for name in kind.tensors))
     return next(kinds, None)
 
 
@@ -221,32 +294,26 @@ def complete(
     """
     # The counter lies where torch's chosen kernel wants it.
     wide = torch.get_default_dtype() is torch.float64 and not fused
-    kind = torch.float64 if wide else torch.float32
+    number = torch.float64 if wide else torch.float32
     device = parameter.device if fused else torch.device("cpu")
     if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=kind, device=device)
+        state["step"] = torch.zeros((), dtype=number, device=device)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    step = torch.as_tensor(state["step"], dtype=kind, device=device)
+    step = torch.as_tensor(state["step"], dtype=number, device=device)
     # The very tensor where nothing is to change: another plan may hold it.
     state["step"] = step if step.dim() == 0 else step.reshape(())
     for name in ADAM_ENTRIES[1:]:
         state[name] = laid_out_like(parameter, state[name])
     if group["eta"] == 0.0 or not parameter.numel():
         return
-    fields = FIELDS[group["coupling"]]
+    fields = COUPLINGS[group["coupling"]]
     if coupling_of(state) is not fields:
         # No fields yet, or those of another coupling.
         for name in _FIELD_ENTRIES & state.keys():
             del state[name]
-        alpha, beta = initial_fields(
-            parameter,
-            group["field_init_scale"],
-            group["field_init"],
-            group["field_seed"],
-            index,
-        )
-        state.update(fields.start(alpha, beta))
+        scale, kind, seed = (group[f"field_{name}"] for name in ("init_scale", "init", "seed"))
+        state.update(fields.start(*initial_fields(parameter, scale, kind, seed, index)))
     for name in fields.tensors:
         state[name] = state[name].contiguous()
 
@@ -289,9 +356,7 @@ def converted(
     Raises:
         ValueError: an entry does not fit the parameter.
     """
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"the state of {called} must be a dict, got {type(saved).__name__}")
-    entries = dict(saved)
+    entries = dict(_mapping(called, saved))
     for old, new in _PUBLISHED.items():
         if old in entries and new not in entries:
             entries[new] = entries.pop(old)
@@ -311,14 +376,8 @@ def converted(
                 "TopologicalAdam: their group has no 'target_energy' (the published package's V3 "
                 "averages gradients there); delete both from the state dict to begin new fields"
             )
-        loaded |= FIELDS[coupling].start(*(_published(called, parameter, x) for x in published))
+        fields = [_check_tensor(called, "a field (alpha or beta)", f, parameter) for f in published]
+        where, kind = parameter.device, field_dtype(parameter)
+        alpha, beta = (f.to(device=where, dtype=kind).contiguous() for f in fields)
+        loaded |= COUPLINGS[coupling].start(alpha, beta)
     return loaded
-
-
-def _published(called: str, parameter: Tensor, field: object) -> Tensor:
-    """A field of the published package, in the type and layout of this one's."""
-    name = "a field (alpha or beta)"
-    _check_tensor(called, name, field)
-    assert isinstance(field, Tensor)
-    _check_shape(called, parameter, name, field)
-    return field.to(device=parameter.device, dtype=field_dtype(parameter)).contiguous()

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from topotune.optim._fields import FieldBatch, Move, field_dtype
-from topotune.optim._hyper import CHECKED, check_group
-from topotune.optim._state import ADAM_ENTRIES, FIELDS, complete, is_dense, laid_out_like
+from topotune.optim.couplings import COUPLINGS
+from topotune.optim.fields import FieldBatch, Move, field_dtype
+from topotune.optim.state import (
+    ADAM_ENTRIES,
+    CHECKED,
+    check_group,
+    complete,
+    is_dense,
+    laid_out_like,
+)
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Where torch's fused Adam kernel is chosen unless the caller says otherwise."""
@@ -23,13 +30,6 @@ FUSED_DEVICES = ("cpu", "cuda")
 _SHAPE, _DTYPE, _DEVICE, _LAYOUT = map(attrgetter, ("shape", "dtype", "device", "layout"))
 _BYTES = attrgetter("nbytes")
 _SETTINGS = itemgetter(*(name for name in CHECKED if name != "lr"))
-
-
-def wants_fused(group: Mapping[str, Any], parameter: Tensor) -> bool:
-    """Whether a tensor goes through torch's fused Adam kernel."""
-    if group["fused"] is None and group["foreach"] is None:
-        return parameter.device.type in FUSED_DEVICES and is_dense(parameter)
-    return bool(group["fused"])
 
 
 class Batch:
@@ -41,8 +41,7 @@ class Batch:
     Args:
         places: the tensors' places among those of the group that have a gradient.
         parameters: the tensors; all of them have elements, or none has.
-        states: their entries in the optimizer's state, checked; missing ones are created.
-        indices: the tensors' places in the whole optimizer.
+        states: their complete entries in the optimizer's state.
         group: the parameter group.
         fused: whether torch's fused kernel serves them.
     """
@@ -50,31 +49,27 @@ class Batch:
     def __init__(
         self,
         places: Sequence[int],
-        parameters: Sequence[Tensor],
-        states: Sequence[dict[str, Any]],
-        indices: Sequence[int],
+        parameters: list[Tensor],
+        states: list[dict[str, Any]],
         group: Mapping[str, Any],
         fused: bool,
     ) -> None:
-        self.places, self.parameters, self.fused = list(places), list(parameters), fused
-        for parameter, state, index in zip(parameters, states, indices, strict=True):
-            complete(parameter, state, group, index, fused)
-        self.steps = [state["step"] for state in states]
-        self.exp_avgs = [state["exp_avg"] for state in states]
-        self.exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        self.places, self.parameters, self.fused = places, parameters, fused
+        self.steps, self.exp_avgs, self.exp_avg_sqs = (
+            [state[name] for state in states] for name in ADAM_ENTRIES
+        )
         self.fields: FieldBatch | None = None
         names: tuple[str, ...] = ADAM_ENTRIES
         # An empty tensor has no mean energy, hence no fields; Adam handles it.
         if group["eta"] != 0.0 and parameters[0].numel():
-            kind = FIELDS[group["coupling"]]
+            kind = COUPLINGS[group["coupling"]]
             self.fields = kind(states)
             names += kind.tensors
-        self.field_dtype = field_dtype(self.parameters[0])
-        self._states = list(states)
+        self.field_dtype = field_dtype(parameters[0])
+        self._states = states
         self._entries_of = itemgetter(*names)
         self._entries = list(chain.from_iterable(map(self._entries_of, states)))
         self._seen = self._look()
-        self._strides = list(map(Tensor.stride, self.parameters))
 
     def _look(self) -> tuple[list[Any], ...]:
         """What the kernels take for granted of the tensors and their state."""
@@ -151,7 +146,19 @@ class Batch:
             torch._foreach_add_(self.exp_avg_sqs, (1.0 - beta2) / beta2 * eps)
             eps = 0.0
         decoupled = group["decoupled_weight_decay"] and group["weight_decay"] != 0.0
-        numbers = {
+        strides = self._seen[1]
+        if self.fused and list(map(Tensor.stride, gradients)) != strides:
+            gradients = list(map(laid_out_like, self.parameters, gradients))
+        no_maxima: list[Tensor] = []  # of amsgrad
+        tensors = (
+            self.parameters,
+            gradients,
+            self.exp_avgs,
+            self.exp_avg_sqs,
+            no_maxima,
+            self.steps,
+        )
+        numbers: dict[str, Any] = {
             "amsgrad": False,
             "beta1": beta1,
             "beta2": beta2,
@@ -160,35 +167,13 @@ class Batch:
             "maximize": group["maximize"],
         }
         if self.fused:
-            if list(map(Tensor.stride, gradients)) != self._strides:
-                gradients = list(map(laid_out_like, self.parameters, gradients))
             # What torch's adam() calls in the end, without sorting by device and type once more.
             kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
             torch._foreach_add_(self.steps, 1)
-            kernel(
-                self.parameters,
-                gradients,
-                self.exp_avgs,
-                self.exp_avg_sqs,
-                [],
-                self.steps,
-                lr=float(group["lr"]),
-                **numbers,
-            )
+            kernel(*tensors, lr=float(group["lr"]), **numbers)
         else:
-            adam(
-                self.parameters,
-                gradients,
-                self.exp_avgs,
-                self.exp_avg_sqs,
-                [],
-                self.steps,
-                foreach=group["foreach"],
-                fused=group["fused"],
-                decoupled_weight_decay=decoupled,
-                lr=group["lr"],
-                **numbers,
-            )
+            numbers |= {name: group[name] for name in ("lr", "foreach", "fused")}
+            adam(*tensors, decoupled_weight_decay=decoupled, **numbers)
 
 
 class Plan:
@@ -212,22 +197,18 @@ class Plan:
         # The tensors are kept, so that their ids name them and no others.
         self.parameters = list(parameters)
         self._remember(group)
-        members: dict[tuple[Any, ...], list[int]] = {}
-        for i, parameter in enumerate(parameters):
-            fused = wants_fused(group, parameter)
+        batches: dict[tuple[Any, ...], list[int]] = {}
+        for i, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
+            fused = bool(group["fused"])
+            if group["fused"] is None and group["foreach"] is None:
+                fused = parameter.device.type in FUSED_DEVICES and is_dense(parameter)
+            complete(parameter, state, group, indices[i], fused)
             alone = i if group["foreach"] is False and not fused else -1
             key = (fused, parameter.device, parameter.dtype, parameter.numel() > 0, alone)
-            members.setdefault(key, []).append(i)
+            batches.setdefault(key, []).append(i)
         self.batches = [
-            Batch(
-                places,
-                [parameters[i] for i in places],
-                [states[i] for i in places],
-                [indices[i] for i in places],
-                group,
-                key[0],
-            )
-            for key, places in members.items()
+            Batch(at, [parameters[i] for i in at], [states[i] for i in at], group, key[0])
+            for key, at in batches.items()
         ]
 
     def _remember(self, group: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the three couplings share: the fields' start, the layout of their scalars, the control."""
+"""The fields of many tensors: their start, their place in the state, and a step of them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topotune.optim._hyper import BAND_DAMPING, BAND_WIDTH
 from topotune.seeding import derive_seed
 
 SKIPPED, ENERGY, CONTROLLED, CURRENT = range(4)
 """Places of the common entries in a tensor's ``scalars``; a coupling's coefficients follow."""
 
 COMMON = 4
+
+BAND_WIDTH = 10.0
+"""``band`` damps fields whose energy is above this multiple of the target."""
+
+BAND_DAMPING = 0.9
+"""The factor by which ``band`` damps fields in one step."""
 
 TINY = 1e-290
 """Added to an energy that is divided by: fields that underflowed to zero stay zero, not NaN."""
@@ -34,7 +39,7 @@ numbers, and torch's need no host."""
 
 @dataclass(frozen=True)
 class Move:
-    """The numbers of one step that are the same for every tensor of a parameter group.
+    """The numbers of one step that all tensors of a parameter group share.
 
     Attributes:
         keep: ``1 - eta``.
@@ -78,24 +83,11 @@ def initial_fields(
     return alpha.to(parameter.device), beta.to(parameter.device)
 
 
-def host_readable(device: torch.device) -> bool:
-    """Whether reading a number makes nobody wait, so that the host may do the small sums."""
-    return device.type == "cpu"
-
-
 def control(xp: Any, energy: Array, move: Move) -> Array:
-    """The factor that the energy control multiplies both fields by.
+    """The (k,) factors that the energy control multiplies both fields of k tensors by.
 
     ``exact`` is the paper's pseudocode; ``band`` follows its section on stabilisation: amplify to
     the target from below, damp above a multiple of it, else leave.
-
-    Args:
-        xp: numpy or torch.
-        energy: (k,) one raw energy a tensor.
-        move: target and kind of the control.
-
-    Returns:
-        (k,) factors.
     """
     to_target = xp.sqrt(move.target / (energy + TINY))
     if move.exact:
@@ -106,14 +98,19 @@ def control(xp: Any, energy: Array, move: Move) -> Array:
     return xp.where(energy < move.target, to_target, damping)
 
 
+def host_readable(device: torch.device) -> bool:
+    """Whether the host can read a number without waiting, and so may do the small sums."""
+    return device.type == "cpu"
+
+
 class FieldBatch(ABC):
     """The fields of all tensors of one parameter group on one device and of one type.
 
-    What the fields are lies in the optimizer's state, a dict a parameter: two tensors of the
-    parameter's shape, named by :attr:`tensors`, and ``scalars``, a float64 vector: how many steps
-    were skipped, raw energy, controlled energy, ``|J|``, the coupling's coefficients, and
-    constants of the start. This class lays the vectors of k tensors side by side as the columns
-    of one matrix, so that one small operation serves all of them and no device is waited for; the
+    The fields lie in the optimizer's state, a dict a parameter: two tensors of the parameter's
+    shape, named by :attr:`tensors`, and ``scalars``, a float64 vector: how many steps were
+    skipped, raw energy, controlled energy, ``|J|``, the coupling's coefficients, and constants of
+    the start. This class lays the vectors of k tensors side by side as the columns of one matrix,
+    so that one small operation serves all of them and the host never waits for the device; the
     state's entries become views of it.
 
     Attributes:
@@ -137,34 +134,35 @@ class FieldBatch(ABC):
         self.elements = sum(self.sizes)
         self.large = [i for i, size in enumerate(self.sizes) if size >= LARGE]
         self._states = list(states)
-        rows = torch.stack([state["scalars"] for state in states], dim=1)
-        self._matrix, self._columns = rows, rows.unbind(1)
+        self._matrix = torch.stack([state["scalars"] for state in states], dim=1)
+        self._columns = self._matrix.unbind(1)
         self._addresses = list(map(Tensor.data_ptr, self._columns))
-        self._settle()
-        self.device = rows.device
+        self.device = self._matrix.device
         self.negligible = torch.finfo(self.dtype).tiny * 2.0**24
-        self.on_cpu = host_readable(rows.device)
+        self.on_cpu = host_readable(self.device)
         self.xp: Any = np if self.on_cpu else torch
-        self.rows: Array = rows.numpy() if self.on_cpu else rows
+        rows: Array = self._matrix.numpy() if self.on_cpu else self._matrix
         end = COMMON + self.coefficients
-        self.live: Array = self.rows[ENERGY:end]
-        self.coefficient_rows: Array = self.rows[COMMON:end]
-        self.constants: Array = self.rows[end:]
-        self.report: Array = self.rows[:COMMON]
+        self.skipped: Array = rows[SKIPPED]
+        self.report: Array = rows[:COMMON]
+        self.live: Array = rows[ENERGY:end]
+        self.coefficient_rows: Array = rows[COMMON:end]
+        self.constants: Array = rows[end:]
         self.fresh: Array = self.xp.empty_like(self.live)
-        self.bad: Array = self.rows[SKIPPED] != self.rows[SKIPPED]
-        self._read_constants()
+        self.bad: Array = self.skipped != self.skipped
+        self._settle()
 
     def _settle(self) -> None:
         """Make the columns of this batch's matrix the states' scalars."""
         for state, column in zip(self._states, self._columns, strict=True):
             state["scalars"] = column
+        self._read_constants()
 
     def _read_constants(self) -> None:  # noqa: B027 - not every coupling needs any
         """Keep what the host needs of the constants, where it can read them."""
 
     def adopt(self) -> bool:
-        """Take over scalars that lie elsewhere: another batch stepped on some of these tensors.
+        """Copy scalars that lie elsewhere: another batch stepped on some of these tensors.
 
         Returns:
             Whether the states' scalars are, or could be made, this batch's.
@@ -182,7 +180,6 @@ class FieldBatch(ABC):
         self._matrix.copy_(torch.stack(fitting, dim=1))
         self._columns = self._matrix.unbind(1)
         self._settle()
-        self._read_constants()
         return True
 
     @classmethod
@@ -196,7 +193,7 @@ class FieldBatch(ABC):
         """The fields ``alpha, beta`` of one tensor, as fresh tensors of its shape."""
 
     @abstractmethod
-    def move(self, gradients: Sequence[Tensor], move: Move) -> tuple[Array, Array, Array]:
+    def _move(self, gradients: Sequence[Tensor], move: Move) -> tuple[Array, Array, Array]:
         """Current and coupling of one step.
 
         Args:
@@ -209,7 +206,7 @@ class FieldBatch(ABC):
         """
 
     @abstractmethod
-    def gaps(self, factor: float) -> list[Tensor]:
+    def _gaps(self, factor: float) -> list[Tensor]:
         """``factor * (alpha - beta)`` of every tensor, fresh and of the parameter's shape; zeros
         where the gradient of the last step was not finite."""
 
@@ -225,11 +222,11 @@ class FieldBatch(ABC):
         xp = self.xp
         # Overflow is reported through the energy, not through warnings.
         with np.errstate(all="ignore"):
-            coefficients, energy, current = self.move(gradients, move)
+            coefficients, energy, current = self._move(gradients, move)
             scale = control(xp, energy, move)
             poisoned = self.bad
             self.bad = poisoned | ~xp.isfinite(energy)
-            # Where the host can tell that all went well, the step is written in place.
+            # Where the host can see that all went well, the step is written in place.
             clean = self.on_cpu and not self.bad.any()
             new = self.live if clean else self.fresh
             new[0] = energy
@@ -240,7 +237,7 @@ class FieldBatch(ABC):
                 # Where the dynamics overflowed, the energy says so and nothing else is written.
                 self.live[0] = xp.where(poisoned, self.live[0], energy)
                 self.live[1:] = xp.where(self.bad, self.live[1:], new[1:])
-                self.rows[SKIPPED] += self.bad
+                self.skipped += self.bad
 
     def add_correction(
         self, parameters: list[Tensor], weight: float, held: Sequence[Tensor] = ()
@@ -252,24 +249,20 @@ class FieldBatch(ABC):
             weight: of the correction.
             held: empty, or k gradients: where one is zero, its element is left as it is.
         """
-        factor = self.tanh_factor(self.elements)
-        gaps = self.gaps(factor)
+        factor = self._tanh_factor(self.elements)
+        gaps = self._gaps(factor)
         for gap, gradient in zip(gaps, held, strict=bool(held)):
             gap.masked_fill_(gradient == 0, 0.0)
-        self.add_tanh(parameters, gaps, weight, factor)
+        self._add_tanh(parameters, gaps, weight, factor)
 
-    def tanh_factor(self, elements: int) -> float:
-        """2.0 where :meth:`add_tanh` goes by the sigmoid and wants the gaps doubled, else 1.0.
-
-        Args:
-            elements: of all tensors that it gets.
-        """
+    def _tanh_factor(self, elements: int) -> float:
+        """2.0 where :meth:`_add_tanh` uses the sigmoid and wants the gaps doubled, else 1.0."""
         return 2.0 if self.on_cpu and elements >= LARGE else 1.0
 
-    def add_tanh(
+    def _add_tanh(
         self, parameters: list[Tensor], gaps: list[Tensor], weight: float, factor: float
     ) -> None:
-        """``p += weight * tanh(gap / factor)``, in place; ``factor`` from :meth:`tanh_factor`.
+        """``p += weight * tanh(gap / factor)``, in place; ``factor`` from :meth:`_tanh_factor`.
 
         Large tensors on the CPU take ``tanh(x)`` as ``2 (sigmoid(2x) - 1/2)``: torch's vectorised
         sigmoid is three to four times as fast as its tanh there. The absolute error is one
@@ -283,7 +276,7 @@ class FieldBatch(ABC):
             torch._foreach_tanh_(gaps)
         torch._foreach_add_(parameters, gaps, alpha=weight * factor)
 
-    def array(self, measured: list[Tensor], width: int) -> Array:
+    def _array(self, measured: list[Tensor], width: int) -> Array:
         """0-d tensors, ``width`` of each of k tensors, as a (width, k) float64 array."""
         if self.on_cpu:
             return torch.stack(measured).numpy().astype(np.float64).reshape(width, -1)
@@ -297,9 +290,9 @@ class FieldBatch(ABC):
         """
         xp = self.xp
         kept = xp.where(self.bad | (abs(rows) < self.negligible), 0.0, rows)
-        return kept.tolist() if self.on_cpu else [self.factors(row) for row in kept]
+        return kept.tolist() if self.on_cpu else [self._factors(row) for row in kept]
 
-    def factors(self, row: Array) -> Any:
+    def _factors(self, row: Array) -> Any:
         """A (k,) array as what ``torch._foreach`` operations take: numbers or 0-d tensors."""
         return row.tolist() if self.on_cpu else row.to(self.dtype).unbind(0)
 
