@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Annotated
 
 import typer
 
-from topotune.cli.options import AsJson, print_json
+from topotune.cli.options import AsJson, console, print_json
 from topotune.errors import ConfigError
 
 app = typer.Typer(
@@ -36,7 +37,7 @@ def optimizer(
     as_json: AsJson = False,
 ) -> None:
     """Time training steps against torch's Adam. Full steps, in alternating blocks."""
-    from topotune.bench.optimizer import MODELS, print_table, run
+    from topotune.bench.optimizer import MODELS, run, step_table
     from topotune.train.process import resolve_device
 
     records = run(
@@ -49,7 +50,7 @@ def optimizer(
     if as_json:
         print_json([dataclasses.asdict(record) for record in records])
     else:
-        print_table(records)
+        console().print(step_table(records))
 
 
 @app.command()
@@ -85,7 +86,7 @@ def tcep(
 ) -> None:
     """Measure TCEP: gradients, memory, solvers, what it learns."""
     from topotune.bench.tcep.memory import STEPS
-    from topotune.bench.tcep.run import DEFAULT_PARTS, Options, print_part, run, tell
+    from topotune.bench.tcep.run import DEFAULT_PARTS, Options, conditions, plain, run, tables
     from topotune.train.process import resolve_device
 
     options = Options(
@@ -100,10 +101,18 @@ def tcep(
         threads=threads,
         device=str(resolve_device(device)),
     )
+    measured = run(options, _tell)
     if as_json:
-        print_json(run(options, tell).to_dict())
-    else:
-        run(options, tell, print_part)
+        print_json(plain(options, measured))
+        return
+    under = conditions(options)
+    typer.echo(
+        f"{under['device']}, {threads} thread(s), torch {under['torch']}, data {data}, "
+        f"batch {under['batch']}, {rounds} rounds"
+    )
+    for records in measured:
+        console().print(*tables(records), sep="\n")
+        sys.stdout.flush()
 
 
 @app.command()
@@ -131,7 +140,7 @@ def scaling(
 
     TOPOTUNE_STUDY_URI names a PostgreSQL database for the studies, as for any search.
     """
-    from topotune.bench.scaling.command import QUICK, Options, print_report, run
+    from topotune.bench.scaling.command import QUICK, Options, run, summary, tables
 
     options = Options(
         slots=_counts("--slots", slots),
@@ -153,7 +162,7 @@ def scaling(
     if as_json:
         print_json(report.to_dict())
     else:
-        print_report(report)
+        console().print(*tables(report), summary(report), sep="\n")
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
