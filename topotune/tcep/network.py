@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from topotune.errors import ConfigError, UnknownNameError
 from topotune.plugins import is_import_path, load_class
 from topotune.tcep.energy import EnergyField
-from topotune.tcep.fields import Field, build_field
+from topotune.tcep.fields import Field, build_field, vet_field
 from topotune.tcep.options import Dynamics
 from topotune.tcep.precision import check_precision, full_precision
 from topotune.tcep.recirculation import Memory, build_recirculation
@@ -18,7 +18,6 @@ from topotune.tcep.relax import Equilibrium, Noise, relax, unroll
 from topotune.tcep.spectral import SpectralCaps, mu_at_caps, one_sided_lipschitz
 from topotune.tcep.tokens import Tokens
 from topotune.tcep.transformer import TransformerField
-from topotune.tcep.vetting import vet_field
 
 FIELDS: dict[str, type[Field]] = {"energy": EnergyField, "transformer": TransformerField}
 
