@@ -205,12 +205,12 @@ def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: fl
     """The search's part in sharing a cluster with others, its first share known if it came soon."""
     from topotune.search.ray.cluster import UNLIMITED, needs_of
     from topotune.search.ray.sharing import Sharing
-    from topotune.search.share import Claim
+    from topotune.search.share import Demand
 
     search, config = folder.search_id, book.config
     needs = needs_of(config, gpus)
 
-    def claim() -> Claim:
+    def demand() -> Demand:
         left = book.store.left
         open_trials = math.inf if left is None else left + len(book.live)
         # Nothing may fit now, where a node is gone: then it waits for one.
@@ -218,13 +218,13 @@ def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: fl
         limit = config.resources.concurrency
         wanted = int(min(fits if limit == "auto" else min(limit, fits), open_trials))
         held = len(book.holding)
-        return Claim(search, config.name, config.resources.priority, needs, wanted, held)
+        return Demand(search, config.name, config.resources.priority, needs, wanted, held)
 
     def capacity() -> dict[str, float]:
         cluster = ray_session.cluster()
         return {name: min(cluster.most(name), UNLIMITED) for name in needs}
 
-    sharing = Sharing(search, claim, capacity)
+    sharing = Sharing(search, demand, capacity)
     sharing.wait(FIRST_SHARE_SECONDS)
     return sharing
 
