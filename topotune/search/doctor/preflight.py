@@ -194,7 +194,7 @@ def check_writable(results_dir: Path) -> None:
         ) from error
 
 
-def check_stores(config: SearchConfig, hosts: int, grows: bool) -> None:
+def refuse_sqlite(config: SearchConfig, hosts: int, grows: bool) -> None:
     """Refuse files of SQLite on a cluster of several machines.
 
     Raises:
