@@ -17,14 +17,20 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.fuzz.inputs import Mutator, space_files, spool, spool_lines, trial_record
+from tests.fuzz.inputs import (
+    Mutator,
+    journal,
+    space_files,
+    spool,
+    spool_lines,
+    study_records,
+)
 from topotune.config.file import load_spec, parse_search, parse_yaml
 from topotune.errors import TopotuneError
 from topotune.records import TrialSpec
 from topotune.results.yamltext import dump_yaml
-from topotune.search.place.folder import SearchFolder
-from topotune.search.study.ledger import read_ledger
-from topotune.search.study.trialfile import TRIAL_FILE, read_copies
+from topotune.search.place.folder import LAYOUT, STUDY_FILE, SearchFolder
+from topotune.search.study.rows import read_study
 from topotune.tracking.entries import items
 from topotune.tracking.lines import LineWriter
 from topotune.tracking.progress import Progress, Refused
@@ -111,35 +117,26 @@ def read_spool(data: bytes, folder: Path) -> None:
         raise AssertionError("the record that was appended is not read")
 
 
-def read_record(data: bytes, folder: Path) -> None:
-    """A trial's own record of the study; a damaged one is as none."""
-    path = folder / "trials" / "0000" / TRIAL_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    for copy in read_copies(folder).values():
-        copy.to_payload()
+def read_journal(data: bytes, folder: Path) -> None:
+    """A study, whose records may be anything that JSON can say."""
+    home = SearchFolder(folder / "journal")
+    home.root.mkdir(exist_ok=True)
+    (home.root / STUDY_FILE).write_bytes(data)
+    config = parse_search({**_plain(space_files()[0]), "name": "fuzz"}, "seed", {})
+    for row in read_study(home, config)[0]:
+        row.to_json()
 
 
 def read_small_files(data: bytes, folder: Path) -> None:
-    """Identity, ledger and the shipper's files of a results folder."""
+    """Identity and the shipper's files of a results folder."""
     root = folder / "demo"
     root.mkdir(exist_ok=True)
-    for name in ("search.json", "ledger.json", "shipped.json", "refused.jsonl"):
+    for name in ("search.json", "shipped.json", "refused.jsonl"):
         (root / name).write_bytes(data)
     len(Refused(root))
     progress = Progress(root, "store")
     progress.save()
-    errors: list[TopotuneError] = []
-    for read in (
-        lambda: SearchFolder.open(folder, "demo").config(),
-        lambda: read_ledger(root / "ledger.json"),
-    ):
-        try:
-            read()
-        except TopotuneError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    SearchFolder.open(folder, "demo").config()
 
 
 def _named(data: bytes) -> tuple[Any, str, Any]:
@@ -151,7 +148,7 @@ TARGETS: Mapping[str, tuple[Callable[[bytes, Path], None], float]] = {
     "search file": (read_search, 0.35),
     "exported config": (read_spec, 0.15),
     "spool": (read_spool, 0.25),
-    "trial record": (read_record, 0.05),
+    "study": (read_journal, 0.05),
     "results folder": (read_small_files, 0.2),
 }
 """Reader and its share of the inputs."""
@@ -218,14 +215,16 @@ def _peak_mb() -> float:
 def _maker(target: str, mutator: Mutator) -> Callable[[], bytes]:
     """Makes the next input of a target: a seed broken by bytes, or by structure."""
     pick = mutator.random.choice
-    if target in ("spool", "trial record"):
-        payloads = spool_lines() if target == "spool" else [trial_record()]
-        plain = spool(payloads)
+    if target in ("spool", "study"):
+        payloads, lines = spool_lines(), spool
+        if target == "study":
+            payloads, lines = study_records(), journal
+        plain = lines(payloads)
 
         def make_spool() -> bytes:
             if mutator.random.random() < 0.4:
                 return mutator.damage(plain, plain)
-            return spool([mutator.reshape(payload) for payload in payloads])
+            return lines([mutator.reshape(payload) for payload in payloads])
 
         return make_spool
     seeds: list[tuple[bytes, Any]]
@@ -255,8 +254,7 @@ def _plain(raw: bytes) -> Any:
 def _small_files() -> list[Any]:
     config = parse_search(_plain(space_files()[0]), "seed", {}).model_dump(mode="json")
     return [
-        {"search_id": "0" * 32, "config": config},
-        {"wall_seconds": 1.5, "trials": {"0": 1.25, "7": 2.0}},
+        {"layout": LAYOUT, "search_id": "0" * 32, "config": config},
         {
             "store": "store",
             "spools": {

@@ -74,10 +74,7 @@ def budget_text(config: SearchConfig) -> str:
 
 def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
     """The present leaderboard of a search, from its study."""
-    from topotune.search.study.ledger import read_ledger
-
-    rows = summaries(folder, config, read_ledger(folder.ledger)["trials"])
-    return Leaderboard.of(rows, config.name, objectives(config))
+    return Leaderboard.of(summaries(folder, config), config.name, objectives(config))
 
 
 class Recorder:
