@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from topotune.bench.fuzz import TARGETS, run, try_one
-from topotune.bench.fuzz_inputs import Mutator, space_files, spool, spool_lines, trial_record
+from topotune.bench.fuzz_inputs import Mutator, checked_lines, records, space_files, trial_record
 from topotune.config.yamlfile import MAX_BYTES
 from topotune.search.study.trialfile import read_copies
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import OUTBOX_FILE, read_all
 
 SPEC = b"task: digits\nmethod: adam\nepochs: 3\nseed: 1\n"
 SPACE = b"""name: a
@@ -30,10 +30,10 @@ ONCE_FAILED = [
     ("search file", SPACE.replace(b"LOW", b"0") + b"fixed: {eta: .nan}\n"),
     ("search file", SPACE.replace(b"LOW", b"0").replace(b"trials: 1", b"wall_clock: .inf")),
     ("results folder", b'{"wall_seconds": 1' + b"0" * 330 + b', "trials": {}}'),
-    ("results folder", b'{"store": "store", "spools": {"a": [Infinity, 0, 0, 0]}}'),
+    ("results folder", b'{"store": "store", "offset": Infinity, "crc": 0}'),
     (
         "results folder",
-        b'{"store": "store", "spools": {}, "runs": {}, "ended": {"0": [Infinity, 1]}}',
+        b'{"store": "store", "offset": 0, "crc": 0, "runs": {}, "ended": {"0": Infinity}}',
     ),
     ("results folder", b"[" * 100_000),
 ]
@@ -41,20 +41,20 @@ ONCE_FAILED = [
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """A broken spool is logged line by line."""
+    """A broken outbox is logged line by line."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
 
 
 def test_only_our_errors_come_out() -> None:
-    records = run(inputs=2000, seed=7)
-    assert [record.failures for record in records] == [[]] * len(TARGETS)
-    assert sum(record.inputs for record in records) == 2000
-    taken = {record.target: record.inputs - record.refused for record in records}
+    found = run(inputs=2000, seed=7)
+    assert [record.failures for record in found] == [[]] * len(TARGETS)
+    assert sum(record.inputs for record in found) == 2000
+    taken = {record.target: record.inputs - record.refused for record in found}
     assert taken["search file"] > 20  # not so broken that nothing is ever read
     assert taken["exported config"] > 20
-    assert taken["spool"] == 500  # a reader skips what is damaged, whatever it is
+    assert taken["outbox"] == 500  # a reader skips what is damaged, whatever it is
 
 
 @pytest.mark.parametrize(("target", "data"), ONCE_FAILED, ids=lambda value: str(value)[:40])
@@ -64,9 +64,9 @@ def test_what_once_failed_is_refused(target: str, data: bytes, tmp_path: Path) -
 
 def test_a_trial_record_that_once_failed_is_as_none(tmp_path: Path) -> None:
     record = {**trial_record(), "values": [10**400]}
-    assert try_one("trial record", spool([record]), tmp_path)
+    assert try_one("trial record", checked_lines([record]), tmp_path)
     assert read_copies(tmp_path) == {}
-    assert try_one("trial record", spool([trial_record()]), tmp_path)
+    assert try_one("trial record", checked_lines([trial_record()]), tmp_path)
     assert list(read_copies(tmp_path)) == [0]
 
 
@@ -76,28 +76,26 @@ def test_the_fuzzer_finds_a_reader_that_breaks(
     def careless(data: bytes, _folder: Path) -> None:
         data.decode()
 
-    monkeypatch.setattr("topotune.bench.fuzz.TARGETS", {"spool": (careless, 1.0)})
+    monkeypatch.setattr("topotune.bench.fuzz.TARGETS", {"outbox": (careless, 1.0)})
     (record,) = run(inputs=300, seed=1)
     assert [failure.error.partition(" ")[0] for failure in record.failures] == [
         "UnicodeDecodeError"
     ]
     with pytest.raises(UnicodeDecodeError):
-        try_one("spool", record.failures[0].data, tmp_path)
+        try_one("outbox", record.failures[0].data, tmp_path)
 
 
 def test_inputs_repeat_for_a_seed() -> None:
     raw = space_files()[0]
     first, second = (Mutator(3).damage(raw, raw) for _ in range(2))
     assert first == second != raw
-    line = spool_lines()[2]
+    line = records()[2]
     assert Mutator(3).reshape(line) != line
 
 
-def test_the_seed_spool_is_a_real_one(tmp_path: Path) -> None:
-    path = tmp_path / "trials/0000/spool.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(spool(spool_lines()))
-    assert len(list(read_all(tmp_path, "trials/0000/spool.jsonl"))) == len(spool_lines())
+def test_the_seed_outbox_is_a_real_one(tmp_path: Path) -> None:
+    (tmp_path / OUTBOX_FILE).write_bytes(checked_lines(records()))
+    assert len(list(read_all(tmp_path))) == len(records())
 
 
 @pytest.mark.parametrize(

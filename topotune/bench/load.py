@@ -1,6 +1,6 @@
 """A thousand trials of almost nothing: what the driver itself costs, and whether that grows.
 
-The searches are real: Ray, the study, the spools, MLflow and the plots; only the training takes
+The searches are real: Ray, the study, the outbox, MLflow and the plots; only the training takes
 no time. The largest comes first, in this process, so that its memory is that of a fresh driver.
 """
 

@@ -19,10 +19,12 @@ import psutil
 from rich.table import Table
 
 from topotune.bench.console import wide_console
+from topotune.bench.reconcile import reconcile
 from topotune.records import EpochReport, Outcome
+from topotune.tracking.entries import Epoch, Metrics
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import Outbox
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import TRIAL_SPOOL, SearchTracker, SpoolTracker
 
 CHILDREN = (125, 250, 500)
 POINTS = 1_000_000
@@ -37,7 +39,7 @@ class ShippingRecord:
         children: trials, each with a run of its own under the search's.
         items: metric points, parameters, tags and ends that were shipped.
         stored: metric points that the store was found to hold, of ``recorded``.
-        recorded: metric points in the spools.
+        recorded: metric points in the outbox.
         seconds: to ship all.
         last_tenth: seconds a child for the last tenth of the children over that of the first.
         idle_ms: milliseconds of a look that finds nothing new.
@@ -152,8 +154,8 @@ def _store(results: Path) -> MlflowStore:
 def _shipping(results: Path, children: int) -> ShippingRecord:
     search = results / "search"
     store = _store(results)
-    driver = SearchTracker(search)
-    driver.start({"method": "adam"}, {})
+    outbox = Outbox(search)
+    outbox.start(None, {"method": "adam"}, {})
     shipper = Shipper(search, store, "load", "search")
     shipper.ship_once()
     before, pace = psutil.Process().memory_info().rss, []
@@ -161,7 +163,7 @@ def _shipping(results: Path, children: int) -> ShippingRecord:
     for first in range(0, children, tenth):
         numbers = range(first, min(first + tenth, children))
         for number in numbers:
-            _record_trial(search, driver, number)
+            _record_trial(outbox, number)
         began = time.perf_counter()
         shipper.ship_once()
         pace.append((time.perf_counter() - began, len(numbers)))
@@ -171,8 +173,8 @@ def _shipping(results: Path, children: int) -> ShippingRecord:
     idle = (time.perf_counter() - began) / 10
     grown = psutil.Process().memory_info().rss - before
     began = time.perf_counter()
-    check = shipper.reconcile()
-    reconcile = time.perf_counter() - began
+    check = reconcile(search, store, "load")
+    compared = time.perf_counter() - began
     count = shipper.close(0.0)
     whole = [seconds / size for seconds, size in pace if size == tenth]
     return ShippingRecord(
@@ -183,20 +185,21 @@ def _shipping(results: Path, children: int) -> ShippingRecord:
         seconds=sum(seconds for seconds, _ in pace),
         last_tenth=whole[-1] / whole[0],
         idle_ms=1e3 * idle,
-        reconcile_seconds=reconcile,
+        reconcile_seconds=compared,
         memory_mb=grown / 1e6,
     )
 
 
-def _record_trial(search: Path, driver: SearchTracker, number: int) -> None:
-    """What a worker and the driver record of one short trial."""
-    trial = SpoolTracker(search / "trials" / f"{number:04d}" / TRIAL_SPOOL, number)
-    trial.start({f"p{i}": i / 7 for i in range(8)}, {"device": "cpu", "seed": str(number)})
+def _record_trial(outbox: Outbox, number: int) -> None:
+    """What is recorded of one short trial."""
+    outbox.start(number, {f"p{i}": i / 7 for i in range(8)}, {"device": "cpu", "seed": str(number)})
     for epoch in range(1, _EPOCHS + 1):
         values = {f"metric_{i}": number / (epoch + i) for i in range(_METRICS)}
-        trial.epoch(EpochReport(epoch, 100 * epoch, values, 0.1, 1_700_000_000_000 + epoch))
-    driver.trial_metrics(number, {"device_seconds": 0.5}, 0, 1_700_000_000_000)
-    driver.trial_end(number, Outcome.COMPLETE, "")
+        report = EpochReport(epoch, 100 * epoch, values, 0.1, 1_700_000_000_000 + epoch)
+        outbox.put(number, Epoch(report))
+    spent = Metrics({"device_seconds": 0.5}, 0, 1_700_000_000_000)
+    outbox.end(number, Outcome.COMPLETE, "", spent)
+    outbox.forget(number)
 
 
 def _trace(results: Path, points: int) -> TraceRecord:
@@ -221,12 +224,12 @@ def _trace(results: Path, points: int) -> TraceRecord:
     plot_trace(joined, picture, "trace")
     marks.append(time.perf_counter())
     store = _store(results)
-    driver = SearchTracker(results / "search")
-    driver.start({}, {})
+    outbox = Outbox(results / "search")
+    outbox.start(None, {}, {})
     shipper = Shipper(results / "search", store, "load", "search")
     shipper.ship_once()
-    driver.trial_artifact(0, joined)
-    driver.trial_artifact(0, picture)
+    outbox.artifact(0, joined)
+    outbox.artifact(0, picture)
     began = time.perf_counter()
     shipper.ship_once()
     upload = time.perf_counter() - began

@@ -219,13 +219,13 @@ def fuzz(
     seed: Annotated[int, typer.Option(min=0, help="Of the mutations.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Throw broken search files, configs, spools and results at their readers."""
+    """Throw broken search files, configs, outboxes and results at their readers."""
     import logging
 
     from topotune.bench.fuzz import run
     from topotune.errors import RunError
 
-    logging.disable(logging.CRITICAL)  # a broken spool is logged line by line
+    logging.disable(logging.CRITICAL)  # a broken outbox is logged line by line
     records = run(inputs, seed, _tell)
     if as_json:
         print_json([record.to_dict() for record in records])

@@ -258,6 +258,7 @@ def _run(
     from topotune.search.drive.book import Book
     from topotune.search.drive.recorder import Recorder, objectives
     from topotune.search.drive.retention import Retention
+    from topotune.search.place.objects.places import Places
     from topotune.search.place.shipping import Shipping
     from topotune.search.ray.execute import execute
     from topotune.search.ray.pulse import Pulse
@@ -280,7 +281,8 @@ def _run(
         listener.ended(row)
 
     book = Book(config, store, ledger, concurrency, ended, before)
-    lease.begin(lambda: {number: live.epoch for number, live in list(book.live.items())})
+    book.record = recorder.progress
+    lease.begin(lambda: list(book.live))
     interrupts.drain(book)
     patience.fence = lease.check
     patience.stopping = lambda: book.stopping
@@ -296,7 +298,7 @@ def _run(
             },
             kept,
         )
-        recorder.recover(before)
+        recorder.recover(before, Places(folder, lease.files).checkpoint)
         del before  # of thousands of trials, for days
         sharing = None
         live = LiveFile(folder.live, lease.check)
@@ -339,8 +341,6 @@ def _run(
             recorder.drop()
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
         hurry = bool(book.stopping or failure)
-        if unsaved := lease.gather(hurry):
-            listener.note(f"warning: {unsaved}")
         tracking = shipping.close(hurry)
         untidy = {folder.trial(row.number) for row in rows if row.state == RUNNING}
         untidy |= {note.parent for note in folder.root.glob(f"trials/*/{GUARD_FILE}")}

@@ -13,6 +13,7 @@ from typing import Any
 
 from topotune.bench.faults.scenario import expect
 from topotune.bench.faults.site import NAME, Site
+from topotune.bench.reconcile import reconcile
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.shipping import open_store
@@ -28,7 +29,7 @@ class Audit:
     Attributes:
         trials: trials of the search, all ended.
         epochs: epochs of all trials.
-        recorded: metric points in the spools.
+        recorded: metric points in the outbox.
         stored: how many of them are in MLflow.
     """
 
@@ -157,7 +158,7 @@ def _check_mlflow(folder: SearchFolder, trials: int) -> tuple[int, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of MLflow's libraries
         shipper.close(30)
-        checked = shipper.reconcile()
+        checked = reconcile(folder.root, store, folder.search_id)
         runs = [run for run in store.runs(folder.search_id) if not run.deleted]
     counts = Counter(run.trial for run in runs)
     expect(counts == Counter([None, *range(trials)]), f"MLflow's runs: {dict(counts)}")

@@ -22,8 +22,7 @@ from topotune.bench.faults.task import IMPORT_PATH, TRAINED
 from topotune.records import EpochReport
 from topotune.search.place.folder import SearchFolder
 from topotune.tracking.entries import Epoch
-from topotune.tracking.spool import TRIAL_SPOOL
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import bodies_of
 
 NAME = "faulted"
 """The search of every scenario."""
@@ -247,12 +246,8 @@ class Site:
         return SearchFolder.open(self.results, NAME)
 
     def epochs(self, trial: int) -> list[EpochReport]:
-        """The epochs in a trial's spool, in the order that they were written."""
-        name = f"trials/{trial:04d}/{TRIAL_SPOOL}"
-        root = self.results / NAME
-        if not (root / name).exists():
-            return []
-        bodies = (entry.body for _, entry in read_all(root, name))
+        """The epochs of a trial in the outbox, in the order that they were recorded."""
+        bodies = bodies_of(self.results / NAME, trial)
         return [body.report for body in bodies if isinstance(body, Epoch)]
 
     def status(self) -> dict[str, Any]:

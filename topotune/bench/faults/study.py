@@ -1,4 +1,4 @@
-"""Faults of what a search is kept in: its study, its ledger, its checkpoints and spools."""
+"""Faults of what a search is kept in: its study, its ledger, its checkpoints and outbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from topotune.bench.faults.signals import GONE_WITHIN, INTERRUPTED
 from topotune.bench.faults.site import NAME, Driver, Site
 from topotune.records import TrialSpec
 from topotune.search.study.address import ENVIRONMENT
-from topotune.tracking.spool import DRIVER_SPOOL, TRIAL_SPOOL
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
 
 OUTAGE_SECONDS = 30.0
@@ -208,15 +208,15 @@ def _ledger_damaged(site: Site) -> str:
     return str(audit(site, kills=2))
 
 
-def _spool_torn(site: Site) -> str:
-    """A line that was being written when the machine stopped, in both kinds of spool."""
+def _outbox_torn(site: Site) -> str:
+    """A line that was being written when the machine stopped."""
     driver = site.start("search", site.search_file())
     site.reach(driver, 1, 1)
     _kill_all(site, driver)
-    for path in (site.search.root / DRIVER_SPOOL, site.search.trial(1) / TRIAL_SPOOL):
-        lines = path.read_bytes().splitlines(keepends=True)
-        with path.open("ab") as file:
-            file.write(lines[-1][: len(lines[-1]) // 2])
+    path = site.search.root / OUTBOX_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    with path.open("ab") as file:
+        file.write(lines[-1][: len(lines[-1]) // 2])
     site.run("resume", NAME)
     return str(audit(site, kills=1))
 
@@ -265,10 +265,10 @@ STUDY = (
         60,
     ),
     Scenario(
-        "spool-torn",
-        "driver killed and half a line left at the end of the spools",
+        "outbox-torn",
+        "driver killed and half a line left at the end of the outbox",
         "detected by length and checksum; cut off; nothing lost",
-        _spool_torn,
+        _outbox_torn,
         45,
     ),
 )

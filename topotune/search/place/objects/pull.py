@@ -12,11 +12,14 @@ from topotune.search.place.objects.mirror import driver_replica
 from topotune.search.place.objects.replica import each
 from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
 
-_IDENTITY = ("search.json", "ledger.json")
-
 
 def fetch_search(results_dir: Path, name: str) -> None:
-    """Bring a search's identity and ledger, if its results are in a store and it is there.
+    """Bring a search's identity and ledger, as :func:`fetch_files`."""
+    fetch_files(results_dir, name, "search.json", "ledger.json")
+
+
+def fetch_files(results_dir: Path, name: str, *files: str) -> None:
+    """Bring files that a search's driver writes, if its results are in a store and they are there.
 
     What this machine itself wrote last is here already, and may be newer.
 
@@ -27,10 +30,8 @@ def fetch_search(results_dir: Path, name: str) -> None:
     if address is None or not SAFE_NAME.fullmatch(name):
         return
     store = ObjectStore(address, limit=READER_SECONDS)
-    if driver_replica(results_dir.absolute(), name, store).ahead:
-        return
-
-    _bring(store, results_dir, (f"{name}/{file}" for file in _IDENTITY))
+    if not driver_replica(results_dir.absolute(), name, store).ahead:
+        _bring(store, results_dir, (f"{name}/{file}" for file in files))
 
 
 def _bring(store: ObjectStore, results_dir: Path, files: Iterable[str]) -> None:
