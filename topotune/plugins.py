@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TypeVar
 
-from topotune.errors import PluginError, did_you_mean, told
+from topotune.errors import PluginError, did_you_mean, in_one_line
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def load_object(path: str) -> object:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
         raise PluginError(
-            f"import path {path!r}: module {module_name!r} does not import: {told(error)}. "
+            f"import path {path!r}: module {module_name!r} does not import: {in_one_line(error)}. "
             "Modules are looked up in the current directory "
             f"({here}) and in the environment"
         ) from error

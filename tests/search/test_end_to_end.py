@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from topotune.bench.reconcile import reconcile
+from tests.reconcile import reconcile
 from topotune.search.place.folder import SearchFolder
 from topotune.tracking.entries import Epoch
 from topotune.tracking.mlflow import MlflowStore

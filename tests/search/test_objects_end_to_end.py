@@ -19,10 +19,10 @@ import psutil
 import pytest
 import yaml
 
+from tests.faults.task import IMPORT_PATH, PAUSE, TRAINED
 from tests.object_server import CREDENTIALS, ObjectServer
-from topotune.bench.faults.postgres import Postgres
-from topotune.bench.faults.task import IMPORT_PATH, PAUSE, TRAINED
-from topotune.bench.reconcile import reconcile
+from tests.postgres import Postgres
+from tests.reconcile import reconcile
 from topotune.search.place.objects.address import SCRATCH, StoreAddress
 from topotune.search.place.objects.store import ObjectStore
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING

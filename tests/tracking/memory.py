@@ -50,11 +50,6 @@ class MemoryStore:
 
     def reopen(self, run_id: str) -> None: ...
 
-    def delete_run(self, run_id: str) -> None: ...
-
-    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
-        return []
-
 
 class Run:
     """The records of one run: a trial's, or under None the search's own."""

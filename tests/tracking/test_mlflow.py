@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.reconcile import StoredCheck, reconcile
 from tests.tracking.memory import Run
-from topotune.bench.reconcile import StoredCheck, reconcile
 from topotune.errors import TrackingError
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.mlflow import MlflowStore
@@ -56,19 +56,19 @@ class Search:
     def driver(self) -> Run:
         return Run(self.folder, None)
 
-    def steps(self, trial: int, key: str) -> list[int]:
-        history = self.store.client().get_metric_history(self.run(trial).run_id, key)
-        return [point.step for point in history]
-
-    def check(self) -> StoredCheck:
-        return reconcile(self.folder, self.store, self.search_id)
-
     def shipper(self, interval: float = 0.05) -> Shipper:
         return Shipper(self.folder, self.store, self.search_id, self.folder.name, interval)
 
     def run(self, trial: int) -> StoredRun:
         (run,) = self.store.runs(self.search_id, trial)
         return run
+
+    def steps(self, trial: int, key: str) -> list[int]:
+        history = self.store.client().get_metric_history(self.run(trial).run_id, key)
+        return [point.step for point in history]
+
+    def check(self) -> StoredCheck:
+        return reconcile(self.folder, self.store, self.search_id)
 
     def parent(self) -> StoredRun:
         found = self.store.parent(self.search_id)
@@ -384,7 +384,7 @@ def test_a_run_in_the_bin_refuses_its_items_and_nothing_else(search: Search) -> 
     assert search.run(1).deleted
 
 
-def test_a_spool_that_was_replaced_is_sent_from_its_start(search: Search) -> None:
+def test_an_outbox_that_was_replaced_is_sent_from_its_start(search: Search) -> None:
     small_search(search, trials=1)
     shipper = search.shipper()
     assert shipper.ship_once()

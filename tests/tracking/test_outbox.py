@@ -322,7 +322,7 @@ def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
 
 
 def test_an_endless_line_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "spool"
+    path = tmp_path / "lines"
     good = encode({"kind": "tags", "trial": 7, "tags": {}, "at": 1})
     path.write_bytes(b"x" * (MAX_LINE + 100) + b"\n" + good)
     offset, damaged, lines = 0, 0, 0
@@ -344,7 +344,7 @@ def test_reading_arbitrary_bytes_never_raises(tmp_path: Path, data: bytes) -> No
 
 @FUZZ
 @given(edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3), st.integers(0, 5))))
-def test_an_edited_spool_yields_only_what_was_written(
+def test_an_edited_file_yields_only_what_was_written(
     tmp_path: Path, edits: list[tuple[float, bytes, int]]
 ) -> None:
     data = b"".join(
@@ -354,8 +354,8 @@ def test_an_edited_spool_yields_only_what_was_written(
     for where, insert, remove in edits:
         at = int(where * len(data))
         data = data[:at] + insert + data[at + remove :]
-    (tmp_path / "spool").write_bytes(data)
-    for line in read_chunk(tmp_path / "spool").lines:
+    (tmp_path / "lines").write_bytes(data)
+    for line in read_chunk(tmp_path / "lines").lines:
         assert line.payload == genuine[line.payload["at"]]
         assert data[line.start : line.end] == encode(line.payload)
 

@@ -20,8 +20,8 @@ from typing import ClassVar
 
 import pytest
 
+from tests.reconcile import reconcile
 from tests.tracking.memory import Run
-from topotune.bench.reconcile import reconcile
 from topotune.errors import RunError
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.dashboard import Dashboard, serve_dashboard

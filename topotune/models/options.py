@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from topotune.errors import ConfigError, TopotuneError, did_you_mean, told
+from topotune.errors import ConfigError, TopotuneError, did_you_mean, in_one_line
 
 T = TypeVar("T")
 
@@ -77,7 +77,9 @@ def call_with_options(
     except (TypeError, ValueError) as error:
         raise ConfigError(place, f"{what} rejects {dict(options)!r}: {error}") from error
     except (Exception, SystemExit) as error:
-        raise ConfigError(place, f"{what} rejects {dict(options)!r}: {told(error)}") from error
+        raise ConfigError(
+            place, f"{what} rejects {dict(options)!r}: {in_one_line(error)}"
+        ) from error
 
 
 def whole_number(place: str, value: object, low: int, high: int | None = None) -> int:

@@ -1,4 +1,8 @@
-"""Checkpoints that are whole, checked, and of the right trial, or are refused."""
+"""Checkpoints that are whole, checked, and of the right trial, or are refused.
+
+torch is imported where a state is written or read: commands that only look at a search know its
+files by the names here, and start without it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from topotune.errors import CheckpointError
 from topotune.files import write_atomically
@@ -64,6 +66,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: it cannot be written; the last one stays readable.
         """
+        import torch
+
         head = {"identity": self._identity, "record": dict(record or {})}
         buffer = io.BytesIO()
         buffer.write(json.dumps(head, allow_nan=False).encode() + b"\n")
@@ -196,6 +200,8 @@ def _object(head: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _state(head: Mapping[str, Any], payload: bytes) -> dict[str, Any]:
     """The state with the record's items."""
+    import torch
+
     _object(head, "identity")
     try:
         loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
