@@ -48,11 +48,7 @@ GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
-KNOWN_CIRCLES = {
-    "bench.faults.scenario",
-    "bench.faults.site",
-    "optim",
-    "optim.topological_adam",
+KNOWN_CIRCLES: set[str] = {
     "search.drive.book",
     "search.drive.outlook",
     "search.place.folder",
@@ -61,11 +57,6 @@ KNOWN_CIRCLES = {
     "search.place.objects.pull",
     "search.place.objects.replica",
     "search.study.trialfile",
-    "tcep.baselines",
-    "tcep.gradients",
-    "tcep.margin",
-    "tcep.network",
-    "tcep.nudging",
 }
 """To be opened, one after the other."""
 

@@ -249,8 +249,8 @@ def test_every_file_has_one_writer() -> None:
     driver = (
         *("search.json", "search.yaml", "ledger.json", "driver.spool.jsonl", "leaderboard.json"),
         *("leaderboard.md", "history.png", "curves.png", "shipped.json", "refused.jsonl"),
-        *("trials/0007/trial.jsonl", "trials/0007/trace.npz", "trials/0007/trace.png"),
-        *("trials/0007/relaxation.npz", "trials/0007/relaxation.png", "trials/0007/crash-1.txt"),
+        *("trials/0007/trial.jsonl", "trials/0007/trace.npz"),
+        *("trials/0007/relaxation.npz", "trials/0007/crash-1.txt"),
         *("trials.lost/0003-1/trace/epoch-00001.npz", "sources/1/git.diff"),
         *("sources/1/source.json", "sources/1/code/own_parts/inner.py"),
     )

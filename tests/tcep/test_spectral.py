@@ -15,10 +15,9 @@ from topotune.tcep import probe
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.fields import Capped, Field
 from topotune.tcep.functions import smooth_relu_integral
-from topotune.tcep.margin import one_sided_lipschitz
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Caps, Dynamics, Learning
-from topotune.tcep.spectral import SpectralCaps, largest_eigenvalue
+from topotune.tcep.spectral import SpectralCaps, largest_eigenvalue, one_sided_lipschitz
 from topotune.tcep.transformer import TransformerField
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from topotune.errors import ConfigError, TopotuneError, UnknownNameError, did_you_mean, in_one_line
-from topotune.optim._state import FUSED_KERNELS
-from topotune.optim._trace import EnergyTrace
+from topotune.optim.measures import EnergyTrace
+from topotune.optim.state import FUSED_KERNELS
 from topotune.optim.topological_adam import TopologicalAdam
 from topotune.plugins import is_import_path, load_class
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from topotune.tcep import stepping
-from topotune.tcep.memory import Memory
+from topotune.tcep.recirculation import Memory
 from topotune.tcep.stepping import DIVERGENCE, Flow, Stepper, row_norm
 
 CROWD = 0.7
@@ -36,14 +36,6 @@ class Rows(NamedTuple):
     bound: Tensor
 
 
-def check_batch(start: Tensor) -> None:
-    """Raise ValueError unless a start is (B, S) of floating point."""
-    if start.ndim != 2 or not start.is_floating_point():
-        raise ValueError(
-            f"a start must be (B, S) of floating point (got {tuple(start.shape)}, {start.dtype})"
-        )
-
-
 class Batch:
     """A batch under way. Samples that are done are frozen, and taken out when they are many.
 
@@ -57,7 +49,11 @@ class Batch:
     """
 
     def __init__(self, flow: Flow, start: Tensor, tolerance: float | Tensor) -> None:
-        check_batch(start)
+        if start.ndim != 2 or not start.is_floating_point():
+            raise ValueError(
+                f"a start must be (B, S) of floating point (got {tuple(start.shape)}, "
+                f"{start.dtype})"
+            )
         scale = math.sqrt(start.shape[1])
         bound = torch.as_tensor(tolerance, dtype=start.dtype, device=start.device) * scale
         if bound.ndim and bound.shape != start.shape[:1]:
@@ -91,7 +87,7 @@ class Batch:
         """Note the norms and freeze who is done.
 
         Args:
-            norm: (B,), of the flow; beyond its ceiling, or no number, a sample has diverged.
+            norm: (B,), of the flow; NaN or beyond its ceiling, a sample has diverged.
             drift: (B,), what has to fall below the bound, mostly the same; None: not known now.
             settles: whether a sample may have converged by now.
             excused: (B,), whose norm says nothing about divergence.
