@@ -1,4 +1,4 @@
-"""Faults of what a search is kept in: its study, its checkpoints and spools."""
+"""Faults of what a search is kept in: its study, its checkpoints and outbox."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.postgres import Postgres
 from topotune.records import TrialSpec
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE
 from topotune.search.study.address import ENVIRONMENT
-from topotune.tracking.spool import DRIVER_SPOOL, TRIAL_SPOOL
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
 
 OUTAGE_SECONDS = 30.0
@@ -138,14 +138,14 @@ def test_checkpoints_damaged(site: Site, seen: Seen) -> None:
 
 
 @pytest.mark.faults_full
-def test_spool_torn(site: Site, seen: Seen) -> None:
-    """Driver killed and half a line left at the end of both kinds of spool: detected by length and
-    checksum; cut off; nothing lost."""
+def test_outbox_torn(site: Site, seen: Seen) -> None:
+    """Driver killed and half a line left at the end of the outbox: detected by length and checksum;
+    cut off; nothing lost."""
     site.killed(site.search(1, 1))
-    for path in (site.root / DRIVER_SPOOL, site.kept.trial(1) / TRIAL_SPOOL):
-        lines = path.read_bytes().splitlines(keepends=True)
-        with path.open("ab") as file:
-            file.write(lines[-1][: len(lines[-1]) // 2])
+    path = site.root / OUTBOX_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    with path.open("ab") as file:
+        file.write(lines[-1][: len(lines[-1]) // 2])
     site.run("resume", NAME)
     seen(audit(site, kills=1))
 

@@ -64,10 +64,19 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
     from topotune.train.rehearsal import metric_names
 
     tracking_uri(config)  # of a form that can be one
-    stable = _first_stable(config, note)
-    for remark in build_method(stable).remarks(corners(config)):
+    stable, unstable, found = _examine(config)
+    if found:
+        raise combined(found)
+    if not stable:
+        raise unstable[0]
+    if unstable:
+        note(
+            f"{len(unstable)} of {len(unstable) + len(stable)} extremes of the space are unstable; "
+            f"trials there will end as DIVERGED. The first: {unstable[0]}"
+        )
+    for remark in build_method(stable[0]).remarks(corners(config)):
         note(remark)
-    names = metric_names(stable)
+    names = metric_names(stable[0])
     if unknown := _unknown_metrics(config, names):
         raise combined(unknown)
     return names
@@ -80,25 +89,6 @@ def _unknown_metrics(config: SearchConfig, names: list[str]) -> list[FieldError]
         for place, metric in metric_places(config)
         if metric not in names
     ]
-
-
-def _first_stable(config: SearchConfig, note: Callable[[str], None]) -> TrialSpec:
-    """Build at every corner; the first one that can be trained.
-
-    Raises:
-        ConfigError: with every fault that any corner has.
-    """
-    stable, unstable, found = _examine(config)
-    if found:
-        raise combined(found)
-    if not stable:
-        raise unstable[0]
-    if unstable:
-        note(
-            f"{len(unstable)} of {len(unstable) + len(stable)} extremes of the space are unstable; "
-            f"trials there will end as DIVERGED. The first: {unstable[0]}"
-        )
-    return stable[0]
 
 
 def machine_remarks(config: SearchConfig) -> list[str]:

@@ -32,7 +32,12 @@ def _ahead(results_dir: Path, name: str, store: ObjectStore) -> bool:
 
 
 def fetch_search(results_dir: Path, name: str) -> None:
-    """Bring a search's identity, if its results are in a store and it is there.
+    """Bring a search's identity, as :func:`fetch_files`."""
+    fetch_files(results_dir, name, "search.json")
+
+
+def fetch_files(results_dir: Path, name: str, *files: str) -> None:
+    """Bring files that a search's driver writes, if its results are in a store and they are there.
 
     What this machine itself wrote last is here already, and may be newer.
 
@@ -42,7 +47,7 @@ def fetch_search(results_dir: Path, name: str) -> None:
     store = _open(results_dir)
     if store is None or not SAFE_NAME.fullmatch(name) or _ahead(results_dir, name, store):
         return
-    _bring(store, results_dir, [f"{name}/search.json"])
+    _bring(store, results_dir, (f"{name}/{file}" for file in files))
 
 
 def _bring(store: ObjectStore, results_dir: Path, files: Iterable[str]) -> None:
