@@ -318,7 +318,7 @@ def _run(
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
     ledger = Ledger(store.spent(), store.keep_spent, gpus or 1.0)
-    recorder = Recorder(folder, config, lease.check, lease.files)
+    recorder = Recorder(folder, config, lease.check, lease.files, lambda: store.rows(ledger.trials))
     # The code is on record before any of it runs.
     kept = keep(folder, workers.source) if workers else []
     before = store.rows(ledger.trials)

@@ -305,8 +305,8 @@ class Book:
         """A trial's worker died; a line on whether it is tried again.
 
         Deaths are counted in the study, each cause for itself, so that a resumed search goes on
-        counting; while the search stops nothing is counted, as it ends workers itself. Whoever
-        restarts workers asks :meth:`over` first.
+        counting; while the search stops nothing is counted, as it ends workers itself. Ask
+        :meth:`over` before a worker is started again.
 
         Args:
             number: the trial.

@@ -1,4 +1,4 @@
-"""How a search stands, for whoever watches: its counts, the best so far, and when it may end."""
+"""How a search stands: its counts, the best so far, and when it may end."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _environment() -> URL | None:
     problem = "" if named.startswith(("postgresql://", "postgresql+psycopg://")) else "its scheme"
     try:
         url = make_url(named)
-    except ValueError:  # of a port that is none; SQLAlchemy's text would show the address
+    except ValueError:  # of a port that is no number; SQLAlchemy's text would show the address
         problem = "its form"
     if problem:
         raise ConfigError(

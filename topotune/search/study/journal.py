@@ -179,7 +179,7 @@ class Journal(BaseJournalBackend):
 
     Args:
         paths: the files; the first is forced to disk at every commit, the others where one asks.
-        note: told, in a line, of a file that is made whole.
+        note: called with a line on each file that is made whole.
         fence: called before each write; raises if another driver has taken the search over.
         anew: begin empty; the first commit replaces what is there.
 

@@ -40,7 +40,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Silent(WSGIRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Requests are nobody's news."""
+        """Requests are not logged."""
 
 
 class ReadOnly:
@@ -74,7 +74,7 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
         results_dir: where searches lie.
         name: the search; None where there is only one.
         port: preferred port; another one is taken if it is in use. 0 for any free one.
-        say: told where to look.
+        say: called with a line that says where to look.
 
     Raises:
         UserError: no such search, no study of it yet, no port, or no optuna-dashboard installed.

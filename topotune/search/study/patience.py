@@ -74,7 +74,7 @@ class Patience:
 
     Args:
         place: its address without secrets.
-        note: told in a line when the waiting begins and when it is over.
+        note: called with a line when the waiting begins and when it is over.
         limit: seconds after which the waiting ends in an error.
 
     Attributes:
@@ -109,7 +109,7 @@ class Patience:
             KeyboardInterrupt: the search was stopped meanwhile.
         """
         began = time.monotonic()
-        delay, told, stop_at = _FIRST_DELAY, False, float("inf")
+        delay, said, stop_at = _FIRST_DELAY, False, float("inf")
         while True:
             try:
                 value = call()
@@ -118,7 +118,7 @@ class Patience:
                 if away is None:
                     raise explained(error, self.place) from error
             else:
-                if told:
+                if said:
                     self.note("the study database is back; going on")
                 return value
             waited = time.monotonic() - began
@@ -127,8 +127,8 @@ class Patience:
                     f"study database {self.place}: {away}, for {waited:.0f} s now. Nothing that is "
                     "finished is lost: resume when it is back"
                 )
-            if not told and waited > _SILENT_SECONDS:
-                told = True
+            if not said and waited > _SILENT_SECONDS:
+                said = True
                 self.note(f"the study database {away}, waiting: {self.place}")
             if self.stopping():
                 stop_at = min(stop_at, time.monotonic() + GRACE_SECONDS)

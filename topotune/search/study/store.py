@@ -247,7 +247,7 @@ class StudyStore:
         return Handout(trial.number, spec)
 
     def _adopt(self, number: int) -> Handout:
-        self._study.sampler = make_sampler(self.config, number)  # before it is told of the trial
+        self._study.sampler = make_sampler(self.config, number)  # before it sees the trial
         notes = self._frozen(number).user_attrs
         stored = notes.get("spec")
         if stored is None:  # killed between ask and the note of what it resolved to
@@ -365,7 +365,7 @@ class StudyStore:
     def close_orphans(
         self, outcome: Outcome, reason: str, ledger: Mapping[int, float]
     ) -> list[TrialSummary]:
-        """End the trials that an earlier session left running and nobody has taken up."""
+        """End the trials that an earlier session left running and that were not taken up."""
         rows = []
         for number in self._orphans:
             frozen = self._frozen(number)
