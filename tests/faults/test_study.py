@@ -8,12 +8,13 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.faults.invariants import audit
-from tests.faults.site import NAME, Seen, Site
+from tests.faults.site import NAME, Driver, Seen, Site
 from tests.postgres import Postgres
 from topotune.records import TrialSpec
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE
@@ -82,7 +83,7 @@ def test_study_damaged(site: Site, seen: Seen) -> None:
         damage(path)
         assert site.status() == before, "status shows something else after the damage"
         driver = site.start("resume", NAME)
-        site.says(driver, f"made whole from {STUDY_COPY}")
+        site.wait(partial(repaired, driver), 60, "the repair is not said", driver.output)
     driver.finish()
     aside = sorted(file.name for file in site.root.glob("study.damaged-*.jsonl"))
     assert len(aside) == 2, f"moved aside: {aside}"  # the others have nothing to look at
@@ -148,6 +149,11 @@ def test_outbox_torn(site: Site, seen: Seen) -> None:
         file.write(lines[-1][: len(lines[-1]) // 2])
     site.run("resume", NAME)
     seen(audit(site, kills=1))
+
+
+def repaired(driver: Driver) -> bool:
+    """Whether a driver has said that it made the study whole."""
+    return f"made whole from {STUDY_COPY}" in " ".join(driver.output().split())
 
 
 def outage_is_said(text: str, reason: str) -> None:
