@@ -19,7 +19,7 @@ import psutil
 
 from tests.cluster.test_run import free_port
 from tests.cluster_files import CLUSTER, ROOT
-from topotune.bench.faults.site import marked
+from topotune.bench.scaling.processes import marked
 from topotune.records import Outcome
 from topotune.tracking.entries import Epoch
 from topotune.tracking.spool import TRIAL_SPOOL

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from topotune.bench.faults.proxy import Proxy
+from tests.proxy import Proxy
 from topotune.cli.main import app
 from topotune.config.file import parse_search
 from topotune.config.models import TrackingConfig

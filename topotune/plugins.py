@@ -17,7 +17,7 @@ from topotune.errors import (
     TopotuneError,
     UnknownNameError,
     did_you_mean,
-    told,
+    in_one_line,
 )
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def load_object(path: str) -> object:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
         raise PluginError(
-            f"import path {path!r}: module {module_name!r} does not import: {told(error)}. "
+            f"import path {path!r}: module {module_name!r} does not import: {in_one_line(error)}. "
             "Modules are looked up in the current directory "
             f"({here}) and in the environment"
         ) from error
@@ -183,7 +183,9 @@ def call_with_options(
     except (TypeError, ValueError) as error:
         raise ConfigError(place, f"{what} rejects {dict(options)!r}: {error}") from error
     except (Exception, SystemExit) as error:
-        raise ConfigError(place, f"{what} rejects {dict(options)!r}: {told(error)}") from error
+        raise ConfigError(
+            place, f"{what} rejects {dict(options)!r}: {in_one_line(error)}"
+        ) from error
 
 
 def whole_number(place: str, value: object, low: int, high: int | None = None) -> int:

@@ -16,7 +16,7 @@ import pytest
 from tests.cluster.test_run import answer, end, free_port
 from tests.cluster_files import ROOT
 from tests.flow_site import Client, OneMachine, audit, finish, spooled, until
-from topotune.bench.faults.postgres import installed
+from tests.postgres import installed
 from topotune.config.file import load_spec
 
 pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(900)]

@@ -18,7 +18,7 @@ import pytest
 from tests.cluster.test_run import answer, end, free_port
 from tests.cluster_files import ROOT
 from tests.flow_site import Client, audit, spooled, until
-from topotune.bench.faults.postgres import Postgres, installed
+from tests.postgres import Postgres, installed
 
 pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(600)]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, make_config
-from topotune.bench.faults.postgres import Postgres, installed
 from topotune.errors import ConfigError, ResourceError
 from topotune.search.place.folder import SearchFolder
 from topotune.search.study.address import (

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.reconcile import reconcile
 from topotune.search.place.folder import SearchFolder
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.shipper import Shipper
@@ -134,7 +135,7 @@ def check_mlflow(results: Path, trials: int) -> None:
     shipper = Shipper(folder.root, store, folder.search_id, "rings")
     count = shipper.close(30)
     assert count.complete, count
-    checked = shipper.reconcile()
+    checked = reconcile(folder.root, store, folder.search_id)
     assert checked.complete, checked
     assert checked.recorded > 10 * trials
 

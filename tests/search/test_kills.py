@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, accuracy, make_config
 from topotune import files
-from topotune.bench.faults.postgres import Postgres, installed
 from topotune.config.models import SearchConfig
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.drive.book import Progress, Turn

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
+from tests.faults.task import IMPORT_PATH
 from tests.object_server import CREDENTIALS, ObjectServer
+from tests.postgres import Postgres
 from tests.search_cases import make_config
-from topotune.bench.faults.postgres import Postgres
-from topotune.bench.faults.task import IMPORT_PATH
 from topotune.config.budget import Limits
 from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError, LeaseLostError, ResourceError, SearchFolderError

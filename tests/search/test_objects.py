@@ -20,7 +20,7 @@ from topotune.search.place.objects.address import (
     SCRATCH,
     StoreAddress,
     results_folder,
-    shown,
+    shown_place,
     store_address,
 )
 from topotune.search.place.objects.courier import KEEP_SECONDS, Courier, sweep
@@ -221,7 +221,7 @@ def test_an_address_keeps_its_form(tmp_path: Path) -> None:
     assert str(StoreAddress.parse("s3://bucket/a/b/")) == "s3://bucket/a/b"
     folder = results_folder(text)
     assert store_address(folder) == address
-    assert shown(folder) == f"'{text}'"
+    assert shown_place(folder) == f"'{text}'"
     assert results_folder("some/where") == Path("some/where")
     assert store_address(tmp_path) is None
 
@@ -249,8 +249,8 @@ def test_every_file_has_one_writer() -> None:
     driver = (
         *("search.json", "search.yaml", "ledger.json", "driver.spool.jsonl", "leaderboard.json"),
         *("leaderboard.md", "history.png", "curves.png", "shipped.json", "refused.jsonl"),
-        *("trials/0007/trial.jsonl", "trials/0007/trace.npz", "trials/0007/trace.png"),
-        *("trials/0007/relaxation.npz", "trials/0007/relaxation.png", "trials/0007/crash-1.txt"),
+        *("trials/0007/trial.jsonl", "trials/0007/trace.npz"),
+        *("trials/0007/relaxation.npz", "trials/0007/crash-1.txt"),
         *("trials.lost/0003-1/trace/epoch-00001.npz", "sources/1/git.diff"),
         *("sources/1/source.json", "sources/1/code/own_parts/inner.py"),
     )

@@ -19,16 +19,16 @@ import psutil
 import pytest
 import yaml
 
+from tests.faults.task import IMPORT_PATH, PAUSE, TRAINED
 from tests.object_server import CREDENTIALS, ObjectServer
-from topotune.bench.faults.postgres import Postgres
-from topotune.bench.faults.task import IMPORT_PATH, PAUSE, TRAINED
+from tests.postgres import Postgres
+from tests.reconcile import reconcile
 from topotune.search.place.objects.address import SCRATCH, StoreAddress
 from topotune.search.place.objects.store import ObjectStore
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.tracking.dashboard import serve_dashboard
 from topotune.tracking.mlflow import MlflowStore
-from topotune.tracking.shipper import Shipper
 
 pytestmark = [
     pytest.mark.timeout(580),
@@ -149,7 +149,7 @@ def _check_mlflow(cluster: Cluster, stored: MlflowStore) -> None:
     runs = Counter(run.trial for run in stored.runs(identity["search_id"]))
     assert runs == Counter([None, 0, 1])
     folder = next(cluster.scratch.glob("stores/*/far"))
-    checked = Shipper(folder, stored, identity["search_id"], "far").reconcile()
+    checked = reconcile(folder, stored, identity["search_id"])
     assert checked.complete, checked
     assert checked.recorded > 2 * EPOCHS
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, accuracy, make_config, report
-from topotune.bench.faults.postgres import Postgres, installed
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.search.place.folder import SearchFolder
 from topotune.search.study.address import ENVIRONMENT, study_name

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from topotune.bench.faults.proxy import Proxy
-from topotune.bench.load_tracking import ShippingRecord, TraceRecord, run
+from tests.proxy import Proxy
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.entries import RUNNING, Item
 from topotune.tracking.labels import trial_name
@@ -62,11 +61,6 @@ class MemoryStore:
     def terminate(self, run_id: str, status: str, end_ms: int) -> None: ...
 
     def reopen(self, run_id: str) -> None: ...
-
-    def delete_run(self, run_id: str) -> None: ...
-
-    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
-        return []
 
 
 def record(folder: Path, trials: int) -> None:
@@ -171,19 +165,6 @@ def test_an_idle_spool_is_not_read_again(
     with caplog.at_level(logging.WARNING):
         tails.count()
     assert (tails.items, caplog.records) == (9, [])
-
-
-@pytest.mark.heavy
-def test_the_load_bench_measures_what_it_says() -> None:
-    first, second, trace = run((20, 40), points=20_000)
-    assert isinstance(first, ShippingRecord)
-    assert isinstance(second, ShippingRecord)
-    assert isinstance(trace, TraceRecord)
-    assert (first.recorded, second.recorded) == (20 * 71, 40 * 71)
-    assert (first.stored, second.stored) == (first.recorded, second.recorded)
-    assert second.items > 1.9 * first.items
-    assert trace.points == 20_000
-    assert 0.2 < trace.size_mb < 1.0
 
 
 def test_a_run_begins_when_its_trial_began(tmp_path: Path) -> None:

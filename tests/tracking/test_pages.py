@@ -432,7 +432,7 @@ def test_a_store_that_refuses_the_page_still_gets_the_records(
     assert shipper.status().last_error == ""
     assert VIEW_TAG + folder.search_id not in store.experiment_tags()
     for run in store.runs(folder.search_id):
-        store.delete_run(run.run_id)
+        store.client().delete_run(run.run_id)
 
 
 def test_a_search_that_runs_has_a_description_and_keeps_its_submitter(

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import pytest
 
+from tests.reconcile import reconcile
 from topotune.errors import RunError
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
@@ -219,7 +220,7 @@ def test_a_server_that_comes_and_goes_loses_nothing(
     # What `topotune sync` does later, here straight into the database behind the server.
     later = Shipper(search, embedded, "s1", "digits")
     assert later.close(timeout=60).complete
-    check = later.reconcile()
+    check = reconcile(search, embedded, "s1")
     assert check.complete
     assert (check.recorded, check.runs) == (45, 2)
     parent = embedded.parent("s1")

@@ -1,12 +1,15 @@
-"""``status``, ``best``, ``dashboard`` and ``sync``: look at searches and ship what is left."""
+"""``status``, ``best``, ``plot``, ``dashboard``, ``sync``: look at searches, ship what is left."""
 
 from __future__ import annotations
 
 import os
+import secrets
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from topotune.cli import answer
 from topotune.cli.cluster import forward
 from topotune.cli.options import (
     DEFAULT_RESULTS,
@@ -39,7 +42,7 @@ def status(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """How far searches are: counts, best so far, who drives them; one search's whole table."""
+    """Show how far searches are. Counts, best so far, who drives them; one search's whole table."""
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], name, as_json)
         return
@@ -54,7 +57,7 @@ def status(
 
         print_status(console(), report, limit=len(report.board.trials))
         return
-    from topotune.search.place.objects.address import shown as place
+    from topotune.search.place.objects.address import shown_place as place
 
     reports = reading.all_status(results_dir, lambda text: say(text, err=True))
     if as_json:
@@ -74,7 +77,7 @@ def best(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """The best trial's complete config as YAML, ready for 'topotune train'.
+    """Print the best trial's config as YAML, for 'topotune train'.
 
     With several objectives it is that of the front which is best in the first one; the others
     stand in comments."""
@@ -107,6 +110,41 @@ def best(
     typer.echo(dump_yaml(dict(winner.spec)), nl=False)
 
 
+def plot(
+    context: typer.Context,
+    name: SearchName,
+    trial: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Figures of this trial instead; may be repeated."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Those of every trial, too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder; default topotune-plots/NAME.")] = None,
+    results_dir: ResultsDir = DEFAULT_RESULTS,
+    address: Address = None,
+    allow_open: AllowOpen = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a search's history, curves and front, or with --trial what a trial did step by step."""
+    if trial and every:
+        raise ConfigError("--all", "draws every trial, --trial those that are named", "Give one")
+    target = out if out is not None else Path("topotune-plots") / name
+    if cluster := elsewhere(context, address):
+        there = f"plots-{secrets.token_hex(4)}"
+        chosen = ["--all"] if every else [f"--trial={number}" for number in trial or ()]
+        forward(context, cluster, [*chosen, "--out", there], name, as_json, files=(there, target))
+        return
+    from topotune.search import status as reading
+
+    trials = None if every else trial or []
+    drawn = reading.plot(results_dir, name, trials, target, lambda text: say(text, err=True))
+    answer.bring(target)
+    if as_json:
+        print_json([str(picture) for picture in drawn])
+        return
+    for picture in drawn:
+        say(str(picture))
+
+
 def dashboard(
     context: typer.Context,
     name: Annotated[
@@ -127,8 +165,8 @@ def dashboard(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """Say where the MLflow pages of searches are; serve those of the embedded store on 127.0.0.1
-    until Ctrl-C."""
+    """Say where MLflow's pages are. Serves those of the embedded store on 127.0.0.1 until
+    Ctrl-C."""
     if cluster := elsewhere(context, address):
         if optuna:
             raise ConfigError(
@@ -164,7 +202,7 @@ def sync(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """Send to MLflow what a search recorded while the server was away, and compare counts."""
+    """Send to MLflow what it missed. Then compares the counts."""
     if cluster := elsewhere(context, address):
         forward(context, cluster, ["--timeout", str(timeout)], name)
         return

@@ -13,7 +13,7 @@ SCHEMA_FILE = "search.schema.json"
 
 def shipped_folder() -> Path:
     """Where the shipped files lie: inside the package of a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     inside = package / "search_spaces"
     return inside if inside.is_dir() else package.parent / "search_spaces"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from topotune.errors import ConfigError, TopotuneError, did_you_mean, told
+from topotune.errors import ConfigError, TopotuneError, did_you_mean, in_one_line
 from topotune.optim.measures import EnergyTrace
 from topotune.optim.state import FUSED_KERNELS
 from topotune.optim.topological_adam import TopologicalAdam
@@ -99,7 +99,7 @@ def build_optimizer(
     except (TopotuneError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # code of a user may raise anything
-        said = str(error) if isinstance(error, TypeError | ValueError) else told(error)
+        said = str(error) if isinstance(error, TypeError | ValueError) else in_one_line(error)
         option = _refused(name, tensors, options, str(error))
         if option is None:
             place, got = f"{_PLACE} parameters", str(dict(options))

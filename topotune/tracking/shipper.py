@@ -16,7 +16,6 @@ from topotune.errors import SpoolError, TopotuneError
 from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
 from topotune.tracking.progress import Progress, Refused
-from topotune.tracking.reconcile import StoredCheck, check_stored, drop_duplicates
 from topotune.tracking.spool import DRIVER_SPOOL
 from topotune.tracking.store import RunMissingError, Store, StoreOfflineError, StoreRefusedError
 from topotune.tracking.tails import Tails, read_piece
@@ -194,22 +193,6 @@ class Shipper:
         with self._working:
             self._progress.clear()
             self._refused.clear()
-
-    def reconcile(self) -> StoredCheck:
-        """Compare every metric point in the spools with the store's own history of it.
-
-        One request a run and metric name. Empty second runs of a trial, which a time-out during
-        their creation can leave, are put into MLflow's bin first.
-
-        Raises:
-            StoreOfflineError: the store cannot be asked now.
-            SpoolError: a spool cannot be read.
-        """
-        with self._working:
-            drop_duplicates(self._store, self._search_id, self._progress.runs)
-            return check_stored(
-                self._folder, self._store, self._search_id, self._progress.runs, self._refused
-            )
 
     def _failed(self, reason: str) -> None:
         reason = " ".join(redact(reason).split())[:300]

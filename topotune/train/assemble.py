@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from topotune.data.splits import TensorPair
-from topotune.errors import ConfigError, TopotuneError, told
+from topotune.errors import ConfigError, TopotuneError, in_one_line
 from topotune.records import TrialSpec, Value
 from topotune.seeding import seed_everything
 from topotune.tasks import build_task
@@ -128,7 +128,7 @@ def probe_rows(task: Task, train: TensorPair) -> TensorPair:
 
 
 def make_model(method: Method, task: Task) -> nn.Module:
-    """The method's model on the CPU, initialised from the spec's seed whatever ran before."""
+    """The method's model on the CPU, initialised from the spec's seed alone."""
     seed_everything(method.spec.seed)
     return _model(method, task)
 
@@ -137,7 +137,7 @@ def _model(method: Method, task: Task) -> nn.Module:
     """The method's model for a task, whose code may be a user's.
 
     Raises:
-        UserError: it is none, or it cannot be built.
+        UserError: it is no module, or it cannot be built.
     """
     place = f"task {method.spec.task!r}: its model"
     try:
@@ -145,7 +145,7 @@ def _model(method: Method, task: Task) -> nn.Module:
     except TopotuneError:
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(place, f"cannot be built: {told(error)}") from error
+        raise ConfigError(place, f"cannot be built: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(place, f"must be a torch.nn.Module (got {model!r:.80})")
     return model

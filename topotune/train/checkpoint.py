@@ -1,4 +1,8 @@
-"""Checkpoints that are whole, checked, and of the right trial, or are refused."""
+"""Checkpoints that are whole, checked, and of the right trial, or are refused.
+
+torch is imported where a state is written or read: commands that only look at a search know its
+files by the names here, and start without it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from topotune.errors import CheckpointError
 from topotune.files import write_atomically
@@ -57,6 +59,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: it cannot be written; the last one stays readable.
         """
+        import torch
+
         buffer = io.BytesIO()
         torch.save({"identity": self._identity, "state": dict(state)}, buffer)
         payload = buffer.getvalue()
@@ -155,6 +159,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise _DamagedError("does not begin like a checkpoint of this version")
     if hashlib.sha256(payload).hexdigest().encode() != header[len(_MAGIC) : -1]:
         raise _DamagedError(f"its {len(content)} bytes do not match their checksum")
+    import torch
+
     try:
         loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything on what others have written

@@ -54,7 +54,7 @@ def write_overhead(path: Path, overhead: Overhead) -> None:
 
 
 def read_overhead(path: Path) -> Overhead | None:
-    """The measurement kept in a file; None if there is none or it is damaged (then logged)."""
+    """The measurement kept in a file; None without one, or if it is damaged (logged)."""
     if not path.exists():
         return None
     try:

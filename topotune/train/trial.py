@@ -280,7 +280,7 @@ def run_trial(
 
     Returns:
         COMPLETE; PRUNED if ``on_epoch`` or the learner stopped it; DIVERGED with the cause. Any
-        other exception is the caller's to judge and passes through, the tracker not told of an end.
+        other exception is the caller's to judge and passes through; the tracker then gets no end.
 
     Raises:
         UserError: as :func:`open_trial`.

@@ -91,7 +91,7 @@ class Source:
 
     @property
     def code(self) -> str:
-        """One short name for all the modules; empty where there are none."""
+        """One short name for all the modules; empty without modules."""
         return code_digest(self.hashes)
 
     @property

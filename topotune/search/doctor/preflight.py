@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.config.models import SearchConfig
+from topotune.config.rules import metric_places
 from topotune.errors import (
     ConfigError,
     FieldError,
@@ -28,11 +29,10 @@ from topotune.errors import (
 )
 from topotune.records import TrialSpec
 from topotune.search.place.objects.address import store_address
-from topotune.search.place.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.place.shipping import tracking_uri
 from topotune.search.ray.autoscaler import ENVIRONMENT
-from topotune.search.ray.cluster import Cluster, Node, needs_of, told
+from topotune.search.ray.cluster import Cluster, Node, amount_of, needs_of
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import study_uri
 from topotune.search.study.faults import faults_at
@@ -75,15 +75,9 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
 
 def _unknown_metrics(config: SearchConfig, names: list[str]) -> list[FieldError]:
     """The objectives and constraints on metrics that are not among these."""
-    several = len(config.objective) > 1
-    wanted: list[tuple[tuple[str | int, ...], str]] = [
-        (("objective", *([index] if several else []), "metric"), objective.metric)
-        for index, objective in enumerate(config.objective)
-    ]
-    wanted += [(("constraints", name), name) for name in config.constraints]
     return [
         FieldError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
-        for place, metric in wanted
+        for place, metric in metric_places(config)
         if metric not in names
     ]
 
@@ -171,6 +165,8 @@ def check_writable(results_dir: Path) -> None:
     """
     folder = results_dir.absolute()
     if (address := store_address(folder)) is not None:
+        from topotune.search.place.objects.store import OPENING_SECONDS, ObjectStore
+
         ObjectStore(address, limit=OPENING_SECONDS).check()
     while not folder.exists():
         folder = folder.parent
@@ -198,7 +194,7 @@ def check_writable(results_dir: Path) -> None:
         ) from error
 
 
-def check_stores(config: SearchConfig, hosts: int, grows: bool) -> None:
+def refuse_sqlite(config: SearchConfig, hosts: int, grows: bool) -> None:
     """Refuse files of SQLite on a cluster of several machines.
 
     Raises:
@@ -261,7 +257,7 @@ def fit_resources(config: SearchConfig, cluster: Cluster) -> tuple[float, int]:
             key, fix = _WORDS.get(name, (f"custom.{name}", _CUSTOM_FIX))
             seen = "may get" if cluster.grows else "has"
             raise ResourceError(
-                f"resources.{key}: a trial needs {told(name, amount)} and the cluster {seen} "
+                f"resources.{key}: a trial needs {amount_of(name, amount)} and the cluster {seen} "
                 f"{most:g}. {fix}"
             )
     if refusal := cluster.refusal(needs):

@@ -1,7 +1,8 @@
 """Everything that is written about a search besides the study: MLflow's records and the pages.
 
 A trial's end is recorded at once; its trace file and the leaderboard are made by a thread of their
-own, its plots by a process, so that the driver's loop never waits for them.
+own, so that the driver's loop never waits for them. Trials' figures are drawn when somebody looks
+(:mod:`topotune.search.figures`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from topotune.config.models import SearchConfig
 from topotune.records import Outcome, TrialSummary
 from topotune.results.description import describe, describe_trial, figures
 from topotune.results.leaderboard import Leaderboard
-from topotune.results.plot_process import Kind, PlotProcess
+from topotune.search.figures import draw_search
 from topotune.search.place.folder import SearchFolder, write_text
 from topotune.search.place.objects.files import AllHere, TrialFiles
 from topotune.search.place.output import OUTPUT_FILE, tidy
@@ -34,7 +35,6 @@ from topotune.train.trace import (
     RELAXATION_FOLDER,
     TRACE_FILE,
     TRACE_FOLDER,
-    EpochFolder,
     relaxations,
     step_traces,
 )
@@ -45,8 +45,6 @@ LEADERBOARD_EVERY = 10
 """Trials between two renewals of the leaderboard while a search runs; the end always renews it."""
 LEADERBOARD_SHARE = 0.05
 """The largest part of the time that renewals may take: each reads all trials."""
-STOP_SECONDS = 3.0
-"""How long a stop waits for the figure that is being drawn."""
 
 
 def objectives(config: SearchConfig) -> dict[str, str]:
@@ -102,7 +100,6 @@ class Recorder:
         self._folder, self._config, self._fence = folder, config, fence
         self._files = AllHere() if files is None else files
         self._tracker = SearchTracker(folder.root)
-        self._plots = PlotProcess()
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._ended = self._filed = 0
@@ -193,7 +190,7 @@ class Recorder:
         """Finish the files, renew the leaderboard and record how the search ended.
 
         Where it has not come to its end, files that are not made by now are left to the resume,
-        which finds them missing: a stop waits for no plot.
+        which finds them missing.
 
         Args:
             board: the final leaderboard.
@@ -215,13 +212,9 @@ class Recorder:
         self._tracker.end(outcome, reason)
 
     def _join(self) -> None:
-        """Wait until the thread has ended, and end its process; a stop waits for no late figure."""
+        """Wait until the thread has ended."""
         self._work.put(None)
-        if self._dropped.is_set():
-            self._thread.join(STOP_SECONDS)
-            self._plots.abort()
         self._thread.join()
-        self._plots.close()
 
     def _run(self) -> None:
         again = 0.0
@@ -234,29 +227,23 @@ class Recorder:
                     now = time.monotonic()
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search
-                if self._dropped.is_set():
-                    break  # left to the resume, which finds it missing
-                _log.warning("trial %d: its plot or files are missing: %s", row.number, error)
+                _log.warning("trial %d: its files are missing: %s", row.number, error)
 
     def _finish_trial(self, row: TrialSummary) -> None:
         self._files.fetch(row.number)
         trial = self._folder.trial(row.number)
         if row.state == Outcome.FAILED:
             tidy(trial / OUTPUT_FILE)  # its worker may have been killed
-        title = f"{self._config.name}, trial {row.number} ({row.state})"
-        kinds: tuple[tuple[Kind, str, EpochFolder, Path], ...] = (
-            ("trace", TRACE_FOLDER, step_traces(trial), trial / TRACE_FILE),
-            ("relaxation", RELAXATION_FOLDER, relaxations(trial), trial / RELAXATION_FILE),
+        kinds = (
+            (TRACE_FOLDER, step_traces(trial), trial / TRACE_FILE),
+            (RELAXATION_FOLDER, relaxations(trial), trial / RELAXATION_FILE),
         )
-        for kind, chunks, epochs, joined in kinds:
+        for chunks, epochs, joined in kinds:
             last = epochs.last
             if self._dropped.is_set() or not (last and epochs.join(last, joined)):
                 continue
-            picture = joined.with_suffix(".png")
-            self._plots.draw(kind, joined, picture, title)
             self._fence()
             self._tracker.trial_artifact(row.number, joined)
-            self._tracker.trial_artifact(row.number, picture)
             # Renamed first: a kill half-way through must not leave chunks that look like all.
             used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
@@ -273,8 +260,6 @@ class Recorder:
         self._tracker.tags({NOTE_TAG: note, **known})
 
     def _renew(self, board: Leaderboard, outcome: str) -> None:
-        from topotune.results.plots import plot_curves, plot_front, plot_history
-
         self._fence()
         root = self._folder.root
         write_text(root / "leaderboard.json", board.to_json())
@@ -282,9 +267,6 @@ class Recorder:
         self._tracker.artifact(root / "leaderboard.json")
         self._tracker.artifact(root / "leaderboard.md")
         self._describe(board, outcome)
-        if outcome == Outcome.COMPLETE and board.trials:
-            plots = {"history.png": plot_history, "curves.png": plot_curves}
-            plots |= {"front.png": plot_front} if len(board.objectives) > 1 else {}
-            for name, plot in plots.items():
-                plot(board.trials, root / name, board.objectives)
-                self._tracker.artifact(root / name)
+        if outcome == Outcome.COMPLETE:
+            for picture in draw_search(board, root):
+                self._tracker.artifact(picture)

@@ -32,7 +32,7 @@ from topotune.config.models import SAFE_NAME, SearchConfig
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.files import write_atomically
 from topotune.redaction import redact
-from topotune.search.place.objects.address import shown
+from topotune.search.place.objects.address import shown_place
 
 
 def write_text(path: Path, text: str) -> None:
@@ -178,7 +178,7 @@ class SearchFolder:
         elif not SAFE_NAME.fullmatch(name) or not _is_search(folder.meta):
             known = ", ".join(sorted(found.name for found in searches(results_dir))) or "none"
             raise SearchFolderError(
-                f"{shown(results_dir)}: no search named {name!r} (there: {known}). Give its "
+                f"{shown_place(results_dir)}: no search named {name!r} (there: {known}). Give its "
                 "--results-dir if it lies elsewhere"
             )
         folder._refuse_foreign()

@@ -1,4 +1,4 @@
-"""Ray Tune, told what to run by the book."""
+"""Ray Tune runs what the book hands out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from topotune.search.place.objects.files import TrialFiles
 from topotune.search.place.objects.places import Places
 from topotune.search.ray.cluster import needs_of
 from topotune.search.ray.pulse import Pulse
-from topotune.search.ray.repairs import out_of_memory_is_a_death
+from topotune.search.ray.ray_internals import (
+    keep_keys_off_command_lines,
+    out_of_memory_is_a_death,
+)
+from topotune.search.ray.watchdog import Stalls
 
 KILL_SECONDS = 3.0
 """How long the end of killed workers may take to be noticed."""
@@ -52,9 +56,7 @@ def execute(
     """
     from ray import tune
     from ray.tune import Stopper
-    from ray.tune.execution import class_cache
 
-    from topotune.search.ray.stalls import Stalls
     from topotune.search.ray.tune import (
         ALONE,
         Clock,
@@ -80,11 +82,7 @@ def execute(
         def stop_all(self) -> bool:
             return pulse.overdue(grace=KILL_SECONDS)
 
-    # Tune hands these to its workers on their command lines, which everybody on the machine and
-    # Ray's logs can read; workers have the environment of their node anyway.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
-        [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
-    )
+    keep_keys_off_command_lines()
     # Tune would start the workers one after another and, while one loads, drop those of trials that
     # end. How many trials there are at once, the book says.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most_at_once)

@@ -20,7 +20,8 @@ from topotune.errors import RunError, TopotuneError
 from topotune.redaction import brief
 from topotune.search.drive.book import Book, Progress, Turn
 from topotune.search.ray.pulse import Pulse
-from topotune.search.ray.stalls import Stalls, end_worker
+from topotune.search.ray.ray_internals import end_idle_workers, end_worker, unplaced_trials
+from topotune.search.ray.watchdog import Stalls
 from topotune.search.study.deaths import classify, take_note
 from topotune.search.study.store import Handout
 from topotune.tracking.entries import Epoch, Metrics
@@ -195,15 +196,8 @@ class StudyScheduler(NotStored, FIFOScheduler):
         that loads for it.
         """
         if self._book.shared and self._book.full:
-            # Tune keeps the worker of a trial that was handed back, and its place, for another.
-            tune_controller._cleanup_cached_actors(force_all=True)
-        started = tune_controller._actor_manager.is_actor_started
-        actors = tune_controller._trial_to_actor
-        unplaced: list[Trial] = [
-            trial
-            for trial in tune_controller._pending_trials_list
-            if (actor := actors.get(trial)) is None or not started(actor)
-        ]
+            end_idle_workers(tune_controller)
+        unplaced = unplaced_trials(tune_controller)
         self._book.unplaced = len(unplaced)
         return next((trial for trial in unplaced if trial.status == Trial.PENDING), None)
 

@@ -10,14 +10,17 @@ from typing import Any
 from optuna.trial import Trial
 
 from topotune.config.models import SearchConfig
-from topotune.config.rules import (
+from topotune.config.space import (
+    CategoricalParam,
+    FloatParam,
+    IntParam,
+    Param,
     active_part,
     grid_axis,
     is_active,
     last_value,
     sampling_order,
 )
-from topotune.config.space import CategoricalParam, FloatParam, IntParam, Param
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec, Value
 from topotune.seeding import derive_seed
 

@@ -25,11 +25,7 @@ _TRIAL = re.compile(r"trials/([0-9]{4,7})/(.+)")
 _CRASHED = re.compile(r"crash-[0-9]+\.txt")
 _PREVIOUS = {"ledger.previous.json", PREVIOUS_TRIAL_FILE, PREVIOUS_FILE}
 _STAYS = {*_PREVIOUS, "driver.lock", HANG_FILE, DRIVER_CLAIM, WORKER_CLAIM}
-_DRIVERS = {
-    TRIAL_FILE,
-    *(TRACE_FILE, RELAXATION_FILE),
-    *(f"{name.removesuffix('.npz')}.png" for name in (TRACE_FILE, RELAXATION_FILE)),
-}
+_DRIVERS = {TRIAL_FILE, TRACE_FILE, RELAXATION_FILE}
 """The driver's files in a trial's folder."""
 _CHUNKS = (f"{TRACE_FOLDER}/", f"{RELAXATION_FOLDER}/")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from topotune.errors import LeaseLostError, TopotuneError
 from topotune.search.place.objects import layout
-from topotune.search.place.objects.address import StoreAddress, shown, worker_folder
+from topotune.search.place.objects.address import StoreAddress, shown_place, worker_folder
 from topotune.search.place.objects.replica import Replica, each
 from topotune.search.place.objects.store import READER_SECONDS, ObjectStore, Stat
 from topotune.search.ray.watchdog import GUARD_FILE
@@ -252,7 +252,7 @@ class Mirror:
             f"search {self._name!r}: not all of it is saved in {self.address}: {error}. The study "
             f"has every trial; pages, ledger and records for MLflow wait in {self.root}. When the "
             f"store is back, on this machine: topotune sync {self._name} --results-dir "
-            f"{shown(self._results_dir)}"
+            f"{shown_place(self._results_dir)}"
         )
 
     def _within(self, call: Callable[[], None], hurry: bool) -> str:
