@@ -235,23 +235,6 @@ def test_what_cannot_be_saved_is_told_and_saved_later(
     again.close()
 
 
-def test_folders_that_a_rebuild_has_moved_away_begin_anew_in_the_store(place: str) -> None:
-    store = ObjectStore(StoreAddress.parse(place))
-    for number in (0, 1):
-        store.write(f"demo/trials/000{number}/checkpoint.pt", b"old")
-        store.write(f"demo/trials/000{number}/error.txt", b"old")
-    one = _mirror(place)
-    one.open()
-    (one.root / "trials.lost").mkdir()
-    (one.root / "trials" / "0001").rename(one.root / "trials.lost" / "0001-1")
-    one.begin(dict)
-    assert {name for name in store.objects("demo") if "/" in name} == {
-        *("trials/0000/checkpoint.pt", "trials/0000/error.txt"),
-        "trials.lost/0001-1/error.txt",
-    }
-    one.close()
-
-
 def test_names_that_lead_elsewhere_are_not_brought(place: str, tmp_path: Path) -> None:
     store = ObjectStore(StoreAddress.parse(place))
     bad = ("trials/0000/.hidden", "trials/0000/a/b/c/d.txt", "trials/0000/x y", "study.db")
