@@ -19,7 +19,7 @@ from tests.faults.invariants import audit
 from tests.faults.site import NAME, Seen, Site
 from tests.postgres import Postgres
 from topotune.records import TrialSpec
-from topotune.search.study.address import ENVIRONMENT
+from topotune.settings import STUDY_URI
 from topotune.tracking.spool import DRIVER_SPOOL, TRIAL_SPOOL
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
 
@@ -61,7 +61,7 @@ def test_study_postgresql_restarted(
     """PostgreSQL study gone for half a minute, then crashed, then the driver killed: waits with
     back-off, says so once, goes on; the password is in no file."""
     with Postgres() as server:
-        monkeypatch.setenv(ENVIRONMENT, server.uri)
+        monkeypatch.setenv(STUDY_URI, server.uri)
         driver = site.search(0, 1)
         server.stop()
         time.sleep(OUTAGE_SECONDS)

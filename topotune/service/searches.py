@@ -13,7 +13,7 @@ from topotune.config.file import read_yaml
 from topotune.config.models import SearchConfig
 from topotune.errors import ResourceError, RunError, SearchFolderError
 from topotune.search.code.shipped import REPOSITORY_FILE, SEARCH_FILE, from_archive, ship_env
-from topotune.search.place.shipping import EXPERIMENT
+from topotune.search.place.addresses import EXPERIMENT
 from topotune.search.view import BEGUN
 from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
 from topotune.service.jobs import DRAIN_SECONDS, Job, JobsApi

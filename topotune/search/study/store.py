@@ -35,8 +35,9 @@ from topotune.records import (
     pack_metrics,
     unpack_metrics,
 )
+from topotune.search.place.addresses import study_place
 from topotune.search.place.folder import SearchFolder
-from topotune.search.study.address import study_name, study_place
+from topotune.search.study.address import study_name
 from topotune.search.study.constraints import constraint_values
 from topotune.search.study.deaths import Cause
 from topotune.search.study.notes import JUDGED, check_stored, damaged_record, note_of, reported
