@@ -187,7 +187,7 @@ ONLY_FOR_CLUSTERS_AND_STORES = (
         "topotune.search.doctor.machine",
         "topotune.search.doctor.cluster",
         "topotune.search.doctor.preflight",
-        "topotune.tracking.spool",
+        "topotune.tracking.outbox",
         "topotune.tracking.shipper",
     ],
 )

@@ -39,12 +39,11 @@ from topotune.search.drive.recorder import Recorder, leaderboard
 from topotune.search.place.folder import SearchFolder
 from topotune.tracking.entries import Tags, from_payload
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import Outbox, bodies_of
 from topotune.tracking.pages import trials_page
 from topotune.tracking.registry import _plain
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SearchTracker
 from topotune.tracking.store import StoreOfflineError
-from topotune.tracking.tails import read_all
 from topotune.train.checkpoint import _MAGIC, CHECKPOINT_FILE, CheckpointStore
 from topotune.train.trace import read_columns
 
@@ -69,8 +68,9 @@ class Evil:
 @pytest.mark.parametrize("way", ["pickle", "torch"])
 def test_a_checkpoint_that_would_run_code_does_not(tmp_path: Path, way: str) -> None:
     marker = tmp_path / "owned"
-    content = {"identity": {}, "state": {"model": Evil(marker)}}
+    content = {"model": Evil(marker)}
     buffer = io.BytesIO()
+    buffer.write(b'{"identity": {}, "record": {}}\n')
     if way == "torch":
         torch.save(content, buffer)
     else:
@@ -140,7 +140,7 @@ def test_a_new_search_does_not_follow_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a\\..\\x", "a\nb", ""])
-def test_an_artifact_of_a_foreign_spool_stays_inside(path: str) -> None:
+def test_an_artifact_of_a_foreign_outbox_stays_inside(path: str) -> None:
     record = {"kind": "artifact", "trial": 0, "path": "a", "folder": "", "digest": "", "at": 1}
     from_payload(record)
     with pytest.raises(SpoolError, match="not a path inside"):
@@ -180,7 +180,7 @@ def test_an_embedded_store_of_others_writes_no_file_elsewhere(
         named = address.format(there=there, ours=tmp_path / "ours")
         with closing(sqlite3.connect(tmp_path / "ours/mlflow/mlflow.db")) as database, database:
             database.execute("UPDATE experiments SET artifact_location = ?", (named,))
-    SearchTracker(folder.root).artifact(folder.root / "search.yaml")
+    Outbox(folder.root).artifact(None, folder.root / "search.yaml")
     shipper = Shipper(
         folder.root, MlflowStore.embedded(tmp_path / "ours"), folder.search_id, "demo"
     )
@@ -272,7 +272,7 @@ def test_a_description_is_no_markup(tmp_path: Path) -> None:
     recorder = Recorder(folder, config)
     recorder.start({})
     recorder.close(leaderboard(folder, config), "COMPLETE", "")
-    bodies = [entry.body for _, entry in read_all(folder.root, "driver.spool.jsonl")]
+    bodies = bodies_of(folder.root, None)
     notes = [b.tags["mlflow.note.content"] for b in bodies if isinstance(b, Tags)]
     head = notes[-1].split("\n\n")[2]
     assert head.startswith(r"\<script\>alert(1)\</script\> \| a")

@@ -1,4 +1,4 @@
-"""Faults of what a search is kept in: its study, its ledger, its checkpoints and spools."""
+"""Faults of what a search is kept in: its study, its ledger, its checkpoints and outbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.faults.site import NAME, Seen, Site
 from tests.postgres import Postgres
 from topotune.records import TrialSpec
 from topotune.settings import STUDY_URI
-from topotune.tracking.spool import DRIVER_SPOOL, TRIAL_SPOOL
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
 
 OUTAGE_SECONDS = 30.0
@@ -155,14 +155,14 @@ def test_ledger_damaged(site: Site, seen: Seen) -> None:
 
 
 @pytest.mark.faults_full
-def test_spool_torn(site: Site, seen: Seen) -> None:
-    """Driver killed and half a line left at the end of both kinds of spool: detected by length and
-    checksum; cut off; nothing lost."""
+def test_outbox_torn(site: Site, seen: Seen) -> None:
+    """Driver killed and half a line left at the end of the outbox: detected by length and checksum;
+    cut off; nothing lost."""
     site.killed(site.search(1, 1))
-    for path in (site.root / DRIVER_SPOOL, site.kept.trial(1) / TRIAL_SPOOL):
-        lines = path.read_bytes().splitlines(keepends=True)
-        with path.open("ab") as file:
-            file.write(lines[-1][: len(lines[-1]) // 2])
+    path = site.root / OUTBOX_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    with path.open("ab") as file:
+        file.write(lines[-1][: len(lines[-1]) // 2])
     site.run("resume", NAME)
     seen(audit(site, kills=1))
 

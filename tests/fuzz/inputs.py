@@ -47,8 +47,8 @@ def space_files() -> list[bytes]:
     return [path.read_bytes() for path in shipped_spaces().values()]
 
 
-def spool_lines() -> list[dict[str, Any]]:
-    """The records that a trial's spool holds, one of each kind, as JSON objects."""
+def records() -> list[dict[str, Any]]:
+    """The records that an outbox holds, one of each kind, as JSON objects."""
     at = 1_700_000_000_000
     bodies = (
         Start({"lr": "0.1", "coupling": "uniform"}, {"device": "cpu"}, at),
@@ -93,8 +93,8 @@ def trial_record() -> dict[str, Any]:
     }
 
 
-def spool(payloads: Sequence[Any]) -> bytes:
-    """Anything as lines of a spool whose length and checksum hold."""
+def checked_lines(payloads: Sequence[Any]) -> bytes:
+    """Anything as lines whose length and checksum hold."""
     bodies = [json.dumps(payload, separators=(",", ":")).encode() for payload in payloads]
     return b"".join(b"%08x %08x %b\n" % (zlib.crc32(body), len(body), body) for body in bodies)
 

@@ -2,7 +2,7 @@
 
 ``python -m tests.load.driver TRIALS...`` measures searches of so many trials and prints JSON.
 
-The searches are real: Ray, the study, the spools and MLflow; only the training takes no time. The
+The searches are real: Ray, the study, the outbox and MLflow; only the training takes no time. The
 largest comes first, in this process, so that its memory is that of a fresh driver.
 """
 

@@ -336,14 +336,14 @@ def test_a_lost_trials_folder_is_moved_aside_whole(tmp_path: Path) -> None:
         home = desk.folder.trial(number)
         (home / TRIAL_FILE).unlink()
         (home / PREVIOUS_TRIAL_FILE).unlink()
-        (home / "spool.jsonl").write_text("old")
+        (home / "error.txt").write_text("old")
     study_file(desk).unlink()
     store, notes = reopened(desk)
     assert sum("runs again from its beginning" in note for note in notes) == 2
     for number in (2, 5):
         assert not desk.folder.trial(number).exists()
         aside = desk.folder.root / "trials.lost" / f"{number:04d}-1"
-        assert (aside / "spool.jsonl").read_text() == "old"
+        assert (aside / "error.txt").read_text() == "old"
     store.close()
     again = Desk(tmp_path, desk.config)
     again.run()
@@ -413,11 +413,11 @@ def test_a_study_that_is_lost_with_all_records_is_not_begun_again(tmp_path: Path
             home = desk.folder.trial(number)
             (home / TRIAL_FILE).unlink()
             (home / PREVIOUS_TRIAL_FILE).unlink()
-            (home / "spool.jsonl").write_text("old")
+            (home / "error.txt").write_text("old")
         damage(study_file(desk))
         with pytest.raises(SearchFolderError, match=r"study\.db: .*they kept no records.*begin"):
             reopened(desk)
-        assert (desk.folder.trial(0) / "spool.jsonl").exists()
+        assert (desk.folder.trial(0) / "error.txt").exists()
         shutil.rmtree(desk.folder.root / "trials")  # as it says
         study_file(desk).unlink(missing_ok=True)
         again = Desk(tmp_path / name, desk.config)

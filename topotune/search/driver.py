@@ -307,6 +307,7 @@ def _run(
     from topotune.search.drive.book import Book
     from topotune.search.drive.recorder import Recorder, objectives
     from topotune.search.drive.retention import Retention
+    from topotune.search.place.objects.places import Places
     from topotune.search.place.shipping import Shipping
     from topotune.search.study.ledger import Ledger
     from topotune.search.study.store import StudyStore
@@ -323,7 +324,6 @@ def _run(
     before = store.rows(ledger.trials)
     if workers:
         listener.note(f"{config.name}: {BEGUN}, {workers.concurrency} trials at once")
-    retention = Retention(folder, config, before, lease.files)
 
     def ended(row: TrialSummary) -> None:
         recorder.ended(row)
@@ -331,8 +331,9 @@ def _run(
         listener.ended(row)
 
     book = Book(config, store, ledger, workers.concurrency if workers else 1, ended, before)
+    book.record = recorder.progress
     # What is here is safe elsewhere, too, before it changes; then a signal may drain the search.
-    lease.begin(lambda: {number: live.epoch for number, live in list(book.live.items())})
+    lease.begin(lambda: list(book.live))
     interrupts.drain(book)
     patience.fence = lease.check
     patience.stopping = lambda: book.stopping
@@ -348,7 +349,9 @@ def _run(
             },
             kept,
         )
-        recorder.recover(before)
+        recorder.recover(before, Places(folder, lease.files).checkpoint)
+        # Checkpoints that are not kept go after what was recorded of their trials is made whole.
+        retention = Retention(folder, config, before, lease.files)
         del before  # of thousands of trials, for days
         live = LiveFile(folder.live, lease.check)
         failure = (
@@ -378,10 +381,7 @@ def _run(
             recorder.drop()
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
         hurry = bool(book.stopping or failure)
-        # What workers wrote last comes here before the last records are sent; files of killed
-        # workers are tidied before the last ones are saved elsewhere.
-        if unsaved := lease.gather(hurry):
-            listener.note(f"warning: {unsaved}")
+        # Files of killed workers are tidied before the last ones are saved elsewhere.
         tracking = shipping.close(hurry)
         untidy = {folder.trial(row.number) for row in rows if row.state == RUNNING}
         untidy |= {note.parent for note in folder.root.glob(f"trials/*/{GUARD_FILE}")}

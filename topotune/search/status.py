@@ -350,10 +350,9 @@ def _ship(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
     store, name = open_store(folder, folder.config()), folder.name
     shipper = Shipper(folder.root, store, folder.search_id, name)
     count = shipper.close(timeout)
-    status = shipper.status()
     text = f"{name}: {count.recorded} items recorded, {count.shipped} stored in {store.label}"
     if count.refused:
         text += f", {count.refused} refused (see refused.jsonl)"
     if count.pending:
-        text += f", {count.pending} wait: {status.last_error}"
+        text += f", {count.pending} wait: {count.last_error}"
     return text, count.complete

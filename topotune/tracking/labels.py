@@ -8,8 +8,7 @@ from pathlib import Path
 
 from topotune.tracking.entries import Start
 from topotune.tracking.naming import clean_text
-from topotune.tracking.spool import DRIVER_SPOOL
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import read_all
 
 SEARCH, METHOD, TASK = "topotune.search", "topotune.method", "topotune.task"
 MODEL, USER, VERSION = "topotune.model", "topotune.user", "topotune.version"
@@ -39,9 +38,9 @@ class Labels:
         """Those of a search's folder; empty ones where it has no record of its own yet.
 
         Raises:
-            SpoolError: the driver's spool cannot be read.
+            SpoolError: the outbox cannot be read.
         """
-        for _, entry in read_all(folder, DRIVER_SPOOL):
+        for _, entry in read_all(folder):
             if entry.trial is None and isinstance(entry.body, Start):
                 return cls.of(entry.body)
         return cls()

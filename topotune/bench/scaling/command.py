@@ -3,7 +3,7 @@ spends on each, and how many slots one driver can feed.
 
 The trials sleep instead of computing, so that a few cores can play many slots and what is measured
 is the driver's part. Everything else is real: a Ray cluster of two nodes with a token, ``topotune
-search`` as a process of its own, the study, the spools and MLflow.
+search`` as a process of its own, the study, the outbox and MLflow.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from topotune.search.study.deaths import RETRIED, Cause, Death, restarts, verdic
 from topotune.search.study.ledger import Ledger
 from topotune.search.study.store import Handout, StudyStore
 from topotune.search.view import SearchView
+from topotune.tracking.entries import Body, Entry, from_payload, to_payload
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Progress:
     """What a worker sends after each step: reports that may repeat, and perhaps the end.
 
     ``stop`` is why no trial can go on where this worker is (a full disk, a damaged checkpoint):
-    the search stops, and the trial stays to be resumed.
+    the search stops, and the trial stays to be resumed. ``entries`` are for MLflow alone.
     """
 
     reports: tuple[EpochReport, ...] = ()
@@ -44,6 +45,7 @@ class Progress:
     outcome: Outcome | None = None
     reason: str = ""
     stop: str = ""
+    entries: tuple[Body, ...] = ()
 
     def to_json(self) -> str:
         """Strict JSON."""
@@ -54,6 +56,7 @@ class Progress:
                 "outcome": self.outcome,
                 "reason": redact(self.reason),
                 "stop": redact(self.stop),
+                "entries": [to_payload(Entry(None, body)) for body in self.entries],
             },
             allow_nan=False,
         )
@@ -68,6 +71,7 @@ class Progress:
             Outcome(data["outcome"]) if data["outcome"] else None,
             data["reason"],
             data["stop"],
+            tuple(from_payload(entry).body for entry in data["entries"]),
         )
 
 
@@ -111,6 +115,7 @@ class Book:
         stopping: why the search drains; empty while it does not.
         left_running: trials in flight that were left to a resume.
         fatal: what ends the search.
+        record: called with what a worker sends, before the study takes it in.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class Book:
         self.left_running = 0
         self.shared = self.contested = False
         self.fatal: TopotuneError | None = None
+        self.record: Callable[[int, Progress], None] = lambda number, progress: None
         self._outlook = Outlook(config, finished)
 
     def take_over(self, recorded: Callable[[int], Progress]) -> None:
@@ -143,8 +149,8 @@ class Book:
         unfinished = []
         for handout in self.store.begun():
             number, spec = handout.number, handout.spec
-            progress = recorded(number)
             live = self.live[number] = _Live(spec, self.store.params(number))
+            progress = recorded(number)
             if progress.reports:
                 self.progress(number, progress)
             if live.verdict is None and live.epoch >= spec.epochs:
@@ -221,6 +227,7 @@ class Book:
     def progress(self, number: int, progress: Progress) -> bool:
         """Take a worker's step in; whether the trial may go on."""
         live = self.live[number]
+        self.record(number, progress)
         for report in progress.reports:
             if report.epoch > live.epoch and live.verdict is None:
                 # A restarted worker gives all its epochs at once, and a study that was rebuilt
@@ -295,8 +302,8 @@ class Book:
         Args:
             number: the trial.
             death: of its worker.
-            recorded: all epochs of its spool, the last of which the worker may not have told;
-                asked for where it is not tried again.
+            recorded: all epochs of its checkpoint, the last of which the worker may not have
+                reported; asked for where it is not tried again.
         """
         live = self.live[number]
         if (self.stopping or self.fatal) and death.cause in RETRIED:

@@ -9,8 +9,8 @@
       ledger.json        device seconds and wall time
       driver.lock        held by the one process that drives the search
       live.json          why trials wait and which run, while a driver lives
-      driver.spool.jsonl what the driver records for MLflow
-      trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
+      outbox.jsonl       what is recorded for MLflow, and shipped.json: how far it is sent
+      trials/0007/       checkpoints, trace and errors of trial 7, its record of the study
       code/              what was shipped with it to a cluster: the user's own modules
       sources/           which code each session ran (topotune.search.code.source)
       trials.lost/       folders of trials whose records were lost before a rebuild

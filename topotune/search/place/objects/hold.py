@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
@@ -85,11 +85,11 @@ class Hold:
             self._tenure.check()
             self._mirror.check()
 
-    def begin(self, live: Callable[[], dict[int, int]] = dict) -> None:
+    def begin(self, live: Callable[[], Iterable[int]] = tuple) -> None:
         """Save what is here, and go on doing so.
 
         Args:
-            live: the trials that are under way, and how many epochs of each were reported.
+            live: the trials that are under way.
 
         Raises:
             LeaseLostError, ResourceError: as :meth:`check`, or the store is away.
@@ -97,13 +97,9 @@ class Hold:
         if self._mirror is not None:
             self._mirror.begin(live)
 
-    def gather(self, hurry: bool) -> str:
-        """Bring here what the workers have recorded last; within seconds where there is hurry, and
-        then as :meth:`finish` where the store is away."""
-        return "" if self._mirror is None else self._mirror.gather(hurry)
-
     def finish(self, hurry: bool) -> str:
-        """Save what is left; what could not be saved and how to go on, empty if all is.
+        """Save what is left, within seconds where there is hurry; what could not be saved and how
+        to go on, empty if all is.
 
         Raises:
             LeaseLostError: another driver has taken the search over.

@@ -7,7 +7,7 @@ import re
 from topotune.search.place.output import OUTPUT_FILE
 from topotune.search.ray.watchdog import GUARD_FILE, HANG_FILE
 from topotune.search.study.trialfile import PREVIOUS_TRIAL_FILE, TRIAL_FILE
-from topotune.tracking.spool import TRIAL_SPOOL
+from topotune.tracking.progress import PROGRESS_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from topotune.train.trace import (
     RELAXATION_FILE,
@@ -86,14 +86,9 @@ def is_previous(name: str) -> bool:
 
 
 def rank(name: str) -> int:
-    """In which order files go to the store: what an epoch's checkpoint relies on, the checkpoint,
-    what says that the epoch is there, and what says how much of that was sent on."""
-    base = name.rpartition("/")[2]
-    if base == CHECKPOINT_FILE:
-        return 1
-    if base.endswith(TRIAL_SPOOL):
-        return 2
-    return 3 if base == "shipped.json" else 0
+    """In which order files go to the store: what an epoch's checkpoint relies on, then the
+    checkpoint; the outbox, then what says how much of it was sent."""
+    return int(name.rpartition("/")[2] in (CHECKPOINT_FILE, PROGRESS_FILE))
 
 
 def split_trial(name: str) -> tuple[int, str] | None:

@@ -13,8 +13,6 @@ from topotune.search.place.objects.address import store_address
 if TYPE_CHECKING:
     from topotune.search.place.objects.store import ObjectStore
 
-_IDENTITY = ("search.json", "ledger.json")
-
 
 def _open(results_dir: Path) -> ObjectStore | None:
     """The store that results are in; None of a mere folder, which needs none of its modules."""
@@ -34,7 +32,12 @@ def _ahead(results_dir: Path, name: str, store: ObjectStore) -> bool:
 
 
 def fetch_search(results_dir: Path, name: str) -> None:
-    """Bring a search's identity and ledger, if its results are in a store and it is there.
+    """Bring a search's identity and ledger, as :func:`fetch_files`."""
+    fetch_files(results_dir, name, "search.json", "ledger.json")
+
+
+def fetch_files(results_dir: Path, name: str, *files: str) -> None:
+    """Bring files that a search's driver writes, if its results are in a store and they are there.
 
     What this machine itself wrote last is here already, and may be newer.
 
@@ -44,7 +47,7 @@ def fetch_search(results_dir: Path, name: str) -> None:
     store = _open(results_dir)
     if store is None or not SAFE_NAME.fullmatch(name) or _ahead(results_dir, name, store):
         return
-    _bring(store, results_dir, (f"{name}/{file}" for file in _IDENTITY))
+    _bring(store, results_dir, (f"{name}/{file}" for file in files))
 
 
 def _bring(store: ObjectStore, results_dir: Path, files: Iterable[str]) -> None:
