@@ -28,13 +28,17 @@ from topotune.errors import ConfigError, LeaseLostError, SpoolError
 from topotune.records import EpochReport, Outcome, Value
 from topotune.redaction import redact
 from topotune.tracking.entries import (
+    Artifact,
+    Body,
     End,
+    Entry,
     Epoch,
     Metrics,
     Start,
     Tags,
     from_payload,
     items,
+    size,
 )
 from topotune.tracking.lines import MAX_LINE, decode, encode, read_chunk
 from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text
@@ -230,6 +234,25 @@ def test_of_an_ended_trial_only_its_end_is_remembered(tmp_path: Path, reopen: bo
     assert (tmp_path / OUTBOX_FILE).read_bytes() == before
     outbox.put(7, epoch(2))
     assert epochs(tmp_path) == [1, 2]
+
+
+def test_what_trials_report_is_forced_to_disk_at_their_end_and_every_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, forced, now = Outbox(tmp_path), list[int](), [0.0]
+    outbox.start(7, {}, {})
+    monkeypatch.setattr(os, "fsync", forced.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    outbox._forced = 0.0
+    for number in range(1, 5):
+        outbox.put(7, epoch(number), force=False)
+        now[0] += 0.4
+    assert len(forced) == 1  # the fourth came 1.2 s after the start
+    outbox.put(7, epoch(5), force=False)
+    assert len(forced) == 1
+    outbox.end(7, Outcome.COMPLETE)
+    assert len(forced) == 2
+    assert epochs(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_records_of_one_call_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,3 +550,22 @@ def test_a_clock_that_is_set_back_stamps_nothing_before_what_is_there(
     stamps = [entry.at for _, entry in read_all(tmp_path)]
     assert len(stamps) == 4
     assert all(before < after for before, after in pairwise(stamps))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        Start({"lr": "0.1", "eta": "1"}, {"device": "cpu"}, 1),
+        Tags({"a": "b"}, 1),
+        epoch(1),
+        Epoch(EpochReport(1, 1, {"epoch_seconds": 2.0, "loss": math.inf}, 0.1, 1)),
+        Metrics({"a": 1.0, "b": math.inf}, 0, 1),
+        Artifact("trials/0000/trace.npz", "", "00", 1),
+        End("COMPLETE", "", 1),
+    ],
+    ids=lambda body: type(body).__name__,
+)
+def test_a_record_counts_its_items(body: Body) -> None:
+    entry = Entry(7, body)
+    more = isinstance(body, Artifact | End)
+    assert size(entry) == len(list(items(entry))) + more

@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
@@ -130,10 +130,8 @@ class Item:
 
 def begun(params: Mapping[str, Value], tags: Mapping[str, str], at: int) -> Start:
     """The beginning of a run, its texts clean and without secrets."""
-    texts = {
-        name: redact(clean_text(value if isinstance(value, str) else str(value), _MAX_PARAM))
-        for name, value in params.items()
-    }
+    texts = {name: clean_text(str(value), _MAX_PARAM) for name, value in params.items()}
+    texts |= {name: redact(text) for name, text in texts.items() if isinstance(params[name], str)}
     return Start(texts, {**safe_tags(tags), OUTCOME_TAG: RUNNING}, at)
 
 
@@ -179,7 +177,20 @@ def items(entry: Entry) -> Iterator[Item]:
 
 def size(entry: Entry) -> int:
     """How much a record counts: its items, and one for an artifact or an end."""
-    return sum(1 for _ in items(entry)) + isinstance(entry.body, Artifact | End)
+    match entry.body:
+        case Start(params, tags):
+            return len(params) + len(tags)
+        case Tags(tags):
+            return len(tags)
+        case Epoch(report):
+            own = {"optimizer_step", "epoch_seconds"}
+            return len(own | report.metrics.keys())
+        case Metrics(values):
+            return len(values)
+        case Artifact():
+            return 1
+        case End():
+            return 3
 
 
 def _tag_items(tags: Mapping[str, str]) -> Iterator[Item]:
@@ -202,7 +213,7 @@ def to_payload(entry: Entry) -> dict[str, Any]:
     payload: dict[str, Any] = {"kind": type(body).__name__.lower(), "trial": entry.trial}
     if isinstance(body, Epoch):
         return payload | {"report": body.report.to_dict()}
-    payload |= asdict(body)
+    payload |= vars(body)
     if isinstance(body, Metrics):
         payload["values"] = pack_metrics(body.values)
     return payload

@@ -183,7 +183,7 @@ def check_writable(results_dir: Path) -> None:
 
 
 def refuse_sqlite(config: SearchConfig, hosts: int, grows: bool) -> None:
-    """Refuse files of SQLite on a cluster of several machines.
+    """Refuse stores in files of one machine on a cluster of several.
 
     Raises:
         ConfigError: as :func:`sqlite_refusals` gives it.
@@ -197,7 +197,7 @@ def sqlite_refusals(
     study: str | None, tracking: str | None, hosts: int, grows: bool
 ) -> list[ConfigError]:
     """Why these stores do not serve a cluster: over a network file system files of SQLite are
-    damaged, and on one machine's disk the next driver may not find them.
+    damaged, and on one machine's disk the next driver may not find a file at all.
 
     Args:
         study: address of the study's database; None for a file beside the search.
@@ -208,13 +208,13 @@ def sqlite_refusals(
     if hosts < 2 and not grows:
         return []
     size = "that grows" if grows else f"of {hosts} machines"
-    beside = f"would be a SQLite file, on a cluster {size}"
+    on = f"on a cluster {size}"
     refusals = []
     if not (study or "").startswith("postgresql"):
         refusals.append(
             ConfigError(
                 STUDY_URI,
-                f"is not set, so that the study {beside}",
+                f"is not set, so that the study would be a file of one machine, {on}",
                 "Set it to a PostgreSQL database, postgresql://USER@HOST/DATABASE (a new search "
                 "needs that: an existing study does not move by itself)",
             )
@@ -223,7 +223,7 @@ def sqlite_refusals(
         refusals.append(
             ConfigError(
                 TRACKING_URI,
-                f"names no server, so that the MLflow store {beside}",
+                f"names no server, so that the MLflow store would be a SQLite file, {on}",
                 "Start 'mlflow server' and set it to http://HOST:5000",
             )
         )

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from topotune.config.models import SearchConfig
@@ -76,10 +77,7 @@ def budget_text(config: SearchConfig) -> str:
 
 def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
     """The present leaderboard of a search, from its study."""
-    from topotune.search.study.ledger import read_ledger
-
-    rows = summaries(folder, config, read_ledger(folder.ledger)["trials"])
-    return Leaderboard.of(rows, config.name, objectives(config))
+    return Leaderboard.of(summaries(folder, config), config.name, objectives(config))
 
 
 def recorded(folder: Path, spec: TrialSpec) -> Progress:
@@ -105,6 +103,7 @@ class Recorder:
         config: the search.
         fence: called before its thread writes; raises if another driver has taken the search over.
         files: brings trials' files here that are elsewhere, and is told what is deleted.
+        rows: all trials' rows as the driver has them; those of the study on disk by default.
     """
 
     def __init__(
@@ -113,7 +112,9 @@ class Recorder:
         config: SearchConfig,
         fence: Callable[[], None] = lambda: None,
         files: TrialFiles | None = None,
+        rows: Callable[[], list[TrialSummary]] | None = None,
     ) -> None:
+        self._rows = rows or partial(summaries, folder, config)
         self._folder, self._config, self._fence = folder, config, fence
         self._files = AllHere() if files is None else files
         self._outbox = Outbox(folder.root, fence)
@@ -159,7 +160,7 @@ class Recorder:
 
     def progress(self, number: int, progress: Progress) -> None:
         """Record what a trial's worker sends; what is recorded is ignored."""
-        self._outbox.put(number, *progress.entries, *map(Epoch, progress.reports))
+        self._outbox.put(number, *progress.entries, *map(Epoch, progress.reports), force=False)
 
     def recover(
         self,
@@ -189,8 +190,8 @@ class Recorder:
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
-        self._record_end(row)
         self._record_best(row)
+        self._record_end(row)
         self._work.put(row)
 
     def _record_end(self, row: TrialSummary) -> None:
@@ -206,14 +207,14 @@ class Recorder:
 
     def _record_best(self, row: TrialSummary) -> None:
         """The best so far in each objective, with the number of trials that have ended, this one
-        among them, as its step."""
+        among them, as its step. Forced to disk with the trial's end, which follows."""
         self._ended += 1
         if row.state == Outcome.COMPLETE and not row.violated:
             for objective, value in zip(self._config.objective, row.values, strict=False):
                 name = f"best_{objective.metric}"
                 better = max if objective.direction == "maximize" else min
                 self._best[name] = better(self._best.get(name, value), value)
-        self._outbox.metrics(None, self._best, self._ended, now_ms())
+        self._outbox.metrics(None, self._best, self._ended, now_ms(), force=False)
 
     def drop(self) -> None:
         """Finish what the thread is at and leave the rest: another driver records from here on."""
@@ -257,7 +258,9 @@ class Recorder:
                 self._finish_trial(row)
                 self._filed += 1
                 if self._filed % LEADERBOARD_EVERY == 1 and (began := time.monotonic()) >= again:
-                    self._renew(leaderboard(self._folder, self._config), RUNNING)
+                    config = self._config
+                    board = Leaderboard.of(self._rows(), config.name, objectives(config))
+                    self._renew(board, RUNNING)
                     now = time.monotonic()
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search

@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL, make_url
 from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError
 from topotune.redaction import SHORTEST, redact
-from topotune.search.place.folder import SearchFolder
+from topotune.search.place.folder import STUDY_FILE, SearchFolder
 from topotune.settings import STUDY_URI, TRACKING_URI
 from topotune.tracking.store import DEFAULT_EXPERIMENT, check_tracking_uri
 
@@ -112,7 +112,7 @@ def check_addresses(config: SearchConfig, results_dir: Path) -> None:
 def study_place(folder: SearchFolder, config: SearchConfig) -> str:
     """Where the study is, in words for a person: a path, or an address without secrets."""
     url = study_uri(config)
-    return str(folder.root / "study.db") if url is None else public_study(url)
+    return str(folder.root / STUDY_FILE) if url is None else public_study(url)
 
 
 def public_study(url: URL) -> str:

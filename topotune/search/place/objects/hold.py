@@ -13,8 +13,8 @@ from topotune.search.place.folder import SearchFolder
 from topotune.search.place.lease import Lease, lease_holder
 from topotune.search.place.objects.address import StoreAddress, store_address
 from topotune.search.place.objects.files import AllHere, TrialFiles
+from topotune.search.study.database import OPENING_SECONDS
 from topotune.search.study.patience import Patience
-from topotune.search.study.storage import OPENING_SECONDS
 from topotune.search.view import Listener
 from topotune.settings import STUDY_URI, TRACKING_URI
 
