@@ -37,10 +37,11 @@ from topotune.records import (
 )
 from topotune.tasks.base import DataOptions
 from topotune.tracking.entries import Metrics, Start
+from topotune.train.assemble import check_buildable
 from topotune.train.checkpoint import CheckpointStore
 from topotune.train.record import TrialRecord
 from topotune.train.trace import TRACE_FILE, read_columns
-from topotune.train.trial import open_trial, preflight, run_trial
+from topotune.train.trial import open_trial, run_trial
 from topotune.train.weights import evaluate_test, load_weights
 
 
@@ -335,7 +336,7 @@ def test_bad_input_is_refused_before_and_at_the_start(
     changes: dict[str, Any], error: type[UserError], text: str, tmp_path: Path
 ) -> None:
     spec = blobs_spec(**changes)
-    for start in (preflight, open_trial):
+    for start in (check_buildable, open_trial):
         with pytest.raises(error) as caught:
             start(spec)
         assert text in str(caught.value)
@@ -345,6 +346,6 @@ def test_preflight_accepts_what_trains_and_draws_nothing() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    preflight(blobs_spec())
-    preflight(blobs_spec(device="cuda:99"), check_device=False)
+    check_buildable(blobs_spec())
+    check_buildable(blobs_spec(device="cuda:99"), check_device=False)
     assert torch.equal(torch.rand(2), expected)
