@@ -48,16 +48,7 @@ GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
-KNOWN_CIRCLES: set[str] = {
-    "search.drive.book",
-    "search.drive.outlook",
-    "search.place.folder",
-    "search.place.objects.layout",
-    "search.place.objects.mirror",
-    "search.place.objects.pull",
-    "search.place.objects.replica",
-    "search.study.trialfile",
-}
+KNOWN_CIRCLES: set[str] = set()
 """To be opened, one after the other."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import shutil
@@ -22,7 +21,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from tests.search_cases import Desk, make_config
+from tests.search_cases import Desk, edit_note, make_config
 from topotune.cli.main import app, main
 from topotune.config.models import SearchConfig
 from topotune.errors import (
@@ -110,7 +109,7 @@ def test_a_name_cannot_leave_the_results_folder(tmp_path: Path, name: str) -> No
         make_config(name=name)
 
 
-@pytest.mark.parametrize("place", ["trials", "trials/0001", "trials/0000/x", "ledger.json", "x"])
+@pytest.mark.parametrize("place", ["trials", "trials/0001", "trials/0000/x", "study.jsonl", "x"])
 def test_links_inside_a_search_are_refused(tmp_path: Path, place: str) -> None:
     results, outside = tmp_path / "results", tmp_path / "outside"
     folder = Desk(results, make_config()).folder
@@ -219,22 +218,12 @@ def test_a_study_of_others_is_checked(tmp_path: Path) -> None:
     desk = Desk(tmp_path, make_config())
     desk.run()
     assert len(desk.rows()) == 6
-    (end,) = sql(desk, f"SELECT value_json FROM trial_user_attributes {OF_TRIAL_2}")[0]
-    good = json.loads(end)
+    good = desk.stored()[2].user_attrs["end"]
     endless = {**good, "metrics": {"val_accuracy": 10**400}}
     for damaged in ({**good, "reason": 5}, {**good, "metrics": [1]}, endless, [good]):
-        text = json.dumps(damaged)
-        sql(desk, f"UPDATE trial_user_attributes SET value_json = ? {OF_TRIAL_2}", text)
+        edit_note(desk.folder, 2, "end", damaged)
         with pytest.raises(SearchFolderError, match="record of trial 2 is damaged"):
             desk.rows()
-
-
-OF_TRIAL_2 = "WHERE key = 'end' AND trial_id = (SELECT trial_id FROM trials WHERE number = 2)"
-
-
-def sql(desk: Desk, statement: str, *values: str) -> list[Any]:
-    with closing(sqlite3.connect(desk.folder.root / "study.db")) as connection, connection:
-        return connection.execute(statement, values).fetchall()
 
 
 def test_what_a_terminal_would_obey_is_shown_instead(

@@ -18,14 +18,20 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.fuzz.inputs import Mutator, checked_lines, records, space_files, trial_record
+from tests.fuzz.inputs import (
+    Mutator,
+    checked_lines,
+    journal,
+    records,
+    space_files,
+    study_records,
+)
 from topotune.config.file import load_spec, parse_search, parse_yaml
 from topotune.errors import TopotuneError
 from topotune.records import TrialSpec
 from topotune.results.yamltext import dump_yaml
-from topotune.search.place.folder import SearchFolder
-from topotune.search.study.ledger import read_ledger
-from topotune.search.study.trialfile import TRIAL_FILE, read_copies
+from topotune.search.place.folder import LAYOUT, STUDY_FILE, SearchFolder
+from topotune.search.study.rows import read_study
 from topotune.tracking.entries import Tags, items
 from topotune.tracking.outbox import OUTBOX_FILE, Outbox, read_all
 from topotune.tracking.progress import Progress, Refused
@@ -108,35 +114,26 @@ def read_outbox(data: bytes, folder: Path) -> None:
         raise AssertionError("the record that was appended is not read")
 
 
-def read_record(data: bytes, folder: Path) -> None:
-    """A trial's own record of the study; a damaged one is as none."""
-    path = folder / "trials" / "0000" / TRIAL_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    for copy in read_copies(folder).values():
-        copy.to_payload()
+def read_journal(data: bytes, folder: Path) -> None:
+    """A study, whose records may be anything that JSON can say."""
+    home = SearchFolder(folder / "journal")
+    home.root.mkdir(exist_ok=True)
+    (home.root / STUDY_FILE).write_bytes(data)
+    config = parse_search({**_plain(space_files()[0]), "name": "fuzz"}, "seed", {})
+    for row in read_study(home, config)[0]:
+        row.to_json()
 
 
 def read_small_files(data: bytes, folder: Path) -> None:
-    """Identity, ledger and the shipper's files of a results folder."""
+    """Identity and the shipper's files of a results folder."""
     root = folder / "demo"
     root.mkdir(exist_ok=True)
-    for name in ("search.json", "ledger.json", "shipped.json", "refused.jsonl"):
+    for name in ("search.json", "shipped.json", "refused.jsonl"):
         (root / name).write_bytes(data)
     len(Refused(root))
     progress = Progress(root, "store")
     progress.save()
-    errors: list[TopotuneError] = []
-    for read in (
-        lambda: SearchFolder.open(folder, "demo").config(),
-        lambda: read_ledger(root / "ledger.json"),
-    ):
-        try:
-            read()
-        except TopotuneError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    SearchFolder.open(folder, "demo").config()
 
 
 def _named(data: bytes) -> tuple[Any, str, Any]:
@@ -148,7 +145,7 @@ TARGETS: Mapping[str, tuple[Callable[[bytes, Path], None], float]] = {
     "search file": (read_search, 0.35),
     "exported config": (read_spec, 0.15),
     "outbox": (read_outbox, 0.25),
-    "trial record": (read_record, 0.05),
+    "study": (read_journal, 0.05),
     "results folder": (read_small_files, 0.2),
 }
 """Reader and its share of the inputs."""
@@ -215,14 +212,16 @@ def _peak_mb() -> float:
 def _maker(target: str, mutator: Mutator) -> Callable[[], bytes]:
     """Makes the next input of a target: a seed broken by bytes, or by structure."""
     pick = mutator.random.choice
-    if target in ("outbox", "trial record"):
-        payloads = records() if target == "outbox" else [trial_record()]
-        plain = checked_lines(payloads)
+    if target in ("outbox", "study"):
+        payloads, lines = records(), checked_lines
+        if target == "study":
+            payloads, lines = study_records(), journal
+        plain = lines(payloads)
 
         def make_lines() -> bytes:
             if mutator.random.random() < 0.4:
                 return mutator.damage(plain, plain)
-            return checked_lines([mutator.reshape(payload) for payload in payloads])
+            return lines([mutator.reshape(payload) for payload in payloads])
 
         return make_lines
     seeds: list[tuple[bytes, Any]]
@@ -252,8 +251,7 @@ def _plain(raw: bytes) -> Any:
 def _small_files() -> list[Any]:
     config = parse_search(_plain(space_files()[0]), "seed", {}).model_dump(mode="json")
     return [
-        {"search_id": "0" * 32, "config": config},
-        {"wall_seconds": 1.5, "trials": {"0": 1.25, "7": 2.0}},
+        {"layout": LAYOUT, "search_id": "0" * 32, "config": config},
         {
             "store": "store",
             "offset": 100,

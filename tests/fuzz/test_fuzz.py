@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.inputs import Mutator, checked_lines, records, space_files, trial_record
+from tests.fuzz.inputs import (
+    Mutator,
+    checked_lines,
+    journal,
+    records,
+    space_files,
+    study_records,
+)
 from tests.fuzz.readers import TARGETS, run, table, try_one
 from tests.tables import text
 from topotune.config.file import MAX_BYTES
-from topotune.search.study.trialfile import read_copies
 from topotune.tracking.outbox import OUTBOX_FILE, read_all
 
 SPEC = b"task: digits\nmethod: adam\nepochs: 3\nseed: 1\n"
@@ -33,7 +39,6 @@ ONCE_FAILED = [
     ("search file", SPACE.replace(b"LOW", b"-1" + b"0" * 320)),
     ("search file", SPACE.replace(b"LOW", b"0") + b"fixed: {eta: .nan}\n"),
     ("search file", SPACE.replace(b"LOW", b"0").replace(b"trials: 1", b"wall_clock: .inf")),
-    ("results folder", b'{"wall_seconds": 1' + b"0" * 330 + b', "trials": {}}'),
     ("results folder", b'{"store": "store", "offset": Infinity, "crc": 0}'),
     (
         "results folder",
@@ -77,12 +82,12 @@ def test_what_once_failed_is_refused(target: str, data: bytes, tmp_path: Path) -
     assert not try_one(target, data, tmp_path)
 
 
-def test_a_trial_record_that_once_failed_is_as_none(tmp_path: Path) -> None:
-    record = {**trial_record(), "values": [10**400]}
-    assert try_one("trial record", checked_lines([record]), tmp_path)
-    assert read_copies(tmp_path) == {}
-    assert try_one("trial record", checked_lines([trial_record()]), tmp_path)
-    assert list(read_copies(tmp_path)) == [0]
+def test_a_study_of_records_that_optuna_stumbles_over_is_refused(tmp_path: Path) -> None:
+    assert try_one("study", journal(study_records()), tmp_path)
+    for place, change in ((4, {"distribution": "{"}), (11, {"values": [10**400]}), (0, {"x": 1})):
+        lines = study_records()
+        lines[place] |= change
+        assert try_one("study", journal(lines), tmp_path) == ("x" in change)
 
 
 def test_the_fuzzer_finds_a_reader_that_breaks(

@@ -334,11 +334,11 @@ def test_a_write_that_is_fenced_off_leaves_all_as_it_was(tmp_path: Path) -> None
     def lost() -> None:
         raise LeaseLostError("another driver")
 
-    path = tmp_path / "ledger.json"
+    path = tmp_path / "live.json"
     path.write_text("theirs")
     with pytest.raises(LeaseLostError):
         write_atomically(path, b"ours", tmp_path / "previous", lost)
-    assert [p.name for p in tmp_path.iterdir()] == ["ledger.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["live.json"]
     assert path.read_text() == "theirs"
 
 

@@ -40,6 +40,7 @@ from topotune.search.ray.worker import TrialActor, trial_config
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import public
 from topotune.search.study.patience import Patience
+from topotune.search.study.store import StudyStore
 from topotune.search.view import SilentListener
 from topotune.train.trial import TIMING_METRICS
 
@@ -101,11 +102,11 @@ def test_what_the_driver_writes_goes_and_what_workers_write_comes(
     (one.root / "search.json").write_text("{}")
     one.begin(lambda: live)
     assert store.read("demo/search.json") == b"{}"
-    (home / "trial.jsonl").write_text("handed out")
+    (home / "crash-1.txt").write_text("handed out")
     (one.root / "driver.lock").write_text("stays here")
-    (one.root / "ledger.json").write_text("one")
-    _wait(lambda: store.read("demo/trials/0003/trial.jsonl") == b"handed out")
-    _wait(lambda: store.read("demo/ledger.json") == b"one")
+    (one.root / "study.jsonl").write_text("one")
+    _wait(lambda: store.read("demo/trials/0003/crash-1.txt") == b"handed out")
+    _wait(lambda: store.read("demo/study.jsonl") == b"one")
     for name in ("error.txt", "checkpoint.pt", "trace/epoch-00001.npz"):
         store.write(f"demo/trials/0003/{name}", b"of a worker")
     one.fetch(3)
@@ -125,8 +126,8 @@ def test_what_the_driver_writes_goes_and_what_workers_write_comes(
     assert one.finish(hurry=False) == ""
     one.close()
     assert set(store.objects("demo")) == {
-        *("driver.claim", "search.json", "ledger.json", "leaderboard.md"),
-        *("trials/0003/trial.jsonl", "trials/0003/trace.npz", "trials/0003/error.txt"),
+        *("driver.claim", "search.json", "study.jsonl", "leaderboard.md"),
+        *("trials/0003/crash-1.txt", "trials/0003/trace.npz", "trials/0003/error.txt"),
     }
 
     monkeypatch.setenv(SCRATCH, str(tmp_path / "two"))
@@ -134,17 +135,17 @@ def test_what_the_driver_writes_goes_and_what_workers_write_comes(
     two.open()
     assert (two.root / "leaderboard.md").read_text() == "final"
     assert (two.root / "trials" / "0003" / "trace.npz").read_text() == "joined"
-    (two.root / "ledger.json").write_text("two")
+    (two.root / "study.jsonl").write_text("two")
     two.begin(dict)
     monkeypatch.setenv(SCRATCH, str(tmp_path / "one"))
-    (one.root / "ledger.json").write_text("of the past")
+    (one.root / "study.jsonl").write_text("of the past")
     with pytest.raises(LeaseLostError, match="demo was taken over by pid"):
         one.finish(hurry=False)
-    assert store.read("demo/ledger.json") == b"two"
+    assert store.read("demo/study.jsonl") == b"two"
     two.close()
     again = _mirror(place)  # the first machine, behind by now
     again.open()
-    assert (again.root / "ledger.json").read_text() == "two"
+    assert (again.root / "study.jsonl").read_text() == "two"
     again.close()
 
 
@@ -190,7 +191,7 @@ def test_a_driver_that_lost_the_search_in_the_store_is_told(
     one.begin(dict)
     one.check()
     ObjectStore(StoreAddress.parse(place)).write("demo/driver.claim", b'{"pid": 7, "host": "far"}')
-    (one.root / "ledger.json").write_text("x")
+    (one.root / "study.jsonl").write_text("x")
 
     def told() -> bool:
         try:
@@ -200,7 +201,7 @@ def test_a_driver_that_lost_the_search_in_the_store_is_told(
         return False
 
     _wait(told)
-    assert ObjectStore(StoreAddress.parse(place)).read("demo/ledger.json") is None
+    assert ObjectStore(StoreAddress.parse(place)).read("demo/study.jsonl") is None
     one.close()
 
 
@@ -342,9 +343,12 @@ def test_a_search_is_found_by_any_machine_with_little_of_it_brought(
         (folder.trial(0)).mkdir()
         (folder.root / "leaderboard.md").write_text("large")
         hold.begin()
-        (folder.trial(0) / "trial.jsonl").write_text("newer than the store")
+        store = StudyStore(folder, config)
+        assert store.next() is not None
+        store.close()
+        (folder.trial(0) / "crash-1.txt").write_text("newer than the store")
         assert "nothing" in status.printed(results, "demo", 0)
-        assert (folder.trial(0) / "trial.jsonl").read_text() == "newer than the store"
+        assert (folder.trial(0) / "crash-1.txt").read_text() == "newer than the store"
         assert "pid" in str(holder(folder, config))
         with pytest.raises(SearchFolderError, match="is being driven by"):
             status.sync(results, "demo", 1.0)

@@ -247,9 +247,9 @@ def test_an_address_of_google_is_one_of_arrows_own_filesystem() -> None:
 
 def test_every_file_has_one_writer() -> None:
     driver = (
-        *("search.json", "search.yaml", "ledger.json", "outbox.jsonl", "leaderboard.json"),
+        *("search.json", "search.yaml", "study.jsonl", "outbox.jsonl", "leaderboard.json"),
         *("leaderboard.md", "history.png", "curves.png", "shipped.json", "refused.jsonl"),
-        *("trials/0007/trial.jsonl", "trials/0007/trace.npz"),
+        "trials/0007/trace.npz",
         *("trials/0007/relaxation.npz", "trials/0007/crash-1.txt"),
         *("trials.lost/0003-1/trace/epoch-00001.npz", "sources/1/git.diff"),
         *("sources/1/source.json", "sources/1/code/own_parts/inner.py"),
@@ -259,9 +259,15 @@ def test_every_file_has_one_writer() -> None:
         *("trace/epoch-00001.npz", "relaxation/epoch-00002.npz", "output.txt"),
     )
     nobody = (
-        *("driver.lock", ".shipper.lock", ".shipped.json.12.tmp", "ledger.previous.json"),
-        *("ledger.json.partial", "study.db", "study.db-wal", "driver.claim", "../search.json"),
-        *("trials/0007/checkpoint.previous.pt", "trials/0007/trial.previous.jsonl"),
+        *("driver.lock", ".shipper.lock", ".shipped.json.12.tmp", "study.db"),
+        *(
+            "live.json.partial",
+            "study.copy.jsonl",
+            "study.damaged-1.jsonl",
+            "driver.claim",
+            "../search.json",
+        ),
+        "trials/0007/checkpoint.previous.pt",
         *("trials/0007/hang.txt", "trials/0007/trace.used/epoch-00001.npz", "/etc/passwd"),
         *("trials/0007/worker.claim", "trials/0007/checkpoint.pt.partial", "a/../../b"),
     )

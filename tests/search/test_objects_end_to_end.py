@@ -209,9 +209,9 @@ def _go_on(cluster: Cluster, trained: Path) -> None:
     names = set(cluster.store.objects("far"))
     checkpoints = {f"trials/{n:04d}/checkpoint.pt" for n in (0, 1)} & names
     assert checkpoints == {f"trials/{board['best']:04d}/checkpoint.pt"}
-    wanted = {"search.json", "ledger.json", "leaderboard.json", "outbox.jsonl"}
+    wanted = {"search.json", "study.jsonl", "leaderboard.json", "outbox.jsonl"}
     assert wanted <= names
-    assert {f"trials/{n:04d}/{f}" for n in (0, 1) for f in ("trial.jsonl", "trace.npz")} <= names
+    assert {f"trials/{n:04d}/{f}" for n in (0, 1) for f in ("trace.npz", "trace.png")} <= names
     assert not [name for name in names if "/trace/" in name]
     assert not [name for name in names if name.endswith((".previous.pt", ".lock", ".partial"))]
 

@@ -36,8 +36,8 @@ from topotune.search.ray.session import RaySession
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.search.status import is_finished
 from topotune.search.study.address import remembered_study, study_place
+from topotune.search.study.database import check_study
 from topotune.search.study.patience import Patience
-from topotune.search.study.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
 from topotune.tracking.entries import RUNNING
 
@@ -315,10 +315,10 @@ def _run(
     gpus = workers.gpus if workers else 0.0
     # All that writes asks the lease before each change: a driver that was suspended while another
     # took the search over finds that out before it damages anything.
-    ledger = Ledger(folder.ledger, gpus or 1.0, lease.check)
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
-    recorder = Recorder(folder, config, lease.check, lease.files)
+    ledger = Ledger(store.spent(), store.keep_spent, gpus or 1.0)
+    recorder = Recorder(folder, config, lease.check, lease.files, lambda: store.rows(ledger.trials))
     # The code is on record before any of it runs.
     kept = keep(folder, workers.source) if workers else []
     before = store.rows(ledger.trials)
@@ -337,7 +337,7 @@ def _run(
     interrupts.drain(book)
     patience.fence = lease.check
     patience.stopping = lambda: book.stopping
-    patience.waiting = lambda: ledger.tick(book.holding)  # workers hold their devices meanwhile
+    patience.waiting = lambda: ledger.charge(book.holding)  # workers hold devices meanwhile
     with Shipping(folder, config, listener) as shipping:
         recorder.start(
             {

@@ -219,7 +219,7 @@ def _storage(storage: str, probe: str) -> str:
 
 
 def _study(address: str | None) -> str:
-    return try_database(address) if address else "a SQLite file beside each search"
+    return try_database(address) if address else "a file beside each search"
 
 
 def _tracking(address: str | None) -> str:

@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from topotune.config.models import SearchConfig
+from topotune.config.rules import planned_trials
 from topotune.errors import ConfigError, RunError, TopotuneError, did_you_mean
 from topotune.records import (
     EpochReport,
@@ -28,7 +29,7 @@ from topotune.search.drive.outlook import Outlook
 from topotune.search.study.deaths import RETRIED, Cause, Death, restarts, verdict
 from topotune.search.study.ledger import Ledger
 from topotune.search.study.store import Handout, StudyStore
-from topotune.search.view import SearchView
+from topotune.search.view import RunningTrial, SearchView
 from topotune.tracking.entries import Body, Entry, from_payload, to_payload
 
 
@@ -169,7 +170,9 @@ class Book:
             return Turn.END
         if over := self._over_budget():
             # Trials that an earlier session left running can have no more time either.
-            for row in self.store.close_orphans(Outcome.PRUNED, over, self.ledger.trials):
+            closed = self.store.close_orphans(Outcome.PRUNED, over, self.ledger.trials)
+            self.store.commit(force=True)
+            for row in closed:
                 self._close(row)
             return Turn.END
         # Trials that share a GPU would never leave it to the one that waits for a whole one.
@@ -178,6 +181,7 @@ class Book:
         handout = self.store.next()
         if handout is None:
             return Turn.END
+        self.store.commit()
         self.live[handout.number] = _Live(handout.spec, self.store.params(handout.number))
         if handout.alone:
             self._part(handout.number)
@@ -226,8 +230,13 @@ class Book:
 
     def progress(self, number: int, progress: Progress) -> bool:
         """Take a worker's step in; whether the trial may go on."""
-        live = self.live[number]
         self.record(number, progress)
+        goes_on = self._progress(self.live[number], number, progress)
+        if goes_on:  # else nothing is done before end() commits it
+            self.store.commit()
+        return goes_on
+
+    def _progress(self, live: _Live, number: int, progress: Progress) -> bool:
         for report in progress.reports:
             if report.epoch > live.epoch and live.verdict is None:
                 # A restarted worker gives all its epochs at once, and a study that was rebuilt
@@ -296,8 +305,8 @@ class Book:
         """A trial's worker died; a line on whether it is tried again.
 
         Deaths are counted in the study, each cause for itself, so that a resumed search goes on
-        counting; while the search stops nothing is counted, as it ends workers itself. Whoever
-        restarts workers asks :meth:`over` first.
+        counting; while the search stops nothing is counted, as it ends workers itself. Ask
+        :meth:`over` before a worker is started again.
 
         Args:
             number: the trial.
@@ -310,6 +319,7 @@ class Book:
             live.left_running = True
             return f"trial {number} is cut short; a resume goes on from its last epoch"
         times = self.store.count_death(number, death.cause)[death.cause]
+        self.store.commit()
         left = restarts(self.config.budget, death.cause) - times
         if left < 0:
             for report in recorded():
@@ -346,12 +356,12 @@ class Book:
         if live is None:
             return None
         unfinished = live.left_running or self.stopping or self.fatal
-        if live.verdict is None and not error and unfinished:
-            self.left_running += 1
-            del self.live[number]
-            return None
-        if live.verdict is None and not error and live.handed_back:
-            self.store.hand_back(number)
+        if live.verdict is None and not error and (unfinished or live.handed_back):
+            if unfinished:
+                self.left_running += 1
+            else:
+                self.store.hand_back(number)
+            self.store.commit()
             del self.live[number]
             return None
         outcome, reason = live.verdict or (Outcome.FAILED, error or "the worker ended early")
@@ -359,6 +369,7 @@ class Book:
             outcome, reason = Outcome.FAILED, f"ended after epoch {live.epoch} without a reason"
         seconds = self.ledger.trials.get(number, 0.0)
         row = self.store.finish(number, outcome, reason, live.metrics, live.epoch, seconds)
+        self.store.commit(force=True)  # its records follow, and checkpoints go
         del self.live[number]
         self._close(row)
         return row
@@ -368,5 +379,37 @@ class Book:
         self._ended(row)
 
     def view(self, phase: str, waiting: str = "", tracking: str = "") -> SearchView:
-        """A snapshot to show; see :meth:`topotune.search.drive.outlook.Outlook.view`."""
-        return self._outlook.view(self, phase, waiting, tracking)
+        """A snapshot to show.
+
+        Args:
+            phase: "starting", "running", "draining" or "done".
+            waiting: why something waits; empty if nothing does.
+            tracking: one line on the tracking server.
+        """
+        names = [objective.metric for objective in self.config.objective]
+        running = tuple(
+            RunningTrial(
+                number,
+                live.epoch,
+                tuple(live.metrics.get(name) for name in names),
+                live.params,
+                number in self.holding,
+            )
+            for number, live in self.live.items()
+        )
+        left = self.store.left
+        return SearchView(
+            name=self.config.name,
+            phase=phase,
+            counts={**self._outlook.counts, "RUNNING": len(self.holding)},
+            total=planned_trials(self.config),
+            epochs=self.config.budget.epochs,
+            front=tuple(self._outlook.front),
+            running=running,
+            device_seconds=self.ledger.device_seconds,
+            wall_seconds=self.ledger.wall_seconds,
+            eta_seconds=None if left is None else self._outlook.eta(left + len(running) / 2),
+            waiting=waiting,
+            tracking=tracking,
+            objectives=self._outlook.objectives,
+        )

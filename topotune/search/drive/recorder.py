@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from topotune.config.models import SearchConfig
@@ -76,10 +77,7 @@ def budget_text(config: SearchConfig) -> str:
 
 def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
     """The present leaderboard of a search, from its study."""
-    from topotune.search.study.ledger import read_ledger
-
-    rows = summaries(folder, config, read_ledger(folder.ledger)["trials"])
-    return Leaderboard.of(rows, config.name, objectives(config))
+    return Leaderboard.of(summaries(folder, config), config.name, objectives(config))
 
 
 def recorded(folder: Path, spec: TrialSpec) -> Progress:
@@ -106,6 +104,7 @@ class Recorder:
         config: the search.
         fence: called before its thread writes; raises if another driver has taken the search over.
         files: brings trials' files here that are elsewhere, and is told what is deleted.
+        rows: all trials' rows as the driver has them; those of the study on disk by default.
     """
 
     def __init__(
@@ -114,7 +113,9 @@ class Recorder:
         config: SearchConfig,
         fence: Callable[[], None] = lambda: None,
         files: TrialFiles | None = None,
+        rows: Callable[[], list[TrialSummary]] | None = None,
     ) -> None:
+        self._rows = rows or partial(summaries, folder, config)
         self._folder, self._config, self._fence = folder, config, fence
         self._files = AllHere() if files is None else files
         self._outbox = Outbox(folder.root, fence)
@@ -258,7 +259,9 @@ class Recorder:
                 self._finish_trial(row)
                 self._filed += 1
                 if self._filed % LEADERBOARD_EVERY == 1 and (began := time.monotonic()) >= again:
-                    self._renew(leaderboard(self._folder, self._config), RUNNING)
+                    config = self._config
+                    board = Leaderboard.of(self._rows(), config.name, objectives(config))
+                    self._renew(board, RUNNING)
                     now = time.monotonic()
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search

@@ -14,8 +14,8 @@ Only the layer here knows of objects: everything else reads and writes those fol
 =========  ========================================================================================
 worker     of its trial: ``checkpoint.pt``, ``error.txt``, ``guard.txt``, ``output.txt``, and the
            chunks under ``trace/`` and ``relaxation/``
-driver     everything else: ``search.json``, ``search.yaml``, ``ledger.json``, ``outbox.jsonl``, the
-           leaderboard's files, ``shipped.json``, ``refused.jsonl``; of a trial ``trial.jsonl``,
+driver     everything else: ``search.json``, ``search.yaml``, ``study.jsonl``, ``outbox.jsonl``, the
+           leaderboard's files, ``shipped.json``, ``refused.jsonl``; of a trial
            ``crash-N.txt`` and the joined traces with their pictures. It also deletes a worker's
            files when the worker is done: checkpoints that are not among the best, chunks that are
            joined, a crash note that is read

@@ -16,8 +16,8 @@ from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.place.shipping import tracking_uri
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import study_place, study_uri
+from topotune.search.study.database import OPENING_SECONDS
 from topotune.search.study.patience import Patience
-from topotune.search.study.storage import OPENING_SECONDS
 from topotune.search.view import Listener
 
 if TYPE_CHECKING:

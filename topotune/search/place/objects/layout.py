@@ -6,7 +6,6 @@ import re
 
 from topotune.search.place.output import OUTPUT_FILE
 from topotune.search.ray.watchdog import GUARD_FILE, HANG_FILE
-from topotune.search.study.trialfile import PREVIOUS_TRIAL_FILE, TRIAL_FILE
 from topotune.tracking.progress import PROGRESS_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from topotune.train.trace import (
@@ -23,9 +22,9 @@ _SAFE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _NAME = re.compile(rf"(?:{_SAFE}/){{0,9}}{_SAFE}")
 _TRIAL = re.compile(r"trials/([0-9]{4,7})/(.+)")
 _CRASHED = re.compile(r"crash-[0-9]+\.txt")
-_PREVIOUS = {"ledger.previous.json", PREVIOUS_TRIAL_FILE, PREVIOUS_FILE}
+_PREVIOUS = {PREVIOUS_FILE}
 _STAYS = {*_PREVIOUS, "driver.lock", HANG_FILE, DRIVER_CLAIM, WORKER_CLAIM}
-_DRIVERS = {TRIAL_FILE, TRACE_FILE, RELAXATION_FILE}
+_DRIVERS = {TRACE_FILE, RELAXATION_FILE}
 """The driver's files in a trial's folder."""
 _CHUNKS = (f"{TRACE_FOLDER}/", f"{RELAXATION_FOLDER}/")
 
@@ -45,7 +44,7 @@ def of_driver(name: str) -> bool:
     if not belongs(name) or base in _STAYS or base.endswith((".partial", ".tmp")):
         return False
     if name.startswith(("study.", "mlflow/")):
-        return False
+        return name == "study.jsonl"  # of one in PostgreSQL, which can be built again from it
     trial = _TRIAL.fullmatch(name)
     if trial is None:
         return not name.startswith("trials/")

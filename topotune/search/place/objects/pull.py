@@ -32,8 +32,8 @@ def _ahead(results_dir: Path, name: str, store: ObjectStore) -> bool:
 
 
 def fetch_search(results_dir: Path, name: str) -> None:
-    """Bring a search's identity and ledger, as :func:`fetch_files`."""
-    fetch_files(results_dir, name, "search.json", "ledger.json")
+    """Bring a search's identity, as :func:`fetch_files`."""
+    fetch_files(results_dir, name, "search.json")
 
 
 def fetch_files(results_dir: Path, name: str, *files: str) -> None:
