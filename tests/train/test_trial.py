@@ -79,11 +79,24 @@ def test_what_a_trial_reports_is_in_its_checkpoint_first(tmp_path: Path) -> None
     assert isinstance(overhead, Metrics)
     assert overhead.step == 0
     assert (tmp_path / TRACE_FILE).exists()
+    assert run.series(seen[-1].timestamp_ms).last == 3 * STEPS
     assert (result.outcome, result.reason) == (Outcome.COMPLETE, "")
     assert result.metrics == {**result.history[-1].metrics, **overhead.values}
     kept = CheckpointStore(tmp_path, spec).load_record()
     assert kept is not None
     assert TrialRecord.from_dict(kept) == run.record
+
+
+def test_the_thinned_steps_of_the_last_epoch_are_the_same_from_its_file(tmp_path: Path) -> None:
+    run = open_trial(method_spec("topological_adam-uniform"), tmp_path)
+    assert run.record.last_series(tmp_path) == ()
+    advance(run, 2)
+    at = run.history[-1].timestamp_ms
+    series = run.series(at)
+    assert {"loss", "grad_norm", "energy"} <= series.points.keys()
+    assert [step for step, _ in series.points["loss"]] == list(range(STEPS + 1, 2 * STEPS + 1))
+    assert run.record.last_series(tmp_path) == (series,)
+    assert open_trial(run.spec, tmp_path).record.last_series(tmp_path) == (series,)
 
 
 def test_a_finished_trial_opened_again_replays_the_same_records(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from topotune.records import (
     TrialResult,
     TrialSpec,
 )
-from topotune.tracking.entries import Start, begun, now_ms
+from topotune.tracking.entries import Series, Start, begun, now_ms
 from topotune.train.assemble import (
     assemble,
     check_spec,
@@ -35,7 +35,7 @@ from topotune.train.process import (
     restore_generators,
 )
 from topotune.train.record import TrialRecord
-from topotune.train.trace import EpochRecord
+from topotune.train.trace import EpochRecord, thinned
 
 __all__ = [
     "TIMING_METRICS",
@@ -101,6 +101,15 @@ class TrialRun:
         """What is known of the trial by now; its overhead once :meth:`reports` has begun."""
         overhead = self._overhead or Overhead({}, 0)
         return TrialRecord(self._start, overhead, tuple(self._history))
+
+    def series(self, at: int) -> Series:
+        """The steps of the epoch that was trained last, whole or broken off, for a chart.
+
+        Args:
+            at: when it ended, Unix milliseconds.
+        """
+        trace = self._loop.trace
+        return Series(thinned(trace.columns()) if len(trace) else {}, at)
 
     @property
     def history(self) -> tuple[EpochReport, ...]:
