@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 from topotune.tracking.entries import items
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import read_all
 from topotune.tracking.progress import Progress, Refused
 from topotune.tracking.store import StoredRun
-from topotune.tracking.tails import read_all, spool_names
 
 Points: TypeAlias = dict[str, set[tuple[int, int, str]]]
 """Metric name to (step, Unix milliseconds, value as text): NaN equals itself as text."""
@@ -47,12 +47,11 @@ def recorded_points(folder: Path) -> dict[int | None, Points]:
     """The points of each trial that a search folder holds; under None those of the search."""
     found: dict[int | None, Points] = defaultdict(lambda: defaultdict(set))
     refused = Refused(folder)
-    for name in spool_names(folder):
-        for offset, entry in read_all(folder, name):
-            for item in items(entry):
-                if item.kind == "metric" and (name, offset, item.kind, item.key) not in refused:
-                    point = (item.step, item.at, str(float(item.value)))
-                    found[entry.trial][item.key].add(point)
+    for offset, entry in read_all(folder):
+        for item in items(entry):
+            if item.kind == "metric" and (offset, item.kind, item.key) not in refused:
+                point = (item.step, item.at, str(float(item.value)))
+                found[entry.trial][item.key].add(point)
     return found
 
 

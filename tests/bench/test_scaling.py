@@ -146,7 +146,6 @@ def test_it_measures_real_searches_on_real_clusters() -> None:
     for run, slots in ((one, 1), (two, 2), (full, 4)):
         assert run["plan"]["slots"] == run["workers"] == slots
         assert run["cpu"]["driver"] > 0
-        assert run["cpu"]["plots"] > 0
         assert run["cpu"]["ray"] > 0
         assert run["cpu"]["workers"] > 0
         assert run["start"] + run["close"] < run["whole"]

@@ -35,7 +35,7 @@ def commands() -> list[str]:
 
 
 FILES = ("search", "check", "train", "submit")
-NAMES = ("resume", "status", "best", "dashboard", "sync", "export", "logs", "stop")
+NAMES = ("resume", "status", "best", "plot", "dashboard", "sync", "export", "logs", "stop")
 MISSING: dict[str, list[str] | None] = {
     **{command: ["no_such_file.yaml"] for command in FILES},
     **{command: ["nothing"] for command in NAMES},

@@ -20,8 +20,7 @@ from topotune.bench.scaling.processes import Command, Processes
 from topotune.records import EpochReport
 from topotune.search.place.folder import SearchFolder
 from topotune.tracking.entries import Epoch
-from topotune.tracking.spool import TRIAL_SPOOL
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import bodies_of
 
 Seen: TypeAlias = Callable[[str], None]
 """Writes down what a row has seen, for the table that ``--table`` prints."""
@@ -37,10 +36,7 @@ INTERRUPTED = 130
 
 def recorded_epochs(folder: Path, trial: int) -> list[EpochReport]:
     """The epochs of a trial that a search's folder has on record, in their order."""
-    name = f"trials/{trial:04d}/{TRIAL_SPOOL}"
-    if not (folder / name).exists():
-        return []
-    bodies = (entry.body for _, entry in read_all(folder, name))
+    bodies = bodies_of(folder, trial)
     return [body.report for body in bodies if isinstance(body, Epoch)]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import sqlite3
 import time
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from tests.faults.invariants import audit
 from tests.faults.site import NAME, Driver, Seen, Site
 from tests.faults.task import PAUSE
+from topotune.search.place.folder import STUDY_COPY
 
 
 @pytest.mark.faults
@@ -80,15 +80,16 @@ def lease_to_another(site: Site, beat: int) -> None:
 def suspend(site: Site, driver: Driver) -> None:
     """Stop the driver while it waits for a worker: a write that it is at would be finished later.
 
-    The ledger, which is written once a second, is the last that it does about a worker's news.
+    What is spent, which the study is told once a second, is the last that it does about a worker's
+    news, and the study's copy the last that is written of it.
     """
-    ledger = site.kept.ledger
+    copy = site.root / STUDY_COPY
     for _ in range(10):
-        site.wait(partial(written_since, ledger, time.time_ns()), 60, "no ledger is written")
+        site.wait(partial(written_since, copy, time.time_ns()), 60, "no study is written")
         time.sleep(0.2)
         driver.send(signal.SIGSTOP)
         site.wait(lambda: halted(driver.pid), 60, "the driver is not suspended")
-        if not any(ledger.parent.glob("*.partial")):
+        if not any(site.root.glob("*.partial")):
             return
         driver.send(signal.SIGCONT)
     raise AssertionError("the driver was met writing, time and again")
@@ -113,12 +114,9 @@ def records(site: Site) -> dict[str, bytes]:
     finished; and not what has been sent to MLflow, which any process may send, once.
     """
     root = site.root
-    paths = (*root.iterdir(), *root.glob("trials/*/trial*.jsonl"))
-    kept = {str(path.relative_to(root)): path.read_bytes() for path in paths if drivers(path)}
-    with closing(sqlite3.connect(root / "study.db", timeout=30)) as study:
-        return kept | {"study.db": "\n".join(study.iterdump()).encode()}
+    return {path.name: path.read_bytes() for path in root.iterdir() if drivers(path)}
 
 
 def drivers(path: Path) -> bool:
     sent = path.name.startswith(("shipped.", ".shipper", "refused."))
-    return path.is_file() and not sent and not path.name.startswith("study.db")
+    return path.is_file() and not sent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from itertools import product
 from typing import Any
 
@@ -12,7 +11,7 @@ from tests.faults.invariants import audit
 from tests.faults.rogue import IMPORT_PATH, POISONED_ADAM
 from tests.faults.site import Seen, Site
 from tests.faults.task import BATCHES
-from topotune.search.study.storage import open_storage
+from topotune.search.study.storage import reading
 
 EPOCHS = 3
 WORDS = {
@@ -86,7 +85,7 @@ def space(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 def sampler_learnt(site: Site) -> int:
     """Diverged trials in the study, each of which breaks a constraint and has no good value."""
-    with closing(open_storage(site.kept, site.kept.config())) as storage:
+    with reading(site.kept, site.kept.config()) as storage:
         (study,) = storage.get_all_studies()
         trials = storage.get_all_trials(study._study_id)
     diverged = [t for t in trials if t.user_attrs["end"]["outcome"] == "DIVERGED"]

@@ -1,16 +1,13 @@
-"""Faults of what a search is kept in: its study, its ledger, its checkpoints and spools."""
+"""Faults of what a search is kept in: its study, its checkpoints and outbox."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import signal
-import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,39 +16,30 @@ from tests.faults.invariants import audit
 from tests.faults.site import NAME, Seen, Site
 from tests.postgres import Postgres
 from topotune.records import TrialSpec
+from topotune.search.place.folder import STUDY_COPY, STUDY_FILE
 from topotune.search.study.address import ENVIRONMENT
-from topotune.tracking.spool import DRIVER_SPOOL, TRIAL_SPOOL
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
 
 OUTAGE_SECONDS = 30.0
 WAITS, BACK = "waiting: ", "the study database is back"
 
 
-@pytest.mark.faults
-def test_study_locked(site: Site, seen: Seen) -> None:
-    """SQLite study locked by another process for half a minute: waits with back-off, says so once,
-    goes on."""
-    driver = site.search(0, 1)
-    with locked(site):
-        time.sleep(OUTAGE_SECONDS)
-        driver.works()
-    outage_is_said(driver.finish(), "is locked by another process")
-    seen(f"waited {OUTAGE_SECONDS:.0f} s and went on; {audit(site)}")
-
-
 @pytest.mark.faults_full
-def test_study_locked_interrupted(site: Site, seen: Seen) -> None:
-    """Ctrl-C while the SQLite study is locked by another process: ends within 20 s as an abort
-    does, resumable."""
-    driver = site.search(0, 1)
-    with locked(site):
+def test_study_away_interrupted(site: Site, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the PostgreSQL study is away: ends within 20 s as an abort does, resumable."""
+    with Postgres() as server:
+        monkeypatch.setenv(ENVIRONMENT, server.uri)
+        driver = site.search(0, 1)
+        server.stop()
         site.says(driver, WAITS)
         began = time.monotonic()
         driver.send(signal.SIGINT)
         site.interrupted(driver, began)
         took = time.monotonic() - began
-    site.run("resume", NAME)
-    seen(f"ended after {took:.0f} s; {audit(site, kills=1)}")
+        server.start()
+        site.run("resume", NAME)
+        seen(f"ended after {took:.0f} s; {audit(site, kills=1)}")
 
 
 @pytest.mark.faults_full
@@ -74,7 +62,7 @@ def test_study_postgresql_restarted(
         site.reach(driver, 2, 1)
         driver.kill()
         site.run("resume", NAME)
-        assert not (site.root / "study.db").exists(), "a study file was made"
+        assert not (site.root / STUDY_COPY).exists(), "a study of the folder was made"
         for path in site.folder.rglob("*"):
             held = path.is_file() and server.password.encode() in path.read_bytes()
             assert not held, f"the password is in {path}"
@@ -83,26 +71,40 @@ def test_study_postgresql_restarted(
 
 @pytest.mark.faults
 def test_study_damaged(site: Site, seen: Seen) -> None:
-    """Driver killed and study file truncated, scrambled, emptied, removed, one after the other:
-    detected; rebuilt from the trials' records; said; no finished trial lost."""
+    """Driver killed and study file truncated, scrambled, emptied, a bit of it flipped, removed, one
+    after the other: detected; made whole from its copy; said; nothing lost."""
     driver = site.start("search", site.search_file())
-    path = site.root / "study.db"
+    path = site.root / STUDY_FILE
     for trial, damage in enumerate(DAMAGES):
         site.reach(driver, trial, 1)
         site.killed(driver)
-        # What was not yet moved from the write-ahead log is gone, too.
-        for log in (path.with_name("study.db-wal"), path.with_name("study.db-shm")):
-            log.unlink(missing_ok=True)
+        before = site.status()
         damage(path)
-        if trial == 0:
-            refused = site.start("status", NAME).finish(2, 60)
-            assert "topotune resume" in " ".join(refused.split()), f"status: {refused}"
+        assert site.status() == before, "status shows something else after the damage"
         driver = site.start("resume", NAME)
-    text = driver.finish()
-    assert "rebuilt from the records of" in " ".join(text.split()), f"not said: {text[-800:]}"
-    aside = sorted(file.name for file in path.parent.glob("study.damaged-*.db"))
-    assert len(aside) == len(DAMAGES) - 1, f"moved aside: {aside}"
-    seen(f"rebuilt {len(DAMAGES)} times; {audit(site, kills=len(DAMAGES))}")
+        site.says(driver, f"made whole from {STUDY_COPY}")
+    driver.finish()
+    aside = sorted(file.name for file in site.root.glob("study.damaged-*.jsonl"))
+    assert len(aside) == 2, f"moved aside: {aside}"  # the others have nothing to look at
+    seen(f"made whole {len(DAMAGES)} times; {audit(site, kills=len(DAMAGES))}")
+
+
+@pytest.mark.faults_full
+def test_study_damaged_twice(site: Site, seen: Seen) -> None:
+    """Driver killed and study file and copy scrambled: refused with the lines; one that is brought
+    back from a backup is enough, and nothing is lost."""
+    site.killed(site.search(1, 1))
+    files = [site.root / STUDY_FILE, site.root / STUDY_COPY]
+    backup = files[0].read_bytes()
+    for path in files:
+        scramble(path)
+    for command in ("status", "resume"):
+        refused = " ".join(site.start(command, NAME).finish(2, 60).split())
+        assert "the study is damaged (study.jsonl at line" in refused, f"{command}: {refused}"
+        assert "Bring one back from a backup" in refused, f"{command}: {refused}"
+    files[1].write_bytes(backup)
+    site.run("resume", NAME)
+    seen(audit(site, kills=1))
 
 
 @pytest.mark.faults
@@ -136,45 +138,16 @@ def test_checkpoints_damaged(site: Site, seen: Seen) -> None:
 
 
 @pytest.mark.faults_full
-def test_ledger_damaged(site: Site, seen: Seen) -> None:
-    """Driver killed and the ledger truncated, then scrambled: detected; the previous one is used;
-    said in the log."""
-    driver = site.start("search", site.search_file())
-    for trial, damage in enumerate((truncate, scramble)):
-        site.reach(driver, trial, 2)
-        site.killed(driver)
-        spent = site.status()["wall_seconds"]
-        damage(site.kept.ledger)
-        text = site.run("status", NAME, "--json")
-        assert "ledger is damaged" in text, f"not said: {text[:500]}"
-        left = json.loads(text[text.index("\n{") :])["wall_seconds"]
-        assert 0 < left <= spent, f"wall time {left} s after the damage, {spent} s before"
-        driver = site.start("resume", NAME)
-    driver.finish()
-    seen(audit(site, kills=2))
-
-
-@pytest.mark.faults_full
-def test_spool_torn(site: Site, seen: Seen) -> None:
-    """Driver killed and half a line left at the end of both kinds of spool: detected by length and
-    checksum; cut off; nothing lost."""
+def test_outbox_torn(site: Site, seen: Seen) -> None:
+    """Driver killed and half a line left at the end of the outbox: detected by length and checksum;
+    cut off; nothing lost."""
     site.killed(site.search(1, 1))
-    for path in (site.root / DRIVER_SPOOL, site.kept.trial(1) / TRIAL_SPOOL):
-        lines = path.read_bytes().splitlines(keepends=True)
-        with path.open("ab") as file:
-            file.write(lines[-1][: len(lines[-1]) // 2])
+    path = site.root / OUTBOX_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+    with path.open("ab") as file:
+        file.write(lines[-1][: len(lines[-1]) // 2])
     site.run("resume", NAME)
     seen(audit(site, kills=1))
-
-
-@contextmanager
-def locked(site: Site) -> Iterator[None]:
-    """Another process's exclusive lock on the study, given back at the end."""
-    with closing(sqlite3.connect(site.root / "study.db", timeout=30)) as other:
-        other.isolation_level = None
-        other.execute("BEGIN EXCLUSIVE")
-        yield
-        other.execute("ROLLBACK")
 
 
 def outage_is_said(text: str, reason: str) -> None:
@@ -199,7 +172,13 @@ def empty(path: Path) -> None:
     os.truncate(path, 0)
 
 
-DAMAGES: tuple[Callable[[Path], None], ...] = (truncate, scramble, empty, Path.unlink)
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: tuple[Callable[[Path], None], ...] = (truncate, scramble, empty, flip, Path.unlink)
 
 
 def epochs_in(store: CheckpointStore) -> int:

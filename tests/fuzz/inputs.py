@@ -47,8 +47,8 @@ def space_files() -> list[bytes]:
     return [path.read_bytes() for path in shipped_spaces().values()]
 
 
-def spool_lines() -> list[dict[str, Any]]:
-    """The records that a trial's spool holds, one of each kind, as JSON objects."""
+def records() -> list[dict[str, Any]]:
+    """The records that an outbox holds, one of each kind, as JSON objects."""
     at = 1_700_000_000_000
     bodies = (
         Start({"lr": "0.1", "coupling": "uniform"}, {"device": "cpu"}, at),
@@ -61,40 +61,50 @@ def spool_lines() -> list[dict[str, Any]]:
     return [to_payload(Entry(0, body)) for body in bodies]
 
 
-def trial_record() -> dict[str, Any]:
-    """What a trial's own record of the study holds."""
-    return {
-        "number": 0,
-        "state": "COMPLETE",
-        "values": [0.9],
-        "params": {
-            "lr": [
-                '{"name": "FloatDistribution", "attributes": '
-                '{"step": null, "low": 0.0001, "high": 0.1, "log": true}}',
-                0.01,
-            ]
-        },
-        "curve": [[1, 0.5], [2, "nan"]],
-        "user": {
-            "spec": {"task": "digits", "method": "adam", "epochs": 2, "seed": 1},
-            "end": {
-                "outcome": "COMPLETE",
-                "reason": "",
-                "metrics": {"val_accuracy": 0.9, "bad": "nan"},
-                "epochs": 2,
-                "device_seconds": 1.5,
-            },
-            "deaths": {"worker": 1},
-        },
-        "system": {"fixed_params": {"lr": 0.01}},
-        "start": "2026-01-01T00:00:00",
-        "complete": "2026-01-01T00:01:00",
-        "study": {"sampler": 1},
+def study_records() -> list[dict[str, Any]]:
+    """The records of a study, one of each kind that a search writes."""
+    by = {"worker_id": "w"}
+    lr = '{"name": "FloatDistribution", "attributes": {"low": 0.1, "high": 1.0}}'
+    start, end = "2026-01-01T00:00:00+00:00", "2026-01-01T00:01:00+00:00"
+    spec = {"task": "digits", "method": "adam", "epochs": 2, "seed": 1}
+    ended = {
+        "outcome": "COMPLETE",
+        "reason": "",
+        "metrics": {"val_accuracy": 0.9, "bad": "nan"},
+        "epochs": 2,
+        "device_seconds": 1.5,
     }
+    spent = {"topotune:spent": {"wall_seconds": 3.5, "trials": {"0": 1.5}}}
+    trial = {"trial_id": 0, **by}
+    param = {"param_name": "lr", "param_value_internal": 0.2, "distribution": lr}
+    return [
+        {"op_code": 0, **by, "study_name": "fuzz", "directions": [2]},
+        {"op_code": 3, **by, "study_id": 0, "system_attr": {"study:metric_names": ["acc"]}},
+        {"op_code": 4, **by, "study_id": 0, "datetime_start": start},
+        {"op_code": 9, **trial, "system_attr": {"fixed_params": {"lr": 0.2}}},
+        {"op_code": 5, **trial, **param},
+        {"op_code": 8, **trial, "user_attr": {"spec": spec}},
+        {"op_code": 8, **trial, "user_attr": {"deaths": {"crash": 1}}},
+        {"op_code": 7, **trial, "step": 1, "intermediate_value": 0.5},
+        {"op_code": 3, **by, "study_id": 0, "system_attr": spent},
+        {"op_code": 8, **trial, "user_attr": {"end": ended}},
+        {"op_code": 9, **trial, "system_attr": {"constraints:finished": -1.0}},
+        {"op_code": 6, **trial, "state": 1, "values": [0.9], "datetime_complete": end},
+    ]
 
 
-def spool(payloads: Sequence[Any]) -> bytes:
-    """Anything as lines of a spool whose length and checksum hold."""
+def journal(payloads: Sequence[Any]) -> bytes:
+    """Anything as lines of a study whose checksums hold."""
+    crc, lines = 0, []
+    for payload in payloads:
+        body = json.dumps(payload, separators=(",", ":")).encode()[:-1]
+        crc = zlib.crc32(body, crc)
+        lines.append(b'%b,"crc":"%08x"}\n' % (body, crc))
+    return b"".join(lines)
+
+
+def checked_lines(payloads: Sequence[Any]) -> bytes:
+    """Anything as lines whose length and checksum hold."""
     bodies = [json.dumps(payload, separators=(",", ":")).encode() for payload in payloads]
     return b"".join(b"%08x %08x %b\n" % (zlib.crc32(body), len(body), body) for body in bodies)
 

@@ -1,7 +1,7 @@
 """Throws broken files at every reader of files that come from others; only our errors may come out.
 
-Mutations of real files, by bytes and by structure: search files, exported configs, spools and
-the small files of a results folder. A finding repeats by its seed and its number.
+Mutations of real files, by bytes and by structure: search files, exported configs, outboxes
+and the small files of a results folder. A finding repeats by its seed and its number.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import resource
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +18,23 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.fuzz.inputs import Mutator, space_files, spool, spool_lines, trial_record
+from tests.fuzz.inputs import (
+    Mutator,
+    checked_lines,
+    journal,
+    records,
+    space_files,
+    study_records,
+)
 from topotune.config.file import load_spec, parse_search, parse_yaml
 from topotune.errors import TopotuneError
 from topotune.records import TrialSpec
 from topotune.results.yamltext import dump_yaml
-from topotune.search.place.folder import SearchFolder
-from topotune.search.study.ledger import read_ledger
-from topotune.search.study.trialfile import TRIAL_FILE, read_copies
-from topotune.tracking.entries import items
-from topotune.tracking.lines import LineWriter
+from topotune.search.place.folder import LAYOUT, STUDY_FILE, SearchFolder
+from topotune.search.study.rows import read_study
+from topotune.tracking.entries import Tags, items
+from topotune.tracking.outbox import OUTBOX_FILE, Outbox, read_all
 from topotune.tracking.progress import Progress, Refused
-from topotune.tracking.tails import read_all
 
 SLOW = 5.0
 """CPU seconds that no input may take."""
@@ -96,50 +102,38 @@ def read_spec(data: bytes, folder: Path) -> None:
     TrialSpec.from_json(load_spec(path).to_json())
 
 
-def read_spool(data: bytes, folder: Path) -> None:
-    """Shipper and worker read a spool; a record that is appended then must be found again."""
-    name = "trials/0000/spool.jsonl"
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    for _, entry in read_all(folder, name):
+def read_outbox(data: bytes, folder: Path) -> None:
+    """Shipper and driver read an outbox; a record that is appended then must be found again."""
+    (folder / OUTBOX_FILE).write_bytes(data)
+    for _, entry in read_all(folder):
         list(items(entry))
-    last = spool_lines()[-1]
-    LineWriter(path, lambda payload: None).append(last)
-    found = [entry for _, entry in read_all(folder, name)]
-    if not found or found[-1].at != last["at"]:
+    last = Tags({"appended": uuid.uuid4().hex}, 1)
+    Outbox(folder).put(0, last)
+    found = [entry.body for _, entry in read_all(folder)]
+    if not found or found[-1] != last:
         raise AssertionError("the record that was appended is not read")
 
 
-def read_record(data: bytes, folder: Path) -> None:
-    """A trial's own record of the study; a damaged one is as none."""
-    path = folder / "trials" / "0000" / TRIAL_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    for copy in read_copies(folder).values():
-        copy.to_payload()
+def read_journal(data: bytes, folder: Path) -> None:
+    """A study, whose records may be anything that JSON can say."""
+    home = SearchFolder(folder / "journal")
+    home.root.mkdir(exist_ok=True)
+    (home.root / STUDY_FILE).write_bytes(data)
+    config = parse_search({**_plain(space_files()[0]), "name": "fuzz"}, "seed", {})
+    for row in read_study(home, config)[0]:
+        row.to_json()
 
 
 def read_small_files(data: bytes, folder: Path) -> None:
-    """Identity, ledger and the shipper's files of a results folder."""
+    """Identity and the shipper's files of a results folder."""
     root = folder / "demo"
     root.mkdir(exist_ok=True)
-    for name in ("search.json", "ledger.json", "shipped.json", "refused.jsonl"):
+    for name in ("search.json", "shipped.json", "refused.jsonl"):
         (root / name).write_bytes(data)
     len(Refused(root))
     progress = Progress(root, "store")
     progress.save()
-    errors: list[TopotuneError] = []
-    for read in (
-        lambda: SearchFolder.open(folder, "demo").config(),
-        lambda: read_ledger(root / "ledger.json"),
-    ):
-        try:
-            read()
-        except TopotuneError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    SearchFolder.open(folder, "demo").config()
 
 
 def _named(data: bytes) -> tuple[Any, str, Any]:
@@ -150,8 +144,8 @@ def _named(data: bytes) -> tuple[Any, str, Any]:
 TARGETS: Mapping[str, tuple[Callable[[bytes, Path], None], float]] = {
     "search file": (read_search, 0.35),
     "exported config": (read_spec, 0.15),
-    "spool": (read_spool, 0.25),
-    "trial record": (read_record, 0.05),
+    "outbox": (read_outbox, 0.25),
+    "study": (read_journal, 0.05),
     "results folder": (read_small_files, 0.2),
 }
 """Reader and its share of the inputs."""
@@ -218,16 +212,18 @@ def _peak_mb() -> float:
 def _maker(target: str, mutator: Mutator) -> Callable[[], bytes]:
     """Makes the next input of a target: a seed broken by bytes, or by structure."""
     pick = mutator.random.choice
-    if target in ("spool", "trial record"):
-        payloads = spool_lines() if target == "spool" else [trial_record()]
-        plain = spool(payloads)
+    if target in ("outbox", "study"):
+        payloads, lines = records(), checked_lines
+        if target == "study":
+            payloads, lines = study_records(), journal
+        plain = lines(payloads)
 
-        def make_spool() -> bytes:
+        def make_lines() -> bytes:
             if mutator.random.random() < 0.4:
                 return mutator.damage(plain, plain)
-            return spool([mutator.reshape(payload) for payload in payloads])
+            return lines([mutator.reshape(payload) for payload in payloads])
 
-        return make_spool
+        return make_lines
     seeds: list[tuple[bytes, Any]]
     encode = mutator.yaml_text
     if target == "search file":
@@ -255,16 +251,13 @@ def _plain(raw: bytes) -> Any:
 def _small_files() -> list[Any]:
     config = parse_search(_plain(space_files()[0]), "seed", {}).model_dump(mode="json")
     return [
-        {"search_id": "0" * 32, "config": config},
-        {"wall_seconds": 1.5, "trials": {"0": 1.25, "7": 2.0}},
+        {"layout": LAYOUT, "search_id": "0" * 32, "config": config},
         {
             "store": "store",
-            "spools": {
-                "trials/0000/spool.jsonl": [100, 3, 50, 12345],
-                "driver.spool.jsonl": [0] * 4,
-            },
+            "offset": 100,
+            "crc": 12345,
             "runs": {"search": "a" * 32, "0": "b" * 32},
-            "ended": {"0": [1_700_000_000_000, True]},
+            "ended": {"0": 1_700_000_000_000},
         },
-        {"spool": "driver.spool.jsonl", "offset": 5, "kind": "metric", "key": "a", "reason": "x"},
+        {"offset": 5, "kind": "metric", "key": "a", "reason": "x"},
     ]

@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.inputs import Mutator, space_files, spool, spool_lines, trial_record
+from tests.fuzz.inputs import (
+    Mutator,
+    checked_lines,
+    journal,
+    records,
+    space_files,
+    study_records,
+)
 from tests.fuzz.readers import TARGETS, run, table, try_one
 from tests.tables import text
 from topotune.config.file import MAX_BYTES
-from topotune.search.study.trialfile import read_copies
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import OUTBOX_FILE, read_all
 
 SPEC = b"task: digits\nmethod: adam\nepochs: 3\nseed: 1\n"
 SPACE = b"""name: a
@@ -33,11 +39,10 @@ ONCE_FAILED = [
     ("search file", SPACE.replace(b"LOW", b"-1" + b"0" * 320)),
     ("search file", SPACE.replace(b"LOW", b"0") + b"fixed: {eta: .nan}\n"),
     ("search file", SPACE.replace(b"LOW", b"0").replace(b"trials: 1", b"wall_clock: .inf")),
-    ("results folder", b'{"wall_seconds": 1' + b"0" * 330 + b', "trials": {}}'),
-    ("results folder", b'{"store": "store", "spools": {"a": [Infinity, 0, 0, 0]}}'),
+    ("results folder", b'{"store": "store", "offset": Infinity, "crc": 0}'),
     (
         "results folder",
-        b'{"store": "store", "spools": {}, "runs": {}, "ended": {"0": [Infinity, 1]}}',
+        b'{"store": "store", "offset": 0, "crc": 0, "runs": {}, "ended": {"0": Infinity}}',
     ),
     ("results folder", b"[" * 100_000),
 ]
@@ -45,7 +50,7 @@ ONCE_FAILED = [
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """A broken spool is logged line by line."""
+    """A broken outbox is logged line by line."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -57,19 +62,19 @@ def test_only_our_errors_come_out_of_many_inputs(
     tmp_path: Path, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> None:
     options = request.config.option
-    records = run(options.inputs, options.seed, tmp_path)
-    record_property("table", text(table(records)))
-    assert [record.failures for record in records] == [[]] * len(TARGETS)
+    found = run(options.inputs, options.seed, tmp_path)
+    record_property("table", text(table(found)))
+    assert [record.failures for record in found] == [[]] * len(TARGETS)
 
 
 def test_only_our_errors_come_out(tmp_path: Path) -> None:
-    records = run(2000, 7, tmp_path)
-    assert [record.failures for record in records] == [[]] * len(TARGETS)
-    assert sum(record.inputs for record in records) == 2000
-    taken = {record.target: record.inputs - record.refused for record in records}
+    found = run(2000, 7, tmp_path)
+    assert [record.failures for record in found] == [[]] * len(TARGETS)
+    assert sum(record.inputs for record in found) == 2000
+    taken = {record.target: record.inputs - record.refused for record in found}
     assert taken["search file"] > 20  # not so broken that nothing is ever read
     assert taken["exported config"] > 20
-    assert taken["spool"] == 500  # a reader skips what is damaged, whatever it is
+    assert taken["outbox"] == 500  # a reader skips what is damaged, whatever it is
 
 
 @pytest.mark.parametrize(("target", "data"), ONCE_FAILED, ids=lambda value: str(value)[:40])
@@ -77,12 +82,12 @@ def test_what_once_failed_is_refused(target: str, data: bytes, tmp_path: Path) -
     assert not try_one(target, data, tmp_path)
 
 
-def test_a_trial_record_that_once_failed_is_as_none(tmp_path: Path) -> None:
-    record = {**trial_record(), "values": [10**400]}
-    assert try_one("trial record", spool([record]), tmp_path)
-    assert read_copies(tmp_path) == {}
-    assert try_one("trial record", spool([trial_record()]), tmp_path)
-    assert list(read_copies(tmp_path)) == [0]
+def test_a_study_of_records_that_optuna_stumbles_over_is_refused(tmp_path: Path) -> None:
+    assert try_one("study", journal(study_records()), tmp_path)
+    for place, change in ((4, {"distribution": "{"}), (11, {"values": [10**400]}), (0, {"x": 1})):
+        lines = study_records()
+        lines[place] |= change
+        assert try_one("study", journal(lines), tmp_path) == ("x" in change)
 
 
 def test_the_fuzzer_finds_a_reader_that_breaks(
@@ -91,28 +96,26 @@ def test_the_fuzzer_finds_a_reader_that_breaks(
     def careless(data: bytes, _folder: Path) -> None:
         data.decode()
 
-    monkeypatch.setattr("tests.fuzz.readers.TARGETS", {"spool": (careless, 1.0)})
+    monkeypatch.setattr("tests.fuzz.readers.TARGETS", {"outbox": (careless, 1.0)})
     (record,) = run(300, 1, tmp_path)
     assert [failure.error.partition(" ")[0] for failure in record.failures] == [
         "UnicodeDecodeError"
     ]
     with pytest.raises(UnicodeDecodeError):
-        try_one("spool", record.failures[0].data, tmp_path)
+        try_one("outbox", record.failures[0].data, tmp_path)
 
 
 def test_inputs_repeat_for_a_seed() -> None:
     raw = space_files()[0]
     first, second = (Mutator(3).damage(raw, raw) for _ in range(2))
     assert first == second != raw
-    line = spool_lines()[2]
+    line = records()[2]
     assert Mutator(3).reshape(line) != line
 
 
-def test_the_seed_spool_is_a_real_one(tmp_path: Path) -> None:
-    path = tmp_path / "trials/0000/spool.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(spool(spool_lines()))
-    assert len(list(read_all(tmp_path, "trials/0000/spool.jsonl"))) == len(spool_lines())
+def test_the_seed_outbox_is_a_real_one(tmp_path: Path) -> None:
+    (tmp_path / OUTBOX_FILE).write_bytes(checked_lines(records()))
+    assert len(list(read_all(tmp_path))) == len(records())
 
 
 @pytest.mark.parametrize(

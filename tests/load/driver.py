@@ -2,8 +2,8 @@
 
 ``python -m tests.load.driver TRIALS...`` measures searches of so many trials and prints JSON.
 
-The searches are real: Ray, the study, the spools, MLflow and the plots; only the training takes
-no time. The largest comes first, in this process, so that its memory is that of a fresh driver.
+The searches are real: Ray, the study, the outbox and MLflow; only the training takes no time. The
+largest comes first, in this process, so that its memory is that of a fresh driver.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ from rich.table import Table
 from tests.reconcile import reconcile
 from topotune.records import EpochReport, Outcome
 from topotune.results.plots import plot_trace
+from topotune.tracking.entries import Epoch, Metrics
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import Outbox
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import TRIAL_SPOOL, SearchTracker, SpoolTracker
 from topotune.train.trace import TRACE_FILE, StepTrace, step_traces
 
 _EPOCHS, _METRICS = 5, 12
@@ -35,7 +36,7 @@ class ShippingRecord:
         children: trials, each with a run of its own under the search's.
         items: metric points, parameters, tags and ends that were shipped.
         stored: metric points that the store was found to hold, of ``recorded``.
-        recorded: metric points in the spools.
+        recorded: metric points in the outbox.
         seconds: to ship all.
         last_tenth: seconds a child for the last tenth of the children over that of the first.
         idle_ms: milliseconds of a look that finds nothing new.
@@ -118,8 +119,8 @@ def ship(results: Path, children: int) -> ShippingRecord:
     """Ship so many trials, into an embedded store in the same folder."""
     search = results / "search"
     store = _store(results)
-    driver = SearchTracker(search)
-    driver.start({"method": "adam"}, {})
+    outbox = Outbox(search)
+    outbox.start(None, {"method": "adam"}, {})
     shipper = Shipper(search, store, "load", "search")
     shipper.ship_once()
     before, pace = psutil.Process().memory_info().rss, []
@@ -127,7 +128,7 @@ def ship(results: Path, children: int) -> ShippingRecord:
     for first in range(0, children, tenth):
         numbers = range(first, min(first + tenth, children))
         for number in numbers:
-            _record_trial(search, driver, number)
+            _record_trial(outbox, number)
         began = time.perf_counter()
         shipper.ship_once()
         pace.append((time.perf_counter() - began, len(numbers)))
@@ -151,15 +152,16 @@ def ship(results: Path, children: int) -> ShippingRecord:
     )
 
 
-def _record_trial(search: Path, driver: SearchTracker, number: int) -> None:
-    """What a worker and the driver record of one short trial."""
-    trial = SpoolTracker(search / "trials" / f"{number:04d}" / TRIAL_SPOOL, number)
-    trial.start({f"p{i}": i / 7 for i in range(8)}, {"device": "cpu", "seed": str(number)})
+def _record_trial(outbox: Outbox, number: int) -> None:
+    """What is recorded of one short trial."""
+    outbox.start(number, {f"p{i}": i / 7 for i in range(8)}, {"device": "cpu", "seed": str(number)})
     for epoch in range(1, _EPOCHS + 1):
         values = {f"metric_{i}": number / (epoch + i) for i in range(_METRICS)}
-        trial.epoch(EpochReport(epoch, 100 * epoch, values, 0.1, 1_700_000_000_000 + epoch))
-    driver.trial_metrics(number, {"device_seconds": 0.5}, 0, 1_700_000_000_000)
-    driver.trial_end(number, Outcome.COMPLETE, "")
+        report = EpochReport(epoch, 100 * epoch, values, 0.1, 1_700_000_000_000 + epoch)
+        outbox.put(number, Epoch(report))
+    spent = Metrics({"device_seconds": 0.5}, 0, 1_700_000_000_000)
+    outbox.end(number, Outcome.COMPLETE, "", spent)
+    outbox.forget(number)
 
 
 def trace(results: Path, points: int) -> TraceRecord:
@@ -182,12 +184,12 @@ def trace(results: Path, points: int) -> TraceRecord:
     plot_trace(joined, picture, "trace")
     marks.append(time.perf_counter())
     store = _store(results)
-    driver = SearchTracker(results / "search")
-    driver.start({}, {})
+    outbox = Outbox(results / "search")
+    outbox.start(None, {}, {})
     shipper = Shipper(results / "search", store, "load", "search")
     shipper.ship_once()
-    driver.trial_artifact(0, joined)
-    driver.trial_artifact(0, picture)
+    outbox.artifact(0, joined)
+    outbox.artifact(0, picture)
     began = time.perf_counter()
     shipper.ship_once()
     upload = time.perf_counter() - began

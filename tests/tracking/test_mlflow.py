@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from tests.reconcile import StoredCheck, reconcile
+from tests.tracking.memory import Run
 from topotune.errors import TrackingError
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.tracking.places import is_inside
 from topotune.tracking.registry import register_model
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SearchTracker, SpoolTracker
 from topotune.tracking.store import NewRun, StoredRun
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
@@ -43,17 +44,17 @@ def store(results_dir: Path) -> MlflowStore:
 
 @dataclass
 class Search:
-    """A search's folder, its trackers and its shipper."""
+    """A search's folder, its outbox and its shipper."""
 
     folder: Path
     store: MlflowStore
     search_id: str
 
-    def trial(self, number: int) -> SpoolTracker:
-        return SpoolTracker(self.folder / f"trials/{number:04d}/spool.jsonl", number)
+    def trial(self, number: int) -> Run:
+        return Run(self.folder, number)
 
-    def driver(self) -> SearchTracker:
-        return SearchTracker(self.folder)
+    def driver(self) -> Run:
+        return Run(self.folder, None)
 
     def shipper(self, interval: float = 0.05) -> Shipper:
         return Shipper(self.folder, self.store, self.search_id, self.folder.name, interval)
@@ -101,11 +102,12 @@ def small_search(search: Search, trials: int = 2, epochs: int = 3) -> None:
 def test_everything_arrives_in_a_parent_and_its_children(search: Search) -> None:
     small_search(search, trials=3)
     trace = search.folder / "trials/0001/trace.npz"
+    trace.parent.mkdir(parents=True)
     trace.write_bytes(b"points")
     search.trial(1).artifact(trace, "traces")
     outcomes = (Outcome.COMPLETE, Outcome.PRUNED, Outcome.DIVERGED)
     for number, outcome in enumerate(outcomes):
-        search.driver().trial_end(number, outcome, f"why {number}")
+        search.trial(number).end(outcome, f"why {number}")
     search.driver().end("INTERRUPTED", "stopped by SIGINT")
     shipper = search.shipper()
     assert shipper.ship_once()
@@ -245,12 +247,10 @@ def test_a_refused_item_is_set_aside_and_the_rest_arrives(search: Search) -> Non
     assert search.check().complete
 
 
-def test_the_drivers_word_outranks_the_workers(search: Search) -> None:
-    trial, driver, shipper = search.trial(0), search.driver(), search.shipper()
+def test_a_run_that_has_ended_can_begin_again(search: Search) -> None:
+    trial, shipper = search.trial(0), search.shipper()
     trial.start({}, {})
-    driver.trial_end(0, Outcome.PRUNED, "rung 2")
-    assert shipper.ship_once()
-    trial.end(Outcome.COMPLETE, "")
+    trial.end(Outcome.PRUNED, "rung 2")
     assert shipper.ship_once()
     assert search.run(0).tags["topotune.outcome"] == "PRUNED"
     time.sleep(0.005)  # begins again in a later millisecond
@@ -384,11 +384,11 @@ def test_a_run_in_the_bin_refuses_its_items_and_nothing_else(search: Search) -> 
     assert search.run(1).deleted
 
 
-def test_a_spool_that_was_replaced_is_sent_from_its_start(search: Search) -> None:
+def test_an_outbox_that_was_replaced_is_sent_from_its_start(search: Search) -> None:
     small_search(search, trials=1)
     shipper = search.shipper()
     assert shipper.ship_once()
-    path = search.folder / "trials/0000/spool.jsonl"
+    path = search.folder / OUTBOX_FILE
     size = path.stat().st_size
     path.unlink()
     trial = search.trial(0)

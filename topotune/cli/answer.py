@@ -43,7 +43,7 @@ def bring(folder: Path) -> None:
     if size > MAX_BYTES:
         raise RunError(
             f"{folder}: {size / 2**20:.0f} MiB are too much to be sent through the cluster's Jobs "
-            f"API ({MAX_BYTES >> 20} at most). Export fewer with --top, or run the export where "
+            f"API ({MAX_BYTES >> 20} at most). Ask for fewer trials, or run the command where "
             "the storage is mounted"
         )
     _brought.append(folder)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from topotune.service.ask import Answer
-    from topotune.service.cluster import Cluster
+    from topotune.service.jobs import JobsApi
 
 Wait = Annotated[
     bool, typer.Option("--wait/--no-wait", help="Wait until its driver has checked it and begun.")
@@ -90,7 +90,7 @@ def submit(
     begun(cluster, config.name, job_id, wait, as_json)
 
 
-def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = False) -> None:
+def begun(cluster: JobsApi, name: str, job_id: str, wait: bool, as_json: bool = False) -> None:
     """Wait for a driver that was started, and say what one can do with it."""
     from topotune.service import searches
 
@@ -98,8 +98,7 @@ def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = 
     if wait:
         try:
             with waiting(f"{name}: until its driver begins"):
-                has_begun = searches.await_begin(cluster, job_id)
-            searches.check_begun(has_begun, name)
+                searches.await_begin(cluster, job_id, name)
         except KeyboardInterrupt as error:
             rest = f". {name} goes on without being waited for; 'topotune stop {name}' ends it"
             raise InterruptError(error, rest) from None
@@ -221,14 +220,14 @@ def stop(
     if (name is None) != all_of_them:
         raise ConfigError("stop", "takes either a search's name or --all")
     cluster = connect(context, address, allow_open)
-    for job in searches.stop(cluster, None if name is None else [name], say):
+    for job in searches.stop(cluster, name, say):
         again = f"'topotune resume {job.search}' goes on"
         if not searches.has_begun(cluster, job):
             again = "before it began: nothing is kept"
         say(f"{job.search}: {job.status}; {again}")
 
 
-def connect(context: typer.Context, address: str | None, allow_open: bool) -> Cluster:
+def connect(context: typer.Context, address: str | None, allow_open: bool) -> JobsApi:
     """The cluster that a command is for.
 
     Raises:
@@ -241,9 +240,9 @@ def connect(context: typer.Context, address: str | None, allow_open: bool) -> Cl
             "no cluster is named",
             f"Give http://HEAD:8265, or set {ADDRESS}, or address in topotune.toml",
         )
-    from topotune.service.cluster import Cluster
+    from topotune.service.jobs import JobsApi
 
-    return Cluster(place, allow_open, lambda text: say(f"note: {text}", err=True))
+    return JobsApi(place, allow_open, lambda text: say(f"note: {text}", err=True))
 
 
 def forward(
@@ -282,7 +281,7 @@ def forward(
         raise typer.Exit(found.code)
 
 
-def _asked(cluster: Cluster, command: Sequence[str], name: str | None = None) -> Answer:
+def _asked(cluster: JobsApi, command: Sequence[str], name: str | None = None) -> Answer:
     """Run a command there, of one search or of all, while a terminal says what is waited for."""
     from topotune.service.ask import ask
 

@@ -1,12 +1,15 @@
-"""``status``, ``best``, ``dashboard`` and ``sync``: look at searches and ship what is left."""
+"""``status``, ``best``, ``plot``, ``dashboard``, ``sync``: look at searches, ship what is left."""
 
 from __future__ import annotations
 
 import os
+import secrets
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from topotune.cli import answer
 from topotune.cli.cluster import forward
 from topotune.cli.options import (
     DEFAULT_RESULTS,
@@ -105,6 +108,41 @@ def best(
     for line in head:
         say_whole(console(), shown(line), first="# ", indent="#   ")
     typer.echo(dump_yaml(dict(winner.spec)), nl=False)
+
+
+def plot(
+    context: typer.Context,
+    name: SearchName,
+    trial: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Figures of this trial instead; may be repeated."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Those of every trial, too.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder; default topotune-plots/NAME.")] = None,
+    results_dir: ResultsDir = DEFAULT_RESULTS,
+    address: Address = None,
+    allow_open: AllowOpen = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a search's history, curves and front, or with --trial what a trial did step by step."""
+    if trial and every:
+        raise ConfigError("--all", "draws every trial, --trial those that are named", "Give one")
+    target = out if out is not None else Path("topotune-plots") / name
+    if cluster := elsewhere(context, address):
+        there = f"plots-{secrets.token_hex(4)}"
+        chosen = ["--all"] if every else [f"--trial={number}" for number in trial or ()]
+        forward(context, cluster, [*chosen, "--out", there], name, as_json, files=(there, target))
+        return
+    from topotune.search import status as reading
+
+    trials = None if every else trial or []
+    drawn = reading.plot(results_dir, name, trials, target, lambda text: say(text, err=True))
+    answer.bring(target)
+    if as_json:
+        print_json([str(picture) for picture in drawn])
+        return
+    for picture in drawn:
+        say(str(picture))
 
 
 def dashboard(

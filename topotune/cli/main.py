@@ -45,7 +45,7 @@ app = typer.Typer(
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(run.search, run.resume, run.extend),
-    *(inspect.status, inspect.best, inspect.dashboard, inspect.sync),
+    *(inspect.status, inspect.best, inspect.plot, inspect.dashboard, inspect.sync),
     *(deliver.export, deliver.train),
     *(cluster.submit, cluster.logs, cluster.stop),
     *(validate.check, validate.schema, validate.spaces, validate.tasks, doctor.doctor),

@@ -171,7 +171,7 @@ def _finish(
     import sys
 
     from topotune.cli.live import listener_for
-    from topotune.search.drive.signals import discard
+    from topotune.search.drive.signals import discard, what_is_kept
     from topotune.search.view import SilentListener
 
     log_to_stderr()
@@ -185,11 +185,8 @@ def _finish(
             with listener_for([objective.metric for objective in config.objective]) as listener:
                 report = work(listener)
     except KeyboardInterrupt as error:
-        if (results_dir / config.name / "search.json").is_file():
-            kept = f"every finished epoch is kept. To go on: topotune resume {config.name}{place}"
-        else:
-            kept = "the search has not begun and nothing is kept. To begin it: the same command"
-        raise InterruptError(error, f"; {kept}") from None
+        begun = (results_dir / config.name / "search.json").is_file()
+        raise InterruptError(error, f"; {what_is_kept(config.name, begun, place)}") from None
     try:
         if as_json:
             print_json(_as_data(report))

@@ -8,7 +8,6 @@ refused.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import math
@@ -23,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from topotune.config.faults import Lines, faults_of, placed, sound_part, with_lines
 from topotune.config.models import SearchConfig, json_schema
 from topotune.config.rules import Place, broken_rules
+from topotune.config.spaces import near_files
 from topotune.errors import ConfigError, FieldError
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec
 
@@ -131,7 +131,8 @@ def read_yaml(path: Path) -> tuple[Any, Lines]:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(source, "there is no such file", _suggest_file(path)) from None
+        fix = "".join(f"Did you mean {name!r}?" for name in near_files(path))
+        raise ConfigError(source, "there is no such file", fix) from None
     except IsADirectoryError:
         raise ConfigError(source, "is a folder, not a file") from None
     except OSError as error:
@@ -161,12 +162,6 @@ def parse_yaml(raw: bytes, source: str) -> tuple[Any, Lines]:
     except RecursionError:
         raise ConfigError(source, f"nested deeper than {MAX_DEPTH} levels") from None
     return value, reader.lines
-
-
-def _suggest_file(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path()
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1)
-    return f"Did you mean {str(folder / near[0])!r}?" if near else ""
 
 
 def load_search(path: Path) -> SearchConfig:

@@ -23,6 +23,13 @@ def shipped_spaces() -> dict[str, Path]:
     return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
 
 
+def near_files(path: Path) -> list[str]:
+    """The search file beside a missing one that was probably meant; empty where none is like it."""
+    folder = path.parent if path.parent.is_dir() else Path()
+    files = {file.name: str(folder / file.name) for file in folder.glob("*.yaml")}
+    return [files[name] for name in difflib.get_close_matches(path.name, files, n=1)]
+
+
 def find_space(given: str) -> Path:
     """The search file that a command was given: a path, or else the name of a shipped one.
 
@@ -34,11 +41,7 @@ def find_space(given: str) -> Path:
         return path
     if given in shipped:
         return shipped[given]
-    folder = path.parent if path.parent.is_dir() else Path()
-    files = {file.name: str(folder / file.name) for file in folder.glob("*.yaml")}
-    near = difflib.get_close_matches(path.name, files, n=1)
-    near_shipped = difflib.get_close_matches(path.stem, shipped, n=1)
-    wanted = [files[name] for name in near] + near_shipped
+    wanted = near_files(path) + difflib.get_close_matches(path.stem, shipped, n=1)
     raise ConfigError(
         given,
         "there is no such file, and no search file of that name is shipped"

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from topotune.config.models import SearchConfig
 from topotune.config.rules import planned_trials
-from topotune.errors import ConfigError, ResourceError, SearchFolderError
+from topotune.errors import (
+    ConfigError,
+    ResourceError,
+    RunError,
+    SearchFolderError,
+    TopotuneError,
+)
 from topotune.results.leaderboard import Leaderboard, standing
-from topotune.search.drive.recorder import leaderboard
+from topotune.search.drive.recorder import objectives
+from topotune.search.figures import draw_search, draw_trial, send_figures
 from topotune.search.live import Live
 from topotune.search.place.folder import SearchFolder, searches
 from topotune.search.place.objects.address import store_address
@@ -22,8 +30,7 @@ from topotune.search.place.objects.hold import holder as holder_of
 from topotune.search.place.objects.pull import fetch_trial
 from topotune.search.place.output import ERROR_FILE, OUTPUT_FILE, read
 from topotune.search.place.shipping import default_server, open_store
-from topotune.search.study.ledger import read_ledger
-from topotune.search.study.trialfile import TRIAL_FILE
+from topotune.search.study.rows import read_study, summaries
 from topotune.search.view import SilentListener
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.loopback import check_port
@@ -137,13 +144,20 @@ def is_finished(folder: SearchFolder) -> bool:
 def _status(folder: SearchFolder) -> SearchStatus:
     config = folder.config()
     holder = holder_of(folder, config)
+    rows, spent = read_study(folder, config)
     return SearchStatus(
         folder=folder,
         config=config,
-        board=leaderboard(folder, config),
+        board=Leaderboard.of(rows, config.name, objectives(config)),
         holder=holder,
-        wall_seconds=read_ledger(folder.ledger)["wall_seconds"],
+        wall_seconds=spent.wall_seconds,
         live=Live.read(folder.live, holder),
+    )
+
+
+def _no_trial(name: str, number: int) -> SearchFolderError:
+    return SearchFolderError(
+        f"search {name!r}: has no trial {number}. 'topotune status {name}' lists its trials"
     )
 
 
@@ -155,17 +169,15 @@ def printed(results_dir: Path, name: str, number: int) -> str:
         ResourceError: the files cannot be read.
     """
     folder = SearchFolder.open(results_dir, name)
-    fetch_trial(results_dir, name, number, TRIAL_FILE, OUTPUT_FILE, ERROR_FILE)
+    fetch_trial(results_dir, name, number, OUTPUT_FILE, ERROR_FILE)
     home = folder.trial(number)
-    if not (home / TRIAL_FILE).is_file():
-        raise SearchFolderError(
-            f"search {name!r}: has no trial {number}. 'topotune status {name}' lists its trials"
-        )
     try:
         found = {file: read(home / file) for file in (OUTPUT_FILE, ERROR_FILE)}
     except OSError as error:
         raise ResourceError(f"{home}: cannot be read: {error.strerror}") from error
     if not any(found.values()):
+        if number not in [row.number for row in summaries(folder, folder.config())]:
+            raise _no_trial(name, number)
         return f"trial {number} of {name} has printed nothing\n"
     lines = [found[OUTPUT_FILE]]
     if found[ERROR_FILE]:
@@ -177,7 +189,8 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
     """Say where MLflow's pages of searches are, and serve those of the embedded store.
 
     What is recorded on a tracking server has its pages there: only their addresses are told.
-    Otherwise this returns when it is interrupted.
+    Otherwise this returns when it is interrupted. Figures that MLflow lacks are drawn meanwhile:
+    those of the search that is named, and of all whose pages are served here.
 
     Args:
         results_dir: where searches lie.
@@ -225,7 +238,60 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
                 _say_pages(dashboard, store, folders, name, say)
             if dashboard.running():
                 say("Ctrl-C ends it")
-            dashboard.wait()
+                dashboard.wait(partial(_send_figures, group, say))
+            elif name:
+                _send_figures(group, say)
+
+
+def _send_figures(
+    stores: Sequence[tuple[MlflowStore, list[SearchFolder]]], say: Callable[[str], None]
+) -> None:
+    for store, folders in stores:
+        for folder in folders:
+            try:
+                if (parent := store.parent(folder.search_id)) is not None:
+                    found = _status(folder)
+                    send_figures(folder, found.board, found.finished, store, parent, say)
+            except TopotuneError as error:
+                say(f"warning: {folder.name}: its figures are missing: {error}")
+
+
+def plot(
+    results_dir: Path,
+    name: str,
+    trials: Sequence[int] | None,
+    out: Path,
+    note: Callable[[str], None],
+) -> list[Path]:
+    """Draw figures of a search as files.
+
+    Args:
+        results_dir: where the search lies.
+        name: the search.
+        trials: those whose steps and relaxations are drawn, each into a folder of its own; none
+            for the search's own figures instead, None for these and all trials.
+        out: the folder for the pictures.
+        note: gets a line on each trial that has nothing to draw.
+
+    Raises:
+        SearchFolderError: there is no such search or trial.
+        RunError: there is nothing to draw, or a record is damaged.
+        ResourceError: a picture cannot be written.
+    """
+    found = status(results_dir, name)
+    rows = {row.number: row for row in found.board.trials}
+    for number in trials or ():
+        if number not in rows:
+            raise _no_trial(name, number)
+    drawn = [] if trials else draw_search(found.board, out)
+    for number in sorted(rows) if trials is None else trials:
+        pictures = draw_trial(found.folder, rows[number], out / f"trial-{number:04d}")
+        if not pictures:
+            note(f"trial {number} ({rows[number].state}) has no steps to draw")
+        drawn += pictures
+    if not drawn:
+        raise RunError(f"search {name!r}: nothing is recorded yet that could be drawn")
+    return drawn
 
 
 def _say_pages(
@@ -284,10 +350,9 @@ def _ship(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
     store, name = open_store(folder, folder.config()), folder.name
     shipper = Shipper(folder.root, store, folder.search_id, name)
     count = shipper.close(timeout)
-    status = shipper.status()
     text = f"{name}: {count.recorded} items recorded, {count.shipped} stored in {store.label}"
     if count.refused:
         text += f", {count.refused} refused (see refused.jsonl)"
     if count.pending:
-        text += f", {count.pending} wait: {status.last_error}"
+        text += f", {count.pending} wait: {count.last_error}"
     return text, count.complete

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topotune.tcep.gradients import Contrast, Phase, orbit_cost, settled_rows
+from topotune.tcep.gradients import Contrast, Phase, mean_cost, settled_rows
 from topotune.tcep.network import DrivenFlow, TCEPNetwork
 from topotune.tcep.relax import Noise
 from topotune.tcep.stepping import DIVERGENCE
@@ -36,7 +36,7 @@ def bptt(
     """
     drive = network.drive(inputs)
     states, steps = network.unroll(drive, noise)
-    cost = orbit_cost(network, states, targets)
+    cost = mean_cost(network, states, targets)
     cost.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         final = states if states.ndim == 2 else states.mean(dim=0)
@@ -147,5 +147,5 @@ def head_only(network: TCEPNetwork, phase: Phase) -> dict[str, Tensor]:
     rows = settled_rows(phase.free.settled)
     if rows is not None:
         states, targets = phase.free.states[..., rows, :], phase.targets[rows]
-        orbit_cost(network, states, targets).backward()  # type: ignore[no-untyped-call]
+        mean_cost(network, states, targets).backward()  # type: ignore[no-untyped-call]
     return {}

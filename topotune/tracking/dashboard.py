@@ -10,6 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Self
 
@@ -63,13 +64,17 @@ class Dashboard:
         if self._log is not None:
             self._log.close()
 
-    def wait(self) -> None:
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Return when the server ends or this process gets SIGINT, SIGTERM or SIGHUP.
 
         To be called in the main thread. Where the server is not ours there is nothing to wait for.
+
+        Args:
+            meanwhile: done first, while the server runs; the same signals end it.
         """
         if self._process is not None:
             with suppress(StopRequest), stop_signals():
+                meanwhile()
                 self._process.wait()
 
     def __enter__(self) -> Self:

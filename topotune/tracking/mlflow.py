@@ -41,6 +41,7 @@ from topotune.tracking.store import (
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.tracking import MlflowClient
 
 _SETTINGS = {
@@ -269,19 +270,36 @@ class MlflowStore:
         with translated():
             if self.artifacts is None:
                 client.log_artifact(run_id, str(path), folder or None)
-                return
-            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+            else:
+                files = self._own_files(run_id, self.artifacts)
+                files.log_artifact(str(path), folder or None)  # type: ignore[no-untyped-call]
 
-            place = str(client.get_run(run_id).info.artifact_uri)
-            if not is_inside(place, self.artifacts):
-                # Another process re-based them, which sees this folder under another path.
-                with own_files(self._results_dir, self.experiment, _make_whole):
-                    place = str(client.get_run(run_id).info.artifact_uri)
-            if not is_inside(place, self.artifacts):
-                raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
-            # Not through the client, which remembers the place of a run of any store by its id.
-            files = get_artifact_repository(place)
-            files.log_artifact(str(path), folder or None)  # type: ignore[no-untyped-call]
+    def artifact_names(self, run_id: str) -> set[str]:
+        """The files that a run has, those in folders left out."""
+        client, _ = self._connect()
+        with translated():
+            if self.artifacts is None:
+                found = client.list_artifacts(run_id)
+            else:
+                found = self._own_files(run_id, self.artifacts).list_artifacts()
+            return {file.path for file in found if not file.is_dir}
+
+    def _own_files(self, run_id: str, artifacts: Path) -> ArtifactRepository:
+        """The files of a run of the embedded store.
+
+        Not through the client, which remembers the place of a run of any store by its id.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        client, _ = self._connect()
+        place = str(client.get_run(run_id).info.artifact_uri)
+        if not is_inside(place, artifacts):
+            # Another process re-based them, which sees this folder under another path.
+            with own_files(self._results_dir, self.experiment, _make_whole):
+                place = str(client.get_run(run_id).info.artifact_uri)
+        if not is_inside(place, artifacts):
+            raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
+        return get_artifact_repository(place)
 
     def log_data(self, run_id: str, name: str, digest: str, rows: str) -> None:
         """A dataset input: by its name and digest it is one and the same in the experiment."""

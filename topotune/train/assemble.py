@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from topotune.data.splits import TensorPair
 from topotune.errors import ConfigError, TopotuneError, in_one_line
-from topotune.records import TrialSpec, Value
+from topotune.records import TrialSpec
 from topotune.seeding import seed_everything
 from topotune.tasks import build_task
 from topotune.tasks.base import DataOptions, Task
@@ -149,26 +148,3 @@ def _model(method: Method, task: Task) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(place, f"must be a torch.nn.Module (got {model!r:.80})")
     return model
-
-
-def resolved_params(spec: TrialSpec, found: Mapping[str, Value]) -> dict[str, Value]:
-    """A spec as one flat table: the method's own parameters by name, the rest with its place.
-
-    Args:
-        spec: the spec.
-        found: rows that only the built method knows, see :meth:`Method.resolved`.
-    """
-    table: dict[str, Value] = dict(spec.params)
-    table |= {
-        "task": spec.task,
-        "method": spec.method,
-        "model": spec.model,
-        "epochs": spec.epochs,
-        "split_seed": spec.split_seed,
-        "train.batch_size": spec.train.batch_size,
-        "train.schedule": spec.train.schedule,
-        "train.grad_clip": spec.train.grad_clip,
-    }
-    table |= {f"task.{name}": value for name, value in spec.task_options.items()}
-    table |= {f"model.{name}": value for name, value in spec.model_options.items()}
-    return {**table, **found}

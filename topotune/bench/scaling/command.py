@@ -3,7 +3,7 @@ spends on each, and how many slots one driver can feed.
 
 The trials sleep instead of computing, so that a few cores can play many slots and what is measured
 is the driver's part. Everything else is real: a Ray cluster of two nodes with a token, ``topotune
-search`` as a process of its own, the study, the spools, MLflow and the plots.
+search`` as a process of its own, the study, the outbox and MLflow.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _cpu_columns(report: Report) -> Columns[list[Run]]:
     def cell(part: str) -> Callable[[list[Run]], str]:
         return lambda runs: _range([1e3 * run.cpu[part] / run.window.trials for run in runs], 0)
 
-    names = ("driver CPU, ms a trial", "plots", "Ray", "its helpers", "workers")
+    names = ("driver CPU, ms a trial", "Ray", "its helpers", "workers")
     return {name: cell(part) for name, part in zip(names, PARTS, strict=True)}
 
 

@@ -34,10 +34,9 @@ from topotune.records import Outcome
 NAME = "scaling"
 SAMPLE_SECONDS = 0.25
 LIMIT_SECONDS = 600.0
-PARTS = ("driver", "plots", "ray", "helpers", "workers")
-"""Processes whose CPU time is counted: the driver with all its threads; those that it has started,
-which draw and watch it; gcs_server and the raylets of both nodes; what else serves Ray's nodes; the
-workers, those that only stand by included."""
+PARTS = ("driver", "ray", "helpers", "workers")
+"""Processes whose CPU time is counted: the driver with all its threads; gcs_server and the raylets
+of both nodes; what else serves Ray's nodes; the workers, those that only stand by included."""
 _TOPOTUNE = (sys.executable, "-m", "topotune")
 _SERVICES = ("gcs_server", "raylet")
 _MEMORY = ("--object-store-memory", str(100 * 2**20))
@@ -177,7 +176,6 @@ def _watch(driver: Command, node: Node, services: list[psutil.Process]) -> list[
     """Samples of what all parts use, until the driver ends."""
     parts: dict[str, list[psutil.Process]] = {
         "driver": [psutil.Process(driver.pid)],
-        "plots": [],
         "ray": [one for one in services if one.name() in _SERVICES],
         "helpers": [one for one in services if one.name() not in _SERVICES],
         "workers": [],
@@ -193,13 +191,9 @@ def _watch(driver: Command, node: Node, services: list[psutil.Process]) -> list[
             raise RunError(f"the search runs for {LIMIT_SECONDS:.0f} s: {driver.output()}")
         if now >= look:  # costs more than all samples together
             look = now + 2.0
-            found = {"workers": node.processes(), "plots": []}
-            with suppress(psutil.Error):  # the driver has just ended
-                found["plots"] = parts["driver"][0].children()
-            for part, processes in found.items():
-                fresh = [one for one in processes if one.pid not in known]
-                known |= {one.pid for one in fresh}
-                parts[part] += fresh
+            fresh = [one for one in node.processes() if one.pid not in known]
+            known |= {one.pid for one in fresh}
+            parts["workers"] += fresh
         for process in (one for part in parts.values() for one in part):
             with suppress(psutil.Error):  # one that has ended has used what it had used
                 times = process.cpu_times()

@@ -202,9 +202,9 @@ def _versions(expected: dict[str, str]) -> Finding:
 
 def _storage(storage: str, probe: str) -> str:
     if is_address(storage):
-        from topotune.search.place.objects.hold import check_store
+        from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
 
-        check_store(StoreAddress.parse(storage))
+        ObjectStore(StoreAddress.parse(storage), limit=READER_SECONDS).check()
         return f"{storage} written, read and deleted from"
     folder = Path(storage)
     check_writable(folder)
@@ -219,7 +219,7 @@ def _storage(storage: str, probe: str) -> str:
 
 
 def _study(address: str | None) -> str:
-    return try_database(address) if address else "a SQLite file beside each search"
+    return try_database(address) if address else "a file beside each search"
 
 
 def _tracking(address: str | None) -> str:

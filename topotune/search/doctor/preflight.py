@@ -64,10 +64,19 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
     from topotune.train.rehearsal import metric_names
 
     tracking_uri(config)  # of a form that can be one
-    stable = _first_stable(config, note)
-    for remark in build_method(stable).remarks(corners(config)):
+    stable, unstable, found = _examine(config)
+    if found:
+        raise combined(found)
+    if not stable:
+        raise unstable[0]
+    if unstable:
+        note(
+            f"{len(unstable)} of {len(unstable) + len(stable)} extremes of the space are unstable; "
+            f"trials there will end as DIVERGED. The first: {unstable[0]}"
+        )
+    for remark in build_method(stable[0]).remarks(corners(config)):
         note(remark)
-    names = metric_names(stable)
+    names = metric_names(stable[0])
     if unknown := _unknown_metrics(config, names):
         raise combined(unknown)
     return names
@@ -80,25 +89,6 @@ def _unknown_metrics(config: SearchConfig, names: list[str]) -> list[FieldError]
         for place, metric in metric_places(config)
         if metric not in names
     ]
-
-
-def _first_stable(config: SearchConfig, note: Callable[[str], None]) -> TrialSpec:
-    """Build at every corner; the first one that can be trained.
-
-    Raises:
-        ConfigError: with every fault that any corner has.
-    """
-    stable, unstable, found = _examine(config)
-    if found:
-        raise combined(found)
-    if not stable:
-        raise unstable[0]
-    if unstable:
-        note(
-            f"{len(unstable)} of {len(unstable) + len(stable)} extremes of the space are unstable; "
-            f"trials there will end as DIVERGED. The first: {unstable[0]}"
-        )
-    return stable[0]
 
 
 def machine_remarks(config: SearchConfig) -> list[str]:
@@ -194,8 +184,8 @@ def check_writable(results_dir: Path) -> None:
         ) from error
 
 
-def check_stores(config: SearchConfig, hosts: int, grows: bool) -> None:
-    """Refuse files of SQLite on a cluster of several machines.
+def refuse_sqlite(config: SearchConfig, hosts: int, grows: bool) -> None:
+    """Refuse stores in files of one machine on a cluster of several.
 
     Raises:
         ConfigError: as :func:`sqlite_refusals` gives it.
@@ -209,7 +199,7 @@ def sqlite_refusals(
     study: str | None, tracking: str | None, hosts: int, grows: bool
 ) -> list[ConfigError]:
     """Why these stores do not serve a cluster: over a network file system files of SQLite are
-    damaged, and on one machine's disk the next driver may not find them.
+    damaged, and on one machine's disk the next driver may not find a file at all.
 
     Args:
         study: address of the study's database; None for a file beside the search.
@@ -220,13 +210,13 @@ def sqlite_refusals(
     if hosts < 2 and not grows:
         return []
     size = "that grows" if grows else f"of {hosts} machines"
-    beside = f"would be a SQLite file, on a cluster {size}"
+    on = f"on a cluster {size}"
     refusals = []
     if not (study or "").startswith("postgresql"):
         refusals.append(
             ConfigError(
                 STUDY,
-                f"is not set, so that the study {beside}",
+                f"is not set, so that the study would be a file of one machine, {on}",
                 "Set it to a PostgreSQL database, postgresql://USER@HOST/DATABASE (a new search "
                 "needs that: an existing study does not move by itself)",
             )
@@ -235,7 +225,7 @@ def sqlite_refusals(
         refusals.append(
             ConfigError(
                 TRACKING,
-                f"names no server, so that the MLflow store {beside}",
+                f"names no server, so that the MLflow store would be a SQLite file, {on}",
                 "Start 'mlflow server' and set it to http://HOST:5000",
             )
         )

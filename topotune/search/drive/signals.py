@@ -27,6 +27,19 @@ _LOOK_SECONDS = 0.1
 _INTERRUPTED = 130
 
 
+def what_is_kept(name: str, begun: bool, place: str = "") -> str:
+    """What a search that is aborted leaves, and what to type next.
+
+    Args:
+        name: the search.
+        begun: whether it is on disk.
+        place: the option that finds it there, as it is typed.
+    """
+    if begun:
+        return f"every finished epoch is kept. To go on: topotune resume {name}{place}"
+    return "the search has not begun and nothing is kept. To begin it: the same command"
+
+
 class Interrupts:
     """Handles SIGINT, SIGTERM and SIGHUP while a search runs, and restores what was there.
 

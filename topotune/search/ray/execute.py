@@ -11,7 +11,8 @@ from topotune.config.models import SearchConfig
 from topotune.errors import RunError, TopotuneError
 from topotune.redaction import brief
 from topotune.search.code.source import Source, code_of
-from topotune.search.drive.book import Book
+from topotune.search.drive.book import Book, Progress
+from topotune.search.drive.recorder import recorded
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.files import TrialFiles
 from topotune.search.place.objects.places import Places
@@ -65,7 +66,6 @@ def execute(
         StudyScheduler,
         StudySearcher,
         guarded,
-        recorded,
     )
     from topotune.search.ray.worker import TrialActor, trial_config
 
@@ -92,7 +92,11 @@ def execute(
         return tune.PlacementGroupFactory([whole if trial[ALONE] else shared])
 
     places, modules = Places(folder, files), code_of(folder)
-    guarded(book, lambda: book.take_over(lambda number: recorded(places.died(number))), None)
+
+    def left(number: int) -> Progress:
+        return recorded(places.checkpoint(number), book.live[number].spec)
+
+    guarded(book, lambda: book.take_over(left), None)
     stalls = Stalls(config.limits.stall, places.signs)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
@@ -113,7 +117,7 @@ def execute(
                         source=source,
                     ),
                 ),
-                scheduler=StudyScheduler(book, places.died, note, request),
+                scheduler=StudyScheduler(book, places.died, left, note, request),
                 num_samples=-1,
                 reuse_actors=True,
             ),

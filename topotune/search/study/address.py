@@ -12,7 +12,7 @@ from sqlalchemy.pool import NullPool
 from topotune.config.models import SearchConfig, StudyConfig
 from topotune.errors import ConfigError, ResourceError
 from topotune.requirements import install_command
-from topotune.search.place.folder import SearchFolder
+from topotune.search.place.folder import STUDY_FILE, SearchFolder
 
 ENVIRONMENT = "TOPOTUNE_STUDY_URI"
 _SECRETS = ("password", "sslpassword")
@@ -61,7 +61,7 @@ def public(url: URL) -> str:
 def study_place(folder: SearchFolder, config: SearchConfig) -> str:
     """Where the study is, in words for a person: a path, or an address without secrets."""
     url = study_uri(config)
-    return str(folder.root / "study.db") if url is None else public(url)
+    return str(folder.root / STUDY_FILE) if url is None else public(url)
 
 
 def with_driver(url: URL) -> URL:
@@ -116,7 +116,7 @@ def _environment() -> URL | None:
     problem = "" if named.startswith(("postgresql://", "postgresql+psycopg://")) else "its scheme"
     try:
         url = make_url(named)
-    except ValueError:  # of a port that is none; SQLAlchemy's text would show the address
+    except ValueError:  # of a port that is no number; SQLAlchemy's text would show the address
         problem = "its form"
     if problem:
         raise ConfigError(

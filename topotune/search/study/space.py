@@ -103,7 +103,7 @@ def resolve(
         split_seed=config.task.split_seed,
         data_dir=config.task.data_dir,
         download=config.task.download,
-        # A GPU that the cluster only declares is none to torch: see topotune.train.devices.
+        # A GPU that the cluster only declares does not count for torch: see topotune.train.devices.
         device="auto" if gpus > 0 else "cpu",
         threads=config.resources.cpus,
     )

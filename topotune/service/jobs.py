@@ -90,17 +90,17 @@ def user_name() -> str:
         return "unknown"
 
 
-class Cluster:
+class JobsApi:
     """The Jobs API at an address, asked with a token.
 
     Args:
         address: of Ray's dashboard, ``http://HEAD:8265``.
         allow_open: also one that takes jobs from anybody.
-        note: told, in a line, what a person should know of the connection.
+        note: gets a line on what a person should know of the connection.
 
     Raises:
         ConfigError: the address is of another form, or the token is missing or wrong.
-        ResourceError: nobody answers there, or it asks nobody for a token.
+        ResourceError: it does not answer, or asks for no token.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Cluster:
 
         for name in ("dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
             logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
-        with self._told():
+        with self._our_errors():
             self._client = JobSubmissionClient(
                 self.address, headers=headers or None, verify=self._verify
             )
@@ -164,7 +164,7 @@ class Cluster:
         """HTTP status of the question for Ray's version."""
         import requests
 
-        with self._told():
+        with self._our_errors():
             found = requests.get(
                 f"{self.address}/api/version",
                 headers=dict(headers),
@@ -175,7 +175,7 @@ class Cluster:
         return int(found.status_code)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _our_errors(self) -> Iterator[None]:
         """What the client and its libraries raise, as errors of ours."""
         import requests
         from ray.exceptions import AuthenticationError
@@ -230,7 +230,7 @@ class Cluster:
         if package is not None:
             runtime["working_dir"] = str(package)
         named = {_LABELS[name]: value for name, value in labels.items()}
-        with self._told():
+        with self._our_errors():
             return str(
                 self._client.submit_job(
                     entrypoint=f'exec "${{TOPOTUNE_PYTHON:-python}}" {words}',
@@ -242,7 +242,7 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         """The jobs that drive searches, the newest first; none of those that only ask."""
-        with self._told():
+        with self._our_errors():
             found = self._client.list_jobs()
         jobs = [_job(details) for details in found if details.submission_id]
         drivers = [job for job in jobs if job.verb in DRIVERS]
@@ -250,12 +250,12 @@ class Cluster:
 
     def job(self, job_id: str) -> Job:
         """How a job stands."""
-        with self._told():
+        with self._our_errors():
             return _job(self._client.get_job_info(job_id))
 
     def logs(self, job_id: str) -> str:
         """What a job has printed."""
-        with self._told():
+        with self._our_errors():
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> None:
@@ -267,7 +267,7 @@ class Cluster:
 
         import aiohttp
 
-        with self._told():
+        with self._our_errors():
             try:
                 asyncio.run(tail())
             except aiohttp.ClientError as error:
@@ -275,12 +275,12 @@ class Cluster:
 
     def stop(self, job_id: str) -> None:
         """Ask Ray to stop a job in good order; returns at once."""
-        with self._told():
+        with self._our_errors():
             self._client.stop_job(job_id)
 
     def forget(self, job_id: str) -> None:
         """Take a job that has ended off Ray's list."""
-        with self._told():
+        with self._our_errors():
             self._client.delete_job(job_id)
 
     def wait(self, job_id: str, seconds: float, pause: float = 0.2) -> Job:

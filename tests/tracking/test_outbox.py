@@ -1,4 +1,4 @@
-"""The write-ahead spool: what it keeps, what a crash or a damaged disk leaves of it."""
+"""The outbox: what it keeps, what a crash or a damaged disk leaves of it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,29 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from topotune.errors import ConfigError, SpoolError
-from topotune.records import EpochReport, Outcome
+from tests.tracking.memory import MemoryStore
+from topotune.errors import ConfigError, LeaseLostError, SpoolError
+from topotune.records import EpochReport, Outcome, Value
 from topotune.redaction import redact
-from topotune.tracking.entries import End, Epoch, Metrics, Start, from_payload, items
+from topotune.tracking.entries import (
+    Artifact,
+    Body,
+    End,
+    Entry,
+    Epoch,
+    Metrics,
+    Start,
+    Tags,
+    from_payload,
+    items,
+    size,
+)
 from topotune.tracking.lines import MAX_LINE, decode, encode, read_chunk
 from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text
-from topotune.tracking.spool import SearchTracker, SpoolTracker
+from topotune.tracking.outbox import OUTBOX_FILE, Outbox, bodies_of, read_all, read_piece
+from topotune.tracking.shipper import Shipper, ShipStatus
 from topotune.tracking.store import check_tracking_uri, embedded_store_uri
-from topotune.tracking.tails import Tails, read_all, read_piece
 
-NAME = "trials/0007/spool.jsonl"
 FUZZ = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -43,23 +55,24 @@ def report(epoch: int, loss: float = 0.5) -> EpochReport:
     return EpochReport(epoch, 10 * epoch, {"loss": loss}, 1.5, 1_700_000_000_000 + epoch)
 
 
-def tracker(search: Path) -> SpoolTracker:
-    return SpoolTracker(search / NAME, 7)
+def epoch(number: int, loss: float = 0.5) -> Epoch:
+    return Epoch(report(number, loss))
 
 
-def epochs(search: Path) -> list[int]:
-    found = [entry.body for _, entry in read_all(search, NAME)]
-    return [body.report.epoch for body in found if isinstance(body, Epoch)]
+def epochs(search: Path, trial: int = 7) -> list[int]:
+    return [body.report.epoch for body in bodies_of(search, trial) if isinstance(body, Epoch)]
 
 
 def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
-    spool = tracker(tmp_path)
-    spool.start({"lr": 0.1, "betas": [0.9, 0.99], "note": None, "flag": True}, {"device": "cpu"})
+    outbox = Outbox(tmp_path)
+    params: dict[str, Value] = {"lr": 0.1, "betas": [0.9, 0.99], "note": None, "flag": True}
+    outbox.start(7, params, {"device": "cpu"})
     odd = EpochReport(1, 10, {"a": math.nan, "b": math.inf, "c": -math.inf}, 2.0, 5)
-    spool.epoch(odd)
-    spool.metrics({"overhead_vs_adam": 1.25}, 3, 6)
-    spool.end(Outcome.DIVERGED, "loss is inf")
-    start, epoch, metrics, end = (entry.body for _, entry in read_all(tmp_path, NAME))
+    outbox.put(7, Epoch(odd))
+    outbox.metrics(7, {"overhead_vs_adam": 1.25}, 3, 6)
+    outbox.end(7, Outcome.DIVERGED, "loss is inf")
+    assert {entry.trial for _, entry in read_all(tmp_path)} == {7}
+    start, epoch, metrics, end = bodies_of(tmp_path, 7)
     assert isinstance(start, Start)
     assert start.params == {"lr": "0.1", "betas": "[0.9, 0.99]", "note": "None", "flag": "True"}
     assert start.tags == {"device": "cpu", "topotune.outcome": "RUNNING"}
@@ -71,9 +84,9 @@ def test_records_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_an_infinity_becomes_a_point_of_its_own_and_nan_stays(tmp_path: Path) -> None:
-    spool = tracker(tmp_path)
-    spool.epoch(EpochReport(4, 40, {"up": math.inf, "down": -math.inf, "nan": math.nan}, 1.0, 9))
-    ((_, entry),) = read_all(tmp_path, NAME)
+    odd = EpochReport(4, 40, {"up": math.inf, "down": -math.inf, "nan": math.nan}, 1.0, 9)
+    Outbox(tmp_path).put(7, Epoch(odd))
+    ((_, entry),) = read_all(tmp_path)
     points = {item.key: item.value for item in items(entry)}
     assert math.isnan(float(points.pop("nan")))
     assert points == {
@@ -87,40 +100,40 @@ def test_an_infinity_becomes_a_point_of_its_own_and_nan_stays(tmp_path: Path) ->
 
 @pytest.mark.parametrize("reopen", [False, True])
 def test_repeating_everything_writes_nothing(tmp_path: Path, reopen: bool) -> None:
-    artifact = tmp_path / "trials/0007/trace.npz"
-    spool = tracker(tmp_path)
+    artifact, file = tmp_path / "trials/0007/trace.npz", tmp_path / OUTBOX_FILE
+    outbox = Outbox(tmp_path)
 
-    def play(spool: SpoolTracker) -> None:
-        spool.start({"lr": 0.1}, {"device": "cpu"})
-        spool.epoch(report(1))
-        spool.metrics({"x": 1.0}, 0, 5)
-        spool.artifact(artifact)
+    def play(outbox: Outbox) -> None:
+        outbox.start(7, {"lr": 0.1}, {"device": "cpu"})
+        outbox.put(7, epoch(1))
+        outbox.metrics(7, {"x": 1.0}, 0, 5)
+        outbox.artifact(7, artifact)
 
     artifact.parent.mkdir(parents=True)
     artifact.write_bytes(b"trace")
-    play(spool)
-    before = (tmp_path / NAME).read_bytes()
-    spool = tracker(tmp_path) if reopen else spool
-    play(spool)
-    spool.epoch(report(1, loss=99.0))
-    assert (tmp_path / NAME).read_bytes() == before
-    assert spool.epochs == {1}
-    spool.metrics({"x": 2.0, "y": 3.0}, 0, 6)
-    spool.metrics({"x": 2.0}, 1, 6)
+    play(outbox)
+    before = file.read_bytes()
+    outbox = Outbox(tmp_path) if reopen else outbox
+    play(outbox)
+    outbox.put(7, epoch(1, loss=99.0))
+    assert file.read_bytes() == before
+    assert epochs(tmp_path) == [1]
+    outbox.metrics(7, {"x": 2.0, "y": 3.0}, 0, 6)
+    outbox.metrics(7, {"x": 2.0}, 1, 6)
     artifact.write_bytes(b"another trace")
-    spool.artifact(artifact)
-    added = (tmp_path / NAME).read_bytes()[len(before) :].splitlines()
+    outbox.artifact(7, artifact)
+    added = file.read_bytes()[len(before) :].splitlines()
     assert [decode(line).get("values") for line in added] == [{"y": 3.0}, {"x": 2.0}, None]
 
 
 def test_a_restart_after_the_end_is_recorded_and_first_parameters_stand(tmp_path: Path) -> None:
-    spool = tracker(tmp_path)
-    spool.start({"lr": 0.1}, {})
-    spool.end(Outcome.FAILED, "node lost")
-    spool.end(Outcome.FAILED, "node lost")
-    spool.start({"lr": 0.2, "eta": 1}, {"device": "cuda"})
-    spool.end(Outcome.COMPLETE, "")
-    bodies = [entry.body for _, entry in read_all(tmp_path, NAME)]
+    outbox = Outbox(tmp_path)
+    outbox.start(7, {"lr": 0.1}, {})
+    outbox.end(7, Outcome.FAILED, "node lost")
+    outbox.end(7, Outcome.FAILED, "node lost")
+    outbox.start(7, {"lr": 0.2, "eta": 1}, {"device": "cuda"})
+    outbox.end(7, Outcome.COMPLETE, "")
+    bodies = bodies_of(tmp_path, 7)
     assert [type(body).__name__ for body in bodies] == ["Start", "End", "Start", "End"]
     again = bodies[2]
     assert isinstance(again, Start)
@@ -128,80 +141,143 @@ def test_a_restart_after_the_end_is_recorded_and_first_parameters_stand(tmp_path
 
 
 def test_a_torn_last_line_is_left_by_readers_and_cut_by_the_next_writer(tmp_path: Path) -> None:
-    spool = tracker(tmp_path)
-    for epoch in (1, 2):
-        spool.epoch(report(epoch))
-    whole = (tmp_path / NAME).read_bytes()
+    outbox, file = Outbox(tmp_path), tmp_path / OUTBOX_FILE
+    outbox.put(7, epoch(1))
+    outbox.put(7, epoch(2))
+    whole = file.read_bytes()
     keep = whole.index(b"\n") + 1
     for cut in range(keep, len(whole)):
-        (tmp_path / NAME).write_bytes(whole[:cut])
-        piece = read_piece(tmp_path, NAME, 0)
-        assert (len(piece.entries), piece.damaged, piece.end) == (1, 0, keep)
-        resumed = tracker(tmp_path)
-        assert resumed.epochs == {1}
-        resumed.epoch(report(2))
-        assert (tmp_path / NAME).read_bytes() == whole
+        file.write_bytes(whole[:cut])
+        piece = read_piece(tmp_path, 0)
+        assert (len(piece.entries), piece.damaged, piece.end) == (1, (), keep)
+        resumed = Outbox(tmp_path)
+        resumed.put(7, epoch(1))
+        resumed.put(7, epoch(2))
+        assert file.read_bytes() == whole
 
 
 def test_a_damaged_line_in_the_middle_is_counted_and_recorded_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spool = tracker(tmp_path)
-    for epoch in (1, 2, 3):
-        spool.epoch(report(epoch))
-    data = bytearray((tmp_path / NAME).read_bytes())
+    outbox, file = Outbox(tmp_path), tmp_path / OUTBOX_FILE
+    for number in (1, 2, 3):
+        outbox.put(7, epoch(number))
+    data = bytearray(file.read_bytes())
     start = data.index(b"\n") + 1
     data[start + 60] ^= 1
-    (tmp_path / NAME).write_bytes(data)
-    tails = Tails(tmp_path)
-    tails.count()
-    assert tails.damaged == 1
+    file.write_bytes(data)
+    assert counted(tmp_path).damaged == 1
     assert f"record at byte {start} skipped: checksum" in caplog.text
     assert epochs(tmp_path) == [1, 3]
-    resumed = tracker(tmp_path)
-    for epoch in (1, 2, 3):
-        resumed.epoch(report(epoch))
+    resumed = Outbox(tmp_path)
+    for number in (1, 2, 3):
+        resumed.put(7, epoch(number))
     assert epochs(tmp_path) == [1, 3, 2]
 
 
-def test_two_writers_see_each_other(tmp_path: Path) -> None:
-    first, second = tracker(tmp_path), tracker(tmp_path)
-    first.epoch(report(1))
-    second.epoch(report(1, loss=2.0))
-    second.epoch(report(2))
-    first.epoch(report(2, loss=2.0))
-    losses = [e.body.report.metrics for _, e in read_all(tmp_path, NAME) if type(e.body) is Epoch]
-    assert losses == [{"loss": 0.5}, {"loss": 0.5}]
+def counted(search: Path) -> ShipStatus:
+    """What a shipper counts that has no time to send anything."""
+    return Shipper(search, MemoryStore(), "s", "demo").close(0.0)
 
 
-def test_concurrent_writers_tear_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+def test_what_another_writer_left_is_seen(tmp_path: Path) -> None:
+    """As after a driver that lost its lease in the middle of a write."""
+    first, second = Outbox(tmp_path), Outbox(tmp_path)
+    first.put(7, epoch(1))
+    second.put(7, epoch(1, loss=2.0))
+    second.put(7, epoch(2))
+    first.put(7, epoch(2, loss=2.0))
+    found = [body.report.metrics for body in bodies_of(tmp_path, 7) if isinstance(body, Epoch)]
+    assert found == [{"loss": 0.5}, {"loss": 0.5}]
+
+
+def test_threads_tear_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+
     def write() -> None:
-        spool = tracker(tmp_path)
-        for epoch in range(1, 26):
-            spool.epoch(report(epoch))
+        for number in range(1, 26):
+            outbox.put(7, epoch(number))
 
     threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(epochs(tmp_path)) == list(range(1, 26))
-    assert read_piece(tmp_path, NAME, 0).damaged == 0
+    assert epochs(tmp_path) == list(range(1, 26))
+    assert read_piece(tmp_path, 0).damaged == ()
+
+
+def test_who_lost_the_lease_writes_nothing(tmp_path: Path) -> None:
+    def lost() -> None:
+        raise LeaseLostError("another driver")
+
+    with pytest.raises(LeaseLostError):
+        Outbox(tmp_path, lost).put(7, epoch(1))
+    assert not (tmp_path / OUTBOX_FILE).exists()
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_of_an_ended_trial_only_its_end_is_remembered(tmp_path: Path, reopen: bool) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.start(7, {"lr": 0.1}, {})
+    outbox.put(7, epoch(1))
+    outbox.end(7, Outcome.PRUNED, "weak", Metrics({"device_seconds": 1.0}, 0, 5))
+    outbox.forget(7)
+    outbox = Outbox(tmp_path) if reopen else outbox
+    assert 7 not in outbox._runs
+    assert outbox.has_end(7, Outcome.PRUNED, "weak")
+    assert not outbox.has_end(7, Outcome.COMPLETE, "")
+    assert not outbox.has_end(8, Outcome.PRUNED, "weak")
+    before = (tmp_path / OUTBOX_FILE).read_bytes()
+    outbox.put(7, epoch(1))  # it goes on all the same: what it had is looked up
+    outbox.end(7, Outcome.PRUNED, "weak")
+    assert (tmp_path / OUTBOX_FILE).read_bytes() == before
+    outbox.put(7, epoch(2))
+    assert epochs(tmp_path) == [1, 2]
+
+
+def test_what_trials_report_is_forced_to_disk_at_their_end_and_every_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, forced, now = Outbox(tmp_path), list[int](), [0.0]
+    outbox.start(7, {}, {})
+    monkeypatch.setattr(os, "fsync", forced.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    outbox._forced = 0.0
+    for number in range(1, 5):
+        outbox.put(7, epoch(number), force=False)
+        now[0] += 0.4
+    assert len(forced) == 1  # the fourth came 1.2 s after the start
+    outbox.put(7, epoch(5), force=False)
+    assert len(forced) == 1
+    outbox.end(7, Outcome.COMPLETE)
+    assert len(forced) == 2
+    assert epochs(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_records_of_one_call_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[int] = []
+    outbox = Outbox(tmp_path)
+    outbox.put(7, epoch(1))
+    monkeypatch.setattr(os, "fsync", forced.append)
+    outbox.put(7, Tags({"a": "b"}, 5), epoch(1), epoch(2), epoch(3))
+    assert len(forced) == 1
+    assert epochs(tmp_path) == [1, 2, 3]
 
 
 def test_a_full_disk_leaves_whole_lines_and_the_call_can_be_repeated(tmp_path: Path) -> None:
-    spool = tracker(tmp_path)
-    spool.epoch(report(1))
-    before = (tmp_path / NAME).read_bytes()
+    outbox, file = Outbox(tmp_path), tmp_path / OUTBOX_FILE
+    outbox.put(7, epoch(1))
+    before = file.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
     try:
-        with pytest.raises(SpoolError, match=r"spool\.jsonl: the record cannot be written.*space"):
-            spool.epoch(report(2))
+        with pytest.raises(SpoolError, match=r"outbox\.jsonl: the record cannot be written.*spa"):
+            outbox.put(7, epoch(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (tmp_path / NAME).read_bytes() == before
-    spool.epoch(report(2))
+    assert file.read_bytes() == before
+    outbox.put(7, epoch(2))
     assert epochs(tmp_path) == [1, 2]
 
 
@@ -209,11 +285,9 @@ def test_a_full_disk_leaves_whole_lines_and_the_call_can_be_repeated(tmp_path: P
 def test_a_record_that_is_not_forced_to_disk_is_not_written(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spool = tracker(tmp_path)
+    outbox = Outbox(tmp_path)
     if broken == "the line":
-        spool.epoch(report(1))
-    else:
-        (tmp_path / NAME).parent.mkdir(parents=True)
+        outbox.put(7, epoch(1))
     force = os.fsync
 
     def fail(handle: int) -> None:  # no disk breaks on demand
@@ -224,14 +298,14 @@ def test_a_record_that_is_not_forced_to_disk_is_not_written(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(SpoolError, match="the record cannot be written: Input/output error"):
-            spool.epoch(report(2))
+            outbox.put(7, epoch(2))
     assert epochs(tmp_path) == ([1] if broken == "the line" else [])
-    spool.epoch(report(2))
-    spool.epoch(report(2))
+    outbox.put(7, epoch(2))
+    outbox.put(7, epoch(2))
     assert epochs(tmp_path) == ([1, 2] if broken == "the line" else [2])
 
 
-def test_a_new_trials_folder_is_forced_to_disk_with_its_spool(
+def test_a_new_folder_is_forced_to_disk_with_its_outbox(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forced: list[Path] = []
@@ -242,44 +316,36 @@ def test_a_new_trials_folder_is_forced_to_disk_with_its_spool(
         force(handle)
 
     monkeypatch.setattr(os, "fsync", watch)
-    tracker(tmp_path).epoch(report(1))
-    path = (tmp_path / NAME).resolve()
-    assert forced == [path.parents[2], path.parents[1], path.parent, path]
+    Outbox(tmp_path / "search").put(7, epoch(1))
+    path = (tmp_path / "search" / OUTBOX_FILE).resolve()
+    assert forced == [path.parents[1], path.parent, path]
 
 
 def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    spool = tracker(tmp_path / "s")
+    outbox = Outbox(tmp_path / "s")
     outside = tmp_path / "outside.txt"
     outside.write_text("x")
     (tmp_path / "s/link.txt").symlink_to(outside)
     for path in (outside, tmp_path / "s/../outside.txt", tmp_path / "s/link.txt"):
         with pytest.raises(SpoolError, match="outside the search folder"):
-            spool.artifact(path)
+            outbox.artifact(7, path)
     with pytest.raises(SpoolError, match=r"gone\.txt: cannot be read"):
-        spool.artifact(tmp_path / "s/gone.txt")
+        outbox.artifact(7, tmp_path / "s/gone.txt")
     with pytest.raises(SpoolError, match="epoch: expected an integer"):
-        spool.epoch(report(-1))
+        outbox.put(7, epoch(-1))
     with pytest.raises(SpoolError, match="at most"):
         encode({"x": "y" * MAX_LINE})
     with pytest.raises(SpoolError, match="COMPLETE, FAILED or INTERRUPTED"):
-        SearchTracker(tmp_path / "s").end("PRUNED")
+        outbox.end(None, "PRUNED")
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(SpoolError):
-        SpoolTracker(tmp_path / "file/trials/0001/spool.jsonl", 1).epoch(report(1))
-    assert not (tmp_path / "s" / NAME).exists()
-
-
-def test_a_record_about_another_trial_is_not_believed(tmp_path: Path) -> None:
-    tracker(tmp_path).epoch(report(1))
-    (tmp_path / "trials/0008").mkdir()
-    (tmp_path / "trials/0008/spool.jsonl").write_bytes((tmp_path / NAME).read_bytes())
-    piece = read_piece(tmp_path, "trials/0008/spool.jsonl", 0)
-    assert (piece.entries, piece.damaged) == ((), 1)
+        Outbox(tmp_path / "file").put(1, epoch(1))
+    assert not (tmp_path / "s" / OUTBOX_FILE).exists()
 
 
 def test_an_endless_line_is_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "spool"
+    path = tmp_path / "lines"
     good = encode({"kind": "tags", "trial": 7, "tags": {}, "at": 1})
     path.write_bytes(b"x" * (MAX_LINE + 100) + b"\n" + good)
     offset, damaged, lines = 0, 0, 0
@@ -291,19 +357,17 @@ def test_an_endless_line_is_skipped(tmp_path: Path) -> None:
 @FUZZ
 @given(st.binary(max_size=400))
 def test_reading_arbitrary_bytes_never_raises(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "trials/0007").mkdir(parents=True, exist_ok=True)
-    (tmp_path / NAME).write_bytes(data)
-    piece = read_piece(tmp_path, NAME, 0)
+    (tmp_path / OUTBOX_FILE).write_bytes(data)
+    piece = read_piece(tmp_path, 0)
     assert piece.end == data.rfind(b"\n") + 1
     assert piece.entries == ()
-    tails = Tails(tmp_path)
-    tails.count()
-    assert (tails.items, tails.damaged) == (0, data.count(b"\n"))
+    found = counted(tmp_path)
+    assert (found.recorded, found.damaged) == (0, data.count(b"\n"))
 
 
 @FUZZ
 @given(edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3), st.integers(0, 5))))
-def test_an_edited_spool_yields_only_what_was_written(
+def test_an_edited_file_yields_only_what_was_written(
     tmp_path: Path, edits: list[tuple[float, bytes, int]]
 ) -> None:
     data = b"".join(
@@ -313,8 +377,8 @@ def test_an_edited_spool_yields_only_what_was_written(
     for where, insert, remove in edits:
         at = int(where * len(data))
         data = data[:at] + insert + data[at + remove :]
-    (tmp_path / "spool").write_bytes(data)
-    for line in read_chunk(tmp_path / "spool").lines:
+    (tmp_path / "lines").write_bytes(data)
+    for line in read_chunk(tmp_path / "lines").lines:
         assert line.payload == genuine[line.payload["at"]]
         assert data[line.start : line.end] == encode(line.payload)
 
@@ -407,16 +471,15 @@ def test_addresses_lose_their_secrets(text: str, clean: str | None) -> None:
     assert redact(text) == expected
 
 
-def test_secrets_never_enter_a_spool(tmp_path: Path) -> None:
+def test_secrets_never_enter_an_outbox(tmp_path: Path) -> None:
     address = "http://user:hunter2@host:5000"
-    spool = tracker(tmp_path)
-    spool.start({"data": address}, {"tracking_uri": address})
-    spool.end(Outcome.FAILED, f"cannot reach {address}")
-    driver = SearchTracker(tmp_path)
-    driver.tags({"uri": address})
-    driver.trial_end(7, Outcome.FAILED, address)
-    for path in tmp_path.rglob("*.jsonl"):
-        assert b"hunter2" not in path.read_bytes()
+    outbox = Outbox(tmp_path)
+    outbox.start(7, {"data": address}, {"tracking_uri": address})
+    outbox.end(7, Outcome.FAILED, f"cannot reach {address}")
+    outbox.tags(None, {"uri": address})
+    outbox.end(7, Outcome.FAILED, address)
+    assert len(list(read_all(tmp_path))) == 4
+    assert b"hunter2" not in (tmp_path / OUTBOX_FILE).read_bytes()
 
 
 @pytest.mark.parametrize("uri", ["file:///tmp/x", "/tmp/x", "ftp://u:hunter2@host", "http:", ""])
@@ -458,7 +521,7 @@ def test_store_addresses() -> None:
 
 def test_workers_do_not_import_mlflow() -> None:
     code = (
-        "import sys, topotune.tracking.spool, topotune.tracking.shipper, topotune.tracking.mlflow;"
+        "import sys, topotune.tracking.outbox, topotune.tracking.shipper, topotune.tracking.mlflow;"
         "print(sorted({'mlflow', 'torch', 'ray', 'sqlalchemy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -477,13 +540,32 @@ def test_a_line_is_checksum_length_and_json() -> None:
 def test_a_clock_that_is_set_back_stamps_nothing_before_what_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracker(tmp_path).start({}, {})
+    Outbox(tmp_path).start(7, {}, {})
     real = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
-    again = tracker(tmp_path)
-    again.end(Outcome.PRUNED, "stopped")
-    again.start({}, {"attempt": "2"})
-    again.end(Outcome.COMPLETE, "")
-    stamps = [entry.at for _, entry in read_all(tmp_path, NAME)]
+    again = Outbox(tmp_path)
+    again.end(7, Outcome.PRUNED, "stopped")
+    again.start(7, {}, {"attempt": "2"})
+    again.end(7, Outcome.COMPLETE, "")
+    stamps = [entry.at for _, entry in read_all(tmp_path)]
     assert len(stamps) == 4
     assert all(before < after for before, after in pairwise(stamps))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        Start({"lr": "0.1", "eta": "1"}, {"device": "cpu"}, 1),
+        Tags({"a": "b"}, 1),
+        epoch(1),
+        Epoch(EpochReport(1, 1, {"epoch_seconds": 2.0, "loss": math.inf}, 0.1, 1)),
+        Metrics({"a": 1.0, "b": math.inf}, 0, 1),
+        Artifact("trials/0000/trace.npz", "", "00", 1),
+        End("COMPLETE", "", 1),
+    ],
+    ids=lambda body: type(body).__name__,
+)
+def test_a_record_counts_its_items(body: Body) -> None:
+    entry = Entry(7, body)
+    more = isinstance(body, Artifact | End)
+    assert size(entry) == len(list(items(entry))) + more
