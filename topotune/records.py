@@ -193,7 +193,7 @@ class EpochReport(_JsonRecord):
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON, non-finite metrics as words."""
-        return dataclasses.asdict(self) | {"metrics": pack_metrics(self.metrics)}
+        return {**vars(self), "metrics": pack_metrics(self.metrics)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

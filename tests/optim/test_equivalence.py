@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.optim_cases import SHAPES, compare, parameters, replay
+from tests.optim_cases import COUPLINGS, SHAPES, compare, parameters, replay
 from topotune.optim import TopologicalAdam, fields
 from topotune.optim.couplings import ACCURACY, degree_for, polynomial, shifted, taylor
 
-COUPLINGS = ("uniform", "exchange", "local")
 CONTROLS = ("exact", "band")
 SCALES = (1e-3, 1.0, 30.0)
 CELLS = list(itertools.product(COUPLINGS, CONTROLS, SCALES))

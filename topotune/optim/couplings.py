@@ -31,25 +31,33 @@ REMAINDERS = (1.0, 0.385, 1.0 / 3.0, 0.1725)
 
 
 class LowRankFields(FieldBatch):
-    """Couplings whose ``alpha - beta`` is a combination of constants, by two numbers a tensor."""
+    """Couplings whose ``alpha - beta`` is, with two numbers a tensor, ``first*x + second*y``.
+
+    ``x`` is the first tensor of the basis, ``y`` the second, or 1 where there is no second.
+    """
 
     @abstractmethod
     def _gap_rows(self) -> Array:
         """(2, k): the two numbers of each tensor."""
 
     @abstractmethod
+    def _ranges_of_basis(self) -> Array:
+        """(2 or 4, k): middle and half width of the range of ``x``, then of ``y``."""
+
+    def _read_constants(self) -> None:
+        if self.on_cpu:
+            self._ranges = self._ranges_of_basis().tolist()
+            if self.basis_size == 1:
+                self._ranges += [[1.0] * len(self.sizes), [0.0] * len(self.sizes)]
+
     def _combine(
         self, columns: list[list[Tensor]], first: list[Any], second: list[Any]
     ) -> list[Tensor]:
-        """``alpha - beta`` of some tensors, fresh, from their constants (as in ``shaped``)."""
-
-    @abstractmethod
-    def _spread(self, place: int, first: float, second: float) -> tuple[float, float]:
-        """Middle and half width of an interval that holds all elements of ``alpha - beta``."""
-
-    @abstractmethod
-    def _series(self, place: int, first: float, second: float, about: list[float]) -> Tensor:
-        """The polynomial ``about`` of ``alpha - beta`` around the middle of its spread; fresh."""
+        """``first*x + second*y`` of some tensors, fresh; ``columns`` as in ``shaped``."""
+        gaps = torch._foreach_mul(columns[0], first)
+        rest = second if self.basis_size == 1 else torch._foreach_mul(columns[1], second)
+        torch._foreach_add_(gaps, rest)
+        return list(gaps)
 
     def _gaps(self, factor: float) -> list[Tensor]:
         first, second = self.weights(self._gap_rows() * factor)
@@ -70,22 +78,27 @@ class LowRankFields(FieldBatch):
         first, second = self.weights(self._gap_rows())
         others = [i for i in range(len(parameters)) if i not in self.large]
         for i in self.large:
-            middle, reach = self._spread(i, first[i], second[i])
-            degree = degree_for(reach)
+            middle_x, reach_x, middle_y, reach_y = (row[i] for row in self._ranges)
+            # The ranges of x and y are taken as independent.
+            middle = first[i] * middle_x + second[i] * middle_y
+            degree = degree_for(abs(first[i]) * reach_x + abs(second[i]) * reach_y)
             if degree is None:
                 others.append(i)
             elif degree == 0:
                 parameters[i].add_(weight * math.tanh(middle))
             else:
-                moved = self._series(i, first[i], second[i], taylor(middle, degree))
+                x, series = self.shaped[0][i], taylor(middle, degree)
+                if self.basis_size == 1:  # a polynomial of x itself: the gap need not be formed
+                    moved = polynomial(x, shifted(series, first[i], middle_x))
+                else:
+                    gap = torch.mul(x, first[i]).add_(self.shaped[1][i], alpha=second[i])
+                    moved = polynomial(gap, shifted(series, 1.0, middle))
                 parameters[i].add_(moved, alpha=weight)
         if others:
             factor = self._tanh_factor(sum(self.sizes[i] for i in others))
-            gaps = self._combine(
-                [[column[i] for i in others] for column in self.shaped],
-                [factor * first[i] for i in others],
-                [factor * second[i] for i in others],
-            )
+            columns = [[column[i] for i in others] for column in self.shaped]
+            numbers = ([factor * row[i] for i in others] for row in (first, second))
+            gaps = self._combine(columns, *numbers)
             self._add_tanh([parameters[i] for i in others], gaps, weight, factor)
 
 
@@ -138,22 +151,8 @@ class UniformFields(LowRankFields):
         rows[1] *= 2.0
         return rows  # a and 2b
 
-    def _combine(
-        self, columns: list[list[Tensor]], first: list[Any], second: list[Any]
-    ) -> list[Tensor]:
-        gaps = torch._foreach_mul(columns[0], first)
-        torch._foreach_add_(gaps, second)
-        return list(gaps)
-
-    def _read_constants(self) -> None:
-        self._middles, self._reaches = self.constants[2:].tolist() if self.on_cpu else ([], [])
-
-    def _spread(self, place: int, first: float, second: float) -> tuple[float, float]:
-        return first * self._middles[place] + second, abs(first) * self._reaches[place]
-
-    def _series(self, place: int, first: float, second: float, about: list[float]) -> Tensor:
-        # A polynomial of gap0 itself: the gap need not be formed.
-        return polynomial(self.shaped[0][place], shifted(about, first, self._middles[place]))
+    def _ranges_of_basis(self) -> Array:
+        return self.constants[2:]
 
 
 class ExchangeFields(LowRankFields):
@@ -211,27 +210,8 @@ class ExchangeFields(LowRankFields):
     def _gap_rows(self) -> Array:
         return self.coefficient_rows[:2] - self.coefficient_rows[2:]
 
-    def _combine(
-        self, columns: list[list[Tensor]], first: list[Any], second: list[Any]
-    ) -> list[Tensor]:
-        gaps = torch._foreach_mul(columns[0], first)
-        rest = torch._foreach_mul(columns[1], second)
-        torch._foreach_add_(gaps, rest)
-        return list(gaps)
-
-    def _read_constants(self) -> None:
-        self._ranges = self.constants[3:].reshape(2, 2, -1).tolist() if self.on_cpu else []
-
-    def _spread(self, place: int, first: float, second: float) -> tuple[float, float]:
-        # The two fields' ranges are taken as independent.
-        of_alpha, of_beta = self._ranges[0], self._ranges[1]
-        middle = first * of_alpha[0][place] + second * of_beta[0][place]
-        return middle, abs(first) * of_alpha[1][place] + abs(second) * of_beta[1][place]
-
-    def _series(self, place: int, first: float, second: float, about: list[float]) -> Tensor:
-        middle, _ = self._spread(place, first, second)
-        gap = torch.mul(self.shaped[0][place], first).add_(self.shaped[1][place], alpha=second)
-        return polynomial(gap, shifted(about, 1.0, middle))
+    def _ranges_of_basis(self) -> Array:
+        return self.constants[3:]
 
 
 class LocalFields(FieldBatch):

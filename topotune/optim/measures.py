@@ -16,7 +16,7 @@ from torch import Tensor
 from topotune.optim.fields import COMMON, CONTROLLED, CURRENT, ENERGY, SKIPPED, Array, FieldBatch
 from topotune.optim.state import coupling_of
 
-Measured = Sequence[tuple[dict[str, Tensor], Mapping[str, Any]]]
+FieldStates = Sequence[tuple[dict[str, Tensor], Mapping[str, Any]]]
 """The states of the tensors that have fields, each with its parameter group."""
 
 
@@ -28,13 +28,13 @@ def materialised(state: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return alpha.double(), beta.double()
 
 
-def common(tensors: Measured) -> Tensor:
+def common(tensors: FieldStates) -> Tensor:
     """The common scalars on the CPU, (4, k); zeros (4, 1) where no tensor has fields."""
     rows = [state["scalars"][:COMMON].cpu() for state, _ in tensors]
     return torch.stack(rows or [torch.zeros(COMMON, dtype=torch.float64)], dim=1)
 
 
-def field_metrics(tensors: Measured) -> dict[str, float]:
+def field_metrics(tensors: FieldStates) -> dict[str, float]:
     """See ``TopologicalAdam.field_metrics``."""
     sums = dict.fromkeys(("energy", "j_t", "alpha_norm", "beta_norm", "alpha_beta_corr"), 0.0)
     for state, _ in tensors:
@@ -50,7 +50,7 @@ def field_metrics(tensors: Measured) -> dict[str, float]:
     return {name: value / max(len(tensors), 1) for name, value in sums.items()}
 
 
-def metrics(tensors: Measured) -> dict[str, float]:
+def metrics(tensors: FieldStates) -> dict[str, float]:
     """See ``TopologicalAdam.metrics``."""
     names = ("energy", "energy_controlled", "coupling_current", "alpha_norm", "beta_norm")
     found = dict.fromkeys((*names, "alpha_beta_cos", "topo_ratio", "skipped_nonfinite"), 0.0)

@@ -273,7 +273,7 @@ def _check_tensor(called: str, name: str, entry: object, like: Tensor | None = N
 
 
 def coupling_of(state: Mapping[str, Any]) -> type[FieldBatch] | None:
-    """The coupling whose fields a state holds, known by its entries; None if there are none."""
+    """The coupling whose fields a state holds, known by its entries; None without fields."""
     if "scalars" not in state:
         return None
     kinds = (kind for kind in COUPLINGS.values() if all(name in state for name in kind.tensors))

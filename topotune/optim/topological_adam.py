@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from topotune.optim.fields import CURRENT, ENERGY, field_dtype
 from topotune.optim.measures import (
     EnergyTrace,
-    Measured,
+    FieldStates,
     TraceRing,
     common,
     field_metrics,
@@ -392,7 +392,7 @@ class TopologicalAdam(Optimizer):
         alpha, beta = materialised(state)
         return alpha.to(field_dtype(parameter)), beta.to(field_dtype(parameter))
 
-    def _measured(self) -> Measured:
+    def _measured(self) -> FieldStates:
         """The states that have fields, in the order of the parameters, with their groups."""
         return [
             (state, group)

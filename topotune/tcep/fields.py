@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from topotune.errors import ConfigError, PluginError
+from topotune.plugins import accepted_names
 
 R = TypeVar("R")
 
@@ -188,18 +189,13 @@ def build_field(found: type[Field], facts: dict[str, object]) -> Field:
         ConfigError: it needs an argument that is not among them, or it refuses a value, or what
             it built does not have the tokens and the width that were asked for.
     """
-    parameters = inspect.signature(found).parameters.values()
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-    for parameter in parameters:
-        plain = parameter.kind in (
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.KEYWORD_ONLY,
-        )
-        if plain and parameter.default is inspect.Parameter.empty and parameter.name not in facts:
+    names, takes_any = accepted_names(found)
+    parameters = inspect.signature(found).parameters
+    for name in names:
+        if parameters[name].default is inspect.Parameter.empty and name not in facts:
             raise ConfigError(
                 "field",
-                f"the constructor of {found.__qualname__} needs {parameter.name!r}",
+                f"the constructor of {found.__qualname__} needs {name!r}",
                 f"A field can have {', '.join(sorted(facts))}; give others a default",
             )
     given = {name: value for name, value in facts.items() if takes_any or name in names}

@@ -175,7 +175,7 @@ class EquilibriumLearner:
         return probe.relaxation(network, inputs)
 
     def fault(self, columns: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
-        """The first step that cannot be learnt from, and why; None if there is none.
+        """The first step that training cannot go on from, and why; None if all steps are sound.
 
         Args:
             columns: what :meth:`gradients` measured, by name, one value a step.

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from topotune.errors import ConfigError, UnknownNameError
-from topotune.plugins import is_import_path, load_class
+from topotune.errors import ConfigError
+from topotune.plugins import find_class, is_import_path
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.fields import Field, build_field, vet_field
 from topotune.tcep.options import Dynamics
@@ -116,7 +116,8 @@ class TCEPNetwork(nn.Module):
             "sharpness": self.dynamics.sharpness,
             "caps": self.dynamics.caps,
         }
-        self.field = build_field(_field_class(field), facts)
+        found: type[Field] = find_class("field", field, FIELDS, Field)  # type: ignore[type-abstract]
+        self.field = build_field(found, facts)
         if is_import_path(field):
             vet_field(self.field)
         self.embed = nn.Linear(self.tokens.size, width, bias=False)
@@ -303,13 +304,3 @@ class TCEPNetwork(nn.Module):
     def one_sided_lipschitz(self, drive: Tensor, state: Tensor) -> Tensor:
         """mu of each sample at a state, (B,); see :mod:`topotune.tcep.spectral`."""
         return one_sided_lipschitz(self.field, drive, state)
-
-
-def _field_class(name: str) -> type[Field]:
-    if isinstance(name, str) and is_import_path(name):
-        return load_class(name, Field)  # type: ignore[type-abstract]
-    if not isinstance(name, str) or name not in FIELDS:
-        raise UnknownNameError(
-            "field", str(name), FIELDS, "or an import path, package.module:Class"
-        )
-    return FIELDS[name]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from topotune.tcep.anderson import Anderson
-from topotune.tcep.batch import Batch, Orbit
 from topotune.tcep.ode import Dopri5
 from topotune.tcep.options import Solver
 from topotune.tcep.precision import full_precision
 from topotune.tcep.recirculation import Memory
+from topotune.tcep.samples import Orbit, Samples
 from topotune.tcep.stepping import DIVERGENCE, Explicit, Flow, Noise, Stepper, row_norm
 
 __all__ = ["Equilibrium", "Flow", "Noise", "Status", "relax", "unroll"]
@@ -124,18 +124,18 @@ def relax(
     """
     with torch.no_grad():
         bound = solver.tolerance if tolerance is None else tolerance
-        batch = Batch(flow, start, bound)
+        samples = Samples(flow, start, bound)
         stepper = _stepper(solver, dt, start, bound, memory, noise)
         orbit, limit, least = _extent(solver, stepper, min_steps, memory, noise)
         path = None if energy is None else [energy(start)]
 
         def after_step() -> None:
             if path is not None and energy is not None:
-                path.append(energy(batch.state()))
+                path.append(energy(samples.state()))
 
         compact = noise is None and not torch.compiler.is_exporting()
-        steps = _walk(batch, stepper, orbit, limit, least, compact, after_step)
-        state, norm, nfe, ceiling = batch.finish(stepper)
+        steps = _walk(samples, stepper, orbit, limit, least, compact, after_step)
+        state, norm, nfe, ceiling = samples.finish(stepper)
         scale = math.sqrt(start.shape[1])
         sound = torch.isfinite(state).all(dim=1) & (norm <= DIVERGENCE * scale)
         status = torch.where(norm <= ceiling, int(Status.CONVERGED), int(Status.UNCONVERGED))
@@ -148,7 +148,7 @@ def relax(
             steps,
             stepper.time_step,
             None if path is None else torch.stack(path),
-            None if orbit is None else orbit.result(batch.rows.state),
+            None if orbit is None else orbit.result(samples.rows.state),
             forced=noise is not None or solver.fixed,
         )
 
@@ -176,12 +176,12 @@ def unroll(
     Raises:
         ValueError: as :func:`relax`.
     """
-    batch = Batch(flow, start, solver.tolerance)
+    samples = Samples(flow, start, solver.tolerance)
     heun = solver.name == "heun" and noise is None
     stepper = Explicit("heun" if heun else "euler", dt, memory, noise)
     orbit, limit, least = _extent(solver, stepper, min_steps, memory, noise)
-    steps = _walk(batch, stepper, orbit, limit, least)
-    state = batch.rows.state
+    steps = _walk(samples, stepper, orbit, limit, least)
+    state = samples.rows.state
     return state, steps, None if orbit is None else orbit.result(state)
 
 
@@ -218,7 +218,7 @@ def _extent(
 
 
 def _walk(
-    batch: Batch,
+    samples: Samples,
     stepper: Stepper,
     orbit: Orbit | None,
     limit: int,
@@ -233,21 +233,21 @@ def _walk(
     for step in range(limit + 1):
         if step == limit and after_step is None:
             return step
-        force, vanishing = batch.evaluate(stepper)
+        force, vanishing = samples.evaluate(stepper)
         norm = row_norm(vanishing.detach())
-        drift = norm if orbit is None else orbit.drift(step, batch.rows.state)
-        batch.judge(norm, drift, step >= least, stepper.excused())
-        if step == limit or not batch.look(step):
+        drift = norm if orbit is None else orbit.drift(step, samples.rows.state)
+        samples.judge(norm, drift, step >= least, stepper.excused())
+        if step == limit or not samples.look(step):
             return step
         if orbit is not None:
-            orbit.record(step, batch.rows.state, batch.mask)
-        if compact and batch.sparse:
-            kept = batch.compact()
+            orbit.record(step, samples.rows.state, samples.mask)
+        if compact and samples.sparse:
+            kept = samples.compact()
             stepper.keep(kept)
             if orbit is not None:
                 orbit.keep(kept)
             force, norm = force[kept], norm[kept]
-        batch.advance(stepper, force, norm)
+        samples.advance(stepper, force, norm)
         if after_step is not None:
             after_step()
     raise AssertionError("unreachable: the last turn returns")

@@ -178,7 +178,7 @@ class Delivery:
             else:
                 labels = self._known_labels()
                 name = self._name if trial is None else trial_name(trial, RUNNING)
-                parent = None if trial is None else self.run(None, at)
+                parent = None if trial is None else self.run(None, labels.began or at)
                 new = NewRun(self._search_id, trial, name, at, parent, labels.tags)
                 runs[key] = self._store.create_run(new)
         return runs[key]

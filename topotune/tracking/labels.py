@@ -26,12 +26,14 @@ class Labels:
         metrics: its objectives' metrics, the first one first.
         maximize: whether the highest value of the first is the best.
         searched: the parameters that it varies.
+        began: when it began, in Unix milliseconds; 0 where that is not known.
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     maximize: bool = True
     searched: tuple[str, ...] = ()
+    began: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> Labels:
@@ -60,6 +62,7 @@ class Labels:
             metrics=tuple(metric for _, _, metric in goals),
             maximize=not goals or goals[0][0] == "maximize",
             searched=_words(start.params.get("searched", "")),
+            began=start.at,
         )
 
 

@@ -1,16 +1,22 @@
 """The outbox: all that a search records for MLflow, in one file with one writer.
 
 ``NAME/outbox.jsonl`` is a write-ahead log. Only the process that holds the search's lease appends
-to it, and a record is on disk when the call returns, whether or not any server can be reached; the
+to it, whether or not any server can be reached; the
 :class:`~topotune.tracking.shipper.Shipper` sends it on. Nothing here imports mlflow.
+
+A kill of the process loses nothing. A record is forced to disk before the call returns, but for
+what trials report as they train: that is forced at least every second and at the trial's end, until
+when its checkpoint holds it, too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +33,7 @@ from topotune.tracking.entries import (
     Entry,
     Epoch,
     Metrics,
+    Series,
     Start,
     Tags,
     begun,
@@ -38,6 +45,7 @@ from topotune.tracking.entries import (
 from topotune.tracking.lines import encode, read_chunk
 
 OUTBOX_FILE = "outbox.jsonl"
+FORCE_SECONDS = 1.0
 _MAX_REASON = 2000
 _log = logging.getLogger(__name__)
 
@@ -116,6 +124,7 @@ class _Known:
     tags: dict[str, str] = field(default_factory=dict)
     epochs: set[int] = field(default_factory=set)
     points: set[tuple[str, int]] = field(default_factory=set)
+    steps: int = 0
     artifacts: dict[tuple[str, str], str] = field(default_factory=dict)
     started: bool = False
     end: tuple[str, str] | None = None
@@ -133,6 +142,8 @@ class _Known:
                 self.epochs.add(report.epoch)
             case Metrics(values, step):
                 self.points.update((name, step) for name in values)
+            case Series():
+                self.steps = max(self.steps, body.last)
             case Artifact(path, folder, digest):
                 self.artifacts[path, folder] = digest
             case End(outcome, reason):
@@ -143,7 +154,8 @@ class _Known:
         """What recording ``body`` would say that is not known; None for nothing.
 
         An epoch is known by its number, a metric by its name and step, a parameter by its name,
-        an artifact by its path and content; the first value of a parameter stands.
+        series by their last step, an artifact by its path and content; the first value of a
+        parameter stands.
         """
         match body:
             case Start(params, tags):
@@ -165,6 +177,8 @@ class _Known:
             case Metrics(values, step):
                 left = {n: float(v) for n, v in values.items() if (n, step) not in self.points}
                 return replace(body, values=left) if left else None
+            case Series():
+                return None if body.last <= self.steps else body
             case Artifact(path, folder, digest):
                 return None if self.artifacts.get((path, folder)) == digest else body
             case End(outcome, reason):
@@ -194,6 +208,7 @@ class Outbox:
         self._runs: dict[int | None, _Known] = {}
         self._ended: dict[int, int] = {}
         self._end = 0
+        self._forced = -math.inf
         self._read()
 
     def _read(self) -> None:
@@ -226,8 +241,14 @@ class Outbox:
                     known.add(body)
         return known
 
-    def put(self, trial: int | None, *bodies: Body) -> None:
-        """Record what is new of these, in one write."""
+    def put(self, trial: int | None, *bodies: Body, force: bool = True) -> None:
+        """Record what is new of these, in one write.
+
+        Args:
+            trial: whose they are.
+            bodies: the records.
+            force: whether they must be on disk at once.
+        """
         with self._writing:
             if (
                 outbox_size(self._folder) != self._end
@@ -243,11 +264,11 @@ class Outbox:
                     lines += encode(payload)
                     added.append(fresh)
             if added:
-                self._append(lines)
+                self._append(lines, force)
             for fresh in added:
                 known.add(fresh)
 
-    def _append(self, lines: bytes) -> None:
+    def _append(self, lines: bytes, force: bool) -> None:
         self._fence()
         try:
             if self._end == 0:
@@ -259,7 +280,9 @@ class Outbox:
                 try:
                     if file.write(lines) != len(lines):
                         raise OSError("only a part of the record was written")
-                    os.fsync(file.fileno())
+                    if force or time.monotonic() - self._forced >= FORCE_SECONDS:
+                        os.fsync(file.fileno())
+                        self._forced = time.monotonic()
                 except OSError:
                     file.truncate(self._end)
                     raise
@@ -302,9 +325,16 @@ class Outbox:
         """The newest recorded value of a tag of the search; None where there is none."""
         return self._known(None).tags.get(name)
 
-    def metrics(self, trial: int | None, values: Mapping[str, float], step: int, at: int) -> None:
+    def metrics(
+        self,
+        trial: int | None,
+        values: Mapping[str, float],
+        step: int,
+        at: int,
+        force: bool = True,
+    ) -> None:
         """Values that belong to no epoch; a name is kept once a step."""
-        self.put(trial, Metrics(values, step, at))
+        self.put(trial, Metrics(values, step, at), force=force)
 
     def artifact(self, trial: int | None, path: Path, folder: str = "") -> None:
         """A finished file inside the search folder; recorded again when its content changed."""

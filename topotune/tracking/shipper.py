@@ -315,8 +315,7 @@ class Shipper:
         for offset, entry in piece.entries:
             if known is None or known.get(entry.trial, self._ahead) <= offset < self._ahead:
                 groups.setdefault(entry.trial, []).append((offset, entry))
-        begun = "search" in self._progress.runs  # it begins before its trials
-        order = sorted(groups, key=lambda trial: (self._failures[trial], begun and trial is None))
+        order = sorted(groups, key=lambda trial: (self._failures[trial], trial is None))
         return {trial: groups[trial] for trial in order}
 
     def _try(self, entries: list[tuple[int, Entry]], failures: list[StoreOfflineError]) -> bool:

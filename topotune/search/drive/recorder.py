@@ -92,7 +92,8 @@ def recorded(folder: Path, spec: TrialSpec) -> Progress:
         return Progress()
     if record is None:
         return Progress()
-    return Progress(record.history, record.overhead.metrics, entries=record.entries())
+    entries = (*record.entries(), *record.last_series(folder))
+    return Progress(record.history, record.overhead.metrics, entries=entries)
 
 
 class Recorder:
@@ -160,7 +161,7 @@ class Recorder:
 
     def progress(self, number: int, progress: Progress) -> None:
         """Record what a trial's worker sends; what is recorded is ignored."""
-        self._outbox.put(number, *progress.entries, *map(Epoch, progress.reports))
+        self._outbox.put(number, *progress.entries, *map(Epoch, progress.reports), force=False)
 
     def recover(
         self,
@@ -190,8 +191,8 @@ class Recorder:
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
-        self._record_end(row)
         self._record_best(row)
+        self._record_end(row)
         self._work.put(row)
 
     def _record_end(self, row: TrialSummary) -> None:
@@ -207,14 +208,14 @@ class Recorder:
 
     def _record_best(self, row: TrialSummary) -> None:
         """The best so far in each objective, with the number of trials that have ended, this one
-        among them, as its step."""
+        among them, as its step. Forced to disk with the trial's end, which follows."""
         self._ended += 1
         if row.state == Outcome.COMPLETE and not row.violated:
             for objective, value in zip(self._config.objective, row.values, strict=False):
                 name = f"best_{objective.metric}"
                 better = max if objective.direction == "maximize" else min
                 self._best[name] = better(self._best.get(name, value), value)
-        self._outbox.metrics(None, self._best, self._ended, now_ms())
+        self._outbox.metrics(None, self._best, self._ended, now_ms(), force=False)
 
     def drop(self) -> None:
         """Finish what the thread is at and leave the rest: another driver records from here on."""

@@ -22,8 +22,9 @@ from optuna.trial import FrozenTrial, TrialState
 from topotune.config.models import SearchConfig
 from topotune.errors import SearchFolderError, TopotuneError
 from topotune.redaction import brief
+from topotune.search.place.addresses import study_place
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
-from topotune.search.study.address import study_name, study_place
+from topotune.search.study.address import study_name
 from topotune.search.study.database import PatientStorage, open_database
 from topotune.search.study.journal import Journal, JournalReader
 from topotune.search.study.patience import Patience

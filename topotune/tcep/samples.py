@@ -1,4 +1,4 @@
-"""The samples of a relaxation that still move, and what became of those that do not."""
+"""The samples of a relaxation: which still move, which are finished, and the orbit of a period."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from topotune.tcep.recirculation import Memory
 from topotune.tcep.stepping import DIVERGENCE, Flow, Stepper, row_norm
 
 CROWD = 0.7
-"""Share of live samples below which the others are taken out of the batch. Taking out costs a copy
-of everything, an idle sample its share of every evaluation."""
+"""Share of live samples below which the finished ones are removed from the batch. Removal copies
+everything; a finished sample that stays costs its share of every evaluation."""
 
 LOOK_EVERY = 4
-"""Steps between two looks at who is done, on devices where a look stops the queue of kernels."""
+"""Steps between two looks for finished samples, on devices where a look drains the queue."""
 
 
 class Rows(NamedTuple):
@@ -36,8 +36,8 @@ class Rows(NamedTuple):
     bound: Tensor
 
 
-class Batch:
-    """A batch under way. Samples that are done are frozen, and taken out when they are many.
+class Samples:
+    """The batch of a relaxation. Finished samples are frozen, and taken out when they are many.
 
     Args:
         flow: of all samples.
@@ -73,7 +73,7 @@ class Batch:
 
     @property
     def mask(self) -> Tensor | None:
-        """Who is live, (B,); None where it is known that all are."""
+        """The live samples, (B,) of bool; None where all are known to be live."""
         return None if self._looks and self._count == len(self.live) else self.live
 
     def evaluate(self, stepper: Stepper) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class Batch:
     def judge(
         self, norm: Tensor, drift: Tensor | None, settles: bool, excused: Tensor | None
     ) -> None:
-        """Note the norms and freeze who is done.
+        """Record the norms and freeze the samples that are finished.
 
         Args:
             norm: (B,), of the flow; NaN or beyond its ceiling, a sample has diverged.
@@ -107,16 +107,16 @@ class Batch:
         self.live = self.live & ~done
 
     def look(self, step: int) -> bool:
-        """Whether any sample still moves. Waits for the device, so not always really looks."""
+        """Whether any sample still moves; where that would wait for the device, the last answer."""
         if torch.compiler.is_exporting():
-            return True  # all steps are taken, in which samples that are done stand still
+            return True  # all steps are taken; finished samples stand still in them
         if self._looks or step % LOOK_EVERY == 0:
             self._count = int(self.live.sum())
         return self._count > 0
 
     @property
     def sparse(self) -> bool:
-        """Whether few enough are live for taking the others out."""
+        """Whether so few are live that removing the others pays."""
         return self._count < CROWD * len(self.live)
 
     def compact(self) -> Tensor:
@@ -140,7 +140,7 @@ class Batch:
             self.rows.nfe.add_(self.live, alpha=further)
 
     def finish(self, stepper: Stepper) -> Rows:
-        """All samples, after the solver's last word."""
+        """All samples, after the solver's last correction."""
         state, norm = stepper.last(self.rows.state, self.rows.norm)
         self.rows = self.rows._replace(state=state, norm=norm)
         return self._gathered()
