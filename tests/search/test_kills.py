@@ -19,12 +19,15 @@ from topotune import files
 from topotune.config.models import SearchConfig
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.drive.book import Progress, Turn
+from topotune.search.drive.recorder import Recorder
 from topotune.search.place.addresses import remembered
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
 from topotune.search.study.database import PatientStorage
 from topotune.search.study.rows import summaries
 from topotune.search.study.store import Handout
 from topotune.seeding import derive_seed
+from topotune.tracking.entries import End, Epoch
+from topotune.tracking.outbox import OUTBOX_FILE, read_all
 
 PRUNERS: dict[str, Any] = {
     "asha": {"name": "asha", "reduction_factor": 2},
@@ -75,11 +78,11 @@ def seam(before: Before) -> Iterator[None]:
 
 
 def torn(path: Path | None, content: bytes) -> Iterator[bytes]:
-    """What of a write may be there after a kill: nothing, and of a turn of the study's any number
-    of its records, the next one half."""
+    """What of a write may be there after a kill: nothing, and of a turn of the study's, or of what
+    is recorded at once, any number of its records, the next one half."""
     yield b""
     lines = content.splitlines(keepends=True)
-    if path is not None and path.name == STUDY_FILE:
+    if path is not None and path.name in (STUDY_FILE, OUTBOX_FILE):
         for count in range(len(lines)):
             yield b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2]
 
@@ -291,6 +294,62 @@ def test_a_kill_changes_nothing(
     pruner: str, sampler: str, concurrency: int, every: int, tmp_path: Path
 ) -> None:
     check_every_kill(pruner, sampler, concurrency, tmp_path, every)
+
+
+class RecordingDesk(Desk):
+    """A driver that records for MLflow, too."""
+
+    def __init__(self, results: Path, config: SearchConfig, concurrency: int = 1) -> None:
+        super().__init__(results, config, concurrency)
+        recorder = Recorder(self.folder, config)
+        recorder.recover(self.rows())
+        self.book.record = recorder.progress
+        self.book._ended = recorder.ended
+
+
+def recorded(folder: SearchFolder) -> dict[int, list[object]]:
+    """What is recorded of each trial that must not depend on where a driver was killed."""
+    trials: dict[int, list[object]] = {}
+    for _, entry in read_all(folder.root):
+        if entry.trial is not None:
+            kept = trials.setdefault(entry.trial, [])
+            match entry.body:
+                case Epoch(report):
+                    kept.append(report)
+                case End(outcome, reason):
+                    kept.append((outcome, reason))
+                case other:
+                    kept.append(type(other))
+    return trials
+
+
+@pytest.mark.parametrize(("pruner", "concurrency"), [("asha", 3), ("none", 1)])
+def test_a_kill_leaves_no_record_twice_and_none_out(
+    pruner: str, concurrency: int, tmp_path: Path
+) -> None:
+    """Before each write of the study and of the outbox, and in the midst of one."""
+    config = search(pruner, "random")
+    whole, site, images = tmp_path / "whole", Site(), list[Path]()
+    trained: list[dict[int, int]] = []
+    keep = images_of(whole, images)
+
+    def photograph(path: Path | None, content: bytes) -> None:
+        keep(path, content)
+        trained.extend(dict(site.trained) for _ in images[len(trained) :])
+
+    whole.mkdir()
+    with seam(photograph):
+        desk = RecordingDesk(whole, config, concurrency)
+        site.drive(desk)
+    rows, expected = found(desk.rows()), recorded(desk.folder)
+    desk.store.close()
+    assert sum(isinstance(one, EpochReport) for one in expected[0]) == rows[0][2]
+    for index in range(0, len(images), 13):
+        again = RecordingDesk(images[index], config, concurrency)
+        Site(trained[index]).drive(again)
+        assert found(again.rows()) == rows, index
+        assert recorded(again.folder) == expected, index
+        again.store.close()
 
 
 def handed(turn: Handout | Turn) -> Handout:
