@@ -200,7 +200,7 @@ def _record_trial(search: Path, driver: SearchTracker, number: int) -> None:
 
 
 def _trace(results: Path, points: int) -> TraceRecord:
-    from topotune.results.plots import plot_trace
+    from topotune.results.trace import plot_trace
     from topotune.train.trace import TRACE_FILE, StepTrace, step_traces
 
     trial = results / "search" / "trials" / "0000"

@@ -24,7 +24,7 @@ from topotune.search.view import SearchView
 
 WRITE_EVERY = 3.0
 MAX_BYTES = 1_000_000
-"""A file that is larger is none of ours."""
+"""No driver writes a larger file."""
 _SHOWN = 8
 
 
@@ -69,7 +69,7 @@ class LiveFile:
 
     def remove(self) -> None:
         """The driver ends."""
-        with contextlib.suppress(OSError, TopotuneError):  # nobody reads it without its driver
+        with contextlib.suppress(OSError, TopotuneError):  # without its driver it is not read
             self._fence()
             self._path.unlink()
 
@@ -114,9 +114,9 @@ class Live:
         """For a person."""
         found = []
         if self.running:
-            told = [f"trial {number} after epoch {epoch}" for number, epoch in self.running]
-            more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-            found.append(f"{clean(self.phase)}: {', '.join(told[:_SHOWN])}{more}")
+            trials = [f"trial {number} after epoch {epoch}" for number, epoch in self.running]
+            more = f" and {len(trials) - _SHOWN} more" if len(trials) > _SHOWN else ""
+            found.append(f"{clean(self.phase)}: {', '.join(trials[:_SHOWN])}{more}")
         if self.waiting:
             found.append(clean(self.waiting))
         return found

@@ -1,4 +1,4 @@
-"""What a search looks like from outside while it runs: records for whoever shows it."""
+"""What a search looks like from outside while it runs: records for what shows it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SearchView:
 
 
 class Listener(Protocol):
-    """Whoever watches a search; called in the driver's thread, so it must return quickly."""
+    """Watches a search; called in the driver's thread, so it must return quickly."""
 
     def note(self, text: str) -> None:
         """Something a person should know, one line."""
@@ -74,7 +74,7 @@ class Listener(Protocol):
 
 class SafeListener:
     """Passes everything on until the other side is gone (a closed terminal or pipe), then is
-    silent: a search does not end because nobody watches it."""
+    silent: a search does not end because it is not watched."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener: Listener = listener
