@@ -19,11 +19,10 @@ import psutil
 
 from tests.cluster.test_run import free_port
 from tests.cluster_files import CLUSTER, ROOT
-from topotune.bench.faults.site import marked
+from topotune.bench.scaling.processes import marked
 from topotune.records import Outcome
 from topotune.tracking.entries import Epoch
-from topotune.tracking.spool import TRIAL_SPOOL
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import bodies_of
 
 SEARCH = """
 name: {name}
@@ -146,17 +145,14 @@ def audit(results: Path, status: dict[str, Any], trials: int, epochs: int) -> No
         place = f"{name}, trial {row['number']}: {row['reason']}"
         assert row["state"] in (Outcome.COMPLETE, Outcome.PRUNED), place
         assert row["state"] == Outcome.PRUNED or row["epochs"] == epochs, place
-        assert spooled(results / name, row["number"]) == list(range(1, row["epochs"] + 1)), place
+        assert epochs_of(results / name, row["number"]) == list(range(1, row["epochs"] + 1)), place
     counted = Counter(row["state"] for row in status["trials"])
     assert counted == {state: count for state, count in status["counts"].items() if count}
 
 
-def spooled(search: Path, trial: int) -> list[int]:
+def epochs_of(search: Path, trial: int) -> list[int]:
     """The epochs that a trial has recorded, in the order that they were written."""
-    name = f"trials/{trial:04d}/{TRIAL_SPOOL}"
-    if not (search / name).exists():
-        return []
-    bodies = (entry.body for _, entry in read_all(search, name))
+    bodies = bodies_of(search, trial)
     return [body.report.epoch for body in bodies if isinstance(body, Epoch)]
 
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from topotune.bench.faults.ports import free_port
+from topotune.bench.scaling.processes import free_port
 
 _HOST = "127.0.0.1"
 CREDENTIALS = {

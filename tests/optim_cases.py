@@ -19,6 +19,8 @@ from topotune.optim.reference import ReferenceTopologicalAdam
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
+COUPLINGS = ("uniform", "exchange", "local")
+
 SHAPES: tuple[tuple[int, ...], ...] = ((37, 11), (50,), ())
 WEIGHT_SIZE = 0.05
 """Parameters as large as a network's initial weights."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial
 
 from topotune.config.models import SearchConfig
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.drive.book import Book, Progress, Turn
-from topotune.search.place.folder import SearchFolder
+from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
+from topotune.search.study.journal import Journal
 from topotune.search.study.ledger import Ledger
 from topotune.search.study.rows import summaries
 from topotune.search.study.store import Handout, StudyStore
@@ -41,6 +44,34 @@ def accuracy(spec: TrialSpec, epoch: int) -> float:
     return 1.0 - 0.2 * distance - 0.1 / epoch
 
 
+def study_files(folder: SearchFolder) -> tuple[Path, Path]:
+    """The study's file and its copy."""
+    return folder.root / STUDY_FILE, folder.root / STUDY_COPY
+
+
+def edit_study(folder: SearchFolder, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the records of a study, checksums included; one whose change is False is left out."""
+    files = study_files(folder)
+    records = [json.loads(line) for line in files[0].read_bytes().splitlines()]
+    journal = Journal(files, anew=True)
+    for record in records:
+        del record["crc"]
+        if change(record) is not False:
+            journal.append_logs([record])
+    journal.commit(force=True)
+
+
+def edit_note(folder: SearchFolder, number: int, key: str, value: object) -> None:
+    """Change a trial's note in its study, by :func:`edit_study`."""
+
+    def change(record: dict[str, Any]) -> None:
+        for kind in ("user_attr", "system_attr"):
+            if record.get("trial_id") == number and key in record.get(kind, ()):
+                record[kind] = {key: value}
+
+    edit_study(folder, change)
+
+
 def report(spec: TrialSpec, epoch: int, **metrics: float) -> EpochReport:
     """The report that the known curve gives after an epoch."""
     values = {"val_accuracy": accuracy(spec, epoch), "overhead_vs_adam": 1.1, **metrics}
@@ -56,22 +87,20 @@ class Desk:
             self.folder = SearchFolder.open(results, config.name)
         else:
             self.folder = SearchFolder.create(results, config, "")
-        self.ledger = Ledger(self.folder.ledger, 1.0)
         self.store = StudyStore(self.folder, config)
+        self.ledger = Ledger(self.store.spent(), self.store.keep_spent)
         self.ended: list[TrialSummary] = []
-        before = summaries(self.folder, config, {})
+        before = summaries(self.folder, config)
         self.book = Book(config, self.store, self.ledger, concurrency, self.ended.append, before)
 
     def rows(self) -> list[TrialSummary]:
-        """All trials as the study has them."""
-        return summaries(self.folder, self.config, self.ledger.trials)
+        """All trials as the study on disk has them."""
+        return summaries(self.folder, self.config)
 
     def stored(self) -> list[FrozenTrial]:
         """All trials as Optuna itself reads them from the file."""
-        storage = RDBStorage(self.folder.study_url)
-        found = optuna.load_study(study_name=self.config.name, storage=storage).get_trials()
-        storage.engine.dispose()
-        return found
+        storage = JournalStorage(JournalFileBackend(str(self.folder.root / STUDY_FILE)))
+        return optuna.load_study(study_name=self.config.name, storage=storage).get_trials()
 
     def train(
         self, handout: Handout, make: Callable[[TrialSpec, int], EpochReport] = report

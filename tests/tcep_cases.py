@@ -15,6 +15,12 @@ SIDE = 6
 CLASSES = 4
 
 
+def some(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers, drawn in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
 def dynamics(**changes: Any) -> Dynamics:
     """Dynamics of a test; solver settings among the changes go to the solver."""
     inner = {

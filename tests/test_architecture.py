@@ -29,9 +29,9 @@ ROOM_ORDER = (
 )
 LEVEL = {name: level for level, names in enumerate(ROOM_ORDER) for name in names}
 THIRD_PARTY_HOMES = {
-    "ray": {"search/ray", "search/doctor", "service"},
+    "ray": {"search/ray", "service"},
     "optuna": {"search/study"},
-    "sqlalchemy": {"search/study", "search/place", "search/doctor"},
+    "sqlalchemy": {"search/study", "search/place"},
     "mlflow": {"tracking/mlflow.py"},
     "torchvision": {"data"},
     "mlxtend": {"data"},
@@ -48,16 +48,7 @@ GPU_MACHINE = ("optim", "tcep", "models", "data", "tasks", "train", "records", "
 NOT_THERE = {"ray", "optuna", "mlflow", "pydantic"}
 
 
-KNOWN_CIRCLES = set(
-    (
-        "bench.faults.scenario bench.faults.site "
-        "config.models config.rules config.secrets optim optim.topological_adam "
-        "search.drive.book search.drive.outlook "
-        "search.place.folder search.place.objects.layout search.place.objects.mirror "
-        "search.place.objects.pull search.place.objects.replica search.study.trialfile "
-        "tcep.baselines tcep.gradients tcep.margin tcep.network tcep.nudging"
-    ).split()
-)
+KNOWN_CIRCLES: set[str] = set()
 """To be opened, one after the other."""
 
 
@@ -167,6 +158,35 @@ def test_light_imports_stay_light(statement: str) -> None:
     code = (
         f"{statement}; import sys; "
         "print([m for m in ('torch', 'ray', 'mlflow', 'optuna', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+ONLY_FOR_CLUSTERS_AND_STORES = (
+    *("torch", "ray", "mlflow", "pyarrow", "psycopg"),
+    *(f"topotune.search.place.objects.{name}" for name in ("store", "replica", "mirror", "tenure")),
+    *("topotune.search.ray.sharing", "topotune.service"),
+)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "topotune.search.driver",
+        "topotune.search.status",
+        "topotune.search.doctor.machine",
+        "topotune.search.doctor.cluster",
+        "topotune.search.doctor.preflight",
+        "topotune.tracking.outbox",
+        "topotune.tracking.shipper",
+    ],
+)
+def test_rooms_are_entered_only_where_they_are_needed(module: str) -> None:
+    """Driver, outbox and doctor load nothing that only a cluster or an object store needs."""
+    code = (
+        f"import {module}, sys; "
+        f"print([m for m in {ONLY_FOR_CLUSTERS_AND_STORES} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

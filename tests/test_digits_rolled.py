@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from topotune.cli.main import app
 from topotune.data import SplitPlan, TensorPair, load_splits
-from topotune.data.digits import digit_rolls, load_digits, load_rolled_digits
+from topotune.data.packaged import digit_rolls, load_digits, load_rolled_digits
 from topotune.tasks import DataOptions, build_task
 from topotune.tasks.images import DigitsRolled
 from topotune.testing import TaskContract

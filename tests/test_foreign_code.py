@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from topotune.errors import ConfigError, PluginError, told
+from topotune.errors import ConfigError, PluginError, in_one_line
 from topotune.plugins import load_object
 from topotune.records import TrialSpec
 from topotune.search.ray.session import _fix_relative_paths
@@ -79,8 +79,11 @@ def test_a_module_that_exits_is_no_success(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_exception_is_told_by_its_first_line() -> None:
-    assert told(RuntimeError("out of memory\nframe 1\nframe 2")) == "RuntimeError: out of memory"
-    assert told(ValueError()) == "ValueError"
+    assert (
+        in_one_line(RuntimeError("out of memory\nframe 1\nframe 2"))
+        == "RuntimeError: out of memory"
+    )
+    assert in_one_line(ValueError()) == "ValueError"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**30, True, "7"])

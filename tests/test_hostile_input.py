@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import shutil
@@ -22,7 +21,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from tests.search_cases import Desk, make_config
+from tests.search_cases import Desk, edit_note, make_config
 from topotune.cli.main import app, main
 from topotune.config.models import SearchConfig
 from topotune.errors import (
@@ -39,12 +38,11 @@ from topotune.search.drive.recorder import Recorder, leaderboard
 from topotune.search.place.folder import SearchFolder
 from topotune.tracking.entries import Tags, from_payload
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import Outbox, bodies_of
 from topotune.tracking.pages import trials_page
 from topotune.tracking.registry import _plain
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SearchTracker
 from topotune.tracking.store import StoreOfflineError
-from topotune.tracking.tails import read_all
 from topotune.train.checkpoint import _MAGIC, CHECKPOINT_FILE, CheckpointStore
 from topotune.train.trace import read_columns
 
@@ -69,8 +67,9 @@ class Evil:
 @pytest.mark.parametrize("way", ["pickle", "torch"])
 def test_a_checkpoint_that_would_run_code_does_not(tmp_path: Path, way: str) -> None:
     marker = tmp_path / "owned"
-    content = {"identity": {}, "state": {"model": Evil(marker)}}
+    content = {"model": Evil(marker)}
     buffer = io.BytesIO()
+    buffer.write(b'{"identity": {}, "record": {}}\n')
     if way == "torch":
         torch.save(content, buffer)
     else:
@@ -110,7 +109,7 @@ def test_a_name_cannot_leave_the_results_folder(tmp_path: Path, name: str) -> No
         make_config(name=name)
 
 
-@pytest.mark.parametrize("place", ["trials", "trials/0001", "trials/0000/x", "ledger.json", "x"])
+@pytest.mark.parametrize("place", ["trials", "trials/0001", "trials/0000/x", "study.jsonl", "x"])
 def test_links_inside_a_search_are_refused(tmp_path: Path, place: str) -> None:
     results, outside = tmp_path / "results", tmp_path / "outside"
     folder = Desk(results, make_config()).folder
@@ -140,7 +139,7 @@ def test_a_new_search_does_not_follow_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a\\..\\x", "a\nb", ""])
-def test_an_artifact_of_a_foreign_spool_stays_inside(path: str) -> None:
+def test_an_artifact_of_a_foreign_outbox_stays_inside(path: str) -> None:
     record = {"kind": "artifact", "trial": 0, "path": "a", "folder": "", "digest": "", "at": 1}
     from_payload(record)
     with pytest.raises(SpoolError, match="not a path inside"):
@@ -180,7 +179,7 @@ def test_an_embedded_store_of_others_writes_no_file_elsewhere(
         named = address.format(there=there, ours=tmp_path / "ours")
         with closing(sqlite3.connect(tmp_path / "ours/mlflow/mlflow.db")) as database, database:
             database.execute("UPDATE experiments SET artifact_location = ?", (named,))
-    SearchTracker(folder.root).artifact(folder.root / "search.yaml")
+    Outbox(folder.root).artifact(None, folder.root / "search.yaml")
     shipper = Shipper(
         folder.root, MlflowStore.embedded(tmp_path / "ours"), folder.search_id, "demo"
     )
@@ -219,22 +218,12 @@ def test_a_study_of_others_is_checked(tmp_path: Path) -> None:
     desk = Desk(tmp_path, make_config())
     desk.run()
     assert len(desk.rows()) == 6
-    (end,) = sql(desk, f"SELECT value_json FROM trial_user_attributes {OF_TRIAL_2}")[0]
-    good = json.loads(end)
+    good = desk.stored()[2].user_attrs["end"]
     endless = {**good, "metrics": {"val_accuracy": 10**400}}
     for damaged in ({**good, "reason": 5}, {**good, "metrics": [1]}, endless, [good]):
-        text = json.dumps(damaged)
-        sql(desk, f"UPDATE trial_user_attributes SET value_json = ? {OF_TRIAL_2}", text)
+        edit_note(desk.folder, 2, "end", damaged)
         with pytest.raises(SearchFolderError, match="record of trial 2 is damaged"):
             desk.rows()
-
-
-OF_TRIAL_2 = "WHERE key = 'end' AND trial_id = (SELECT trial_id FROM trials WHERE number = 2)"
-
-
-def sql(desk: Desk, statement: str, *values: str) -> list[Any]:
-    with closing(sqlite3.connect(desk.folder.root / "study.db")) as connection, connection:
-        return connection.execute(statement, values).fetchall()
 
 
 def test_what_a_terminal_would_obey_is_shown_instead(
@@ -272,7 +261,7 @@ def test_a_description_is_no_markup(tmp_path: Path) -> None:
     recorder = Recorder(folder, config)
     recorder.start({})
     recorder.close(leaderboard(folder, config), "COMPLETE", "")
-    bodies = [entry.body for _, entry in read_all(folder.root, "driver.spool.jsonl")]
+    bodies = bodies_of(folder.root, None)
     notes = [b.tags["mlflow.note.content"] for b in bodies if isinstance(b, Tags)]
     head = notes[-1].split("\n\n")[2]
     assert head.startswith(r"\<script\>alert(1)\</script\> \| a")

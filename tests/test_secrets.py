@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from topotune.bench.faults.proxy import Proxy
+from tests.proxy import Proxy
 from topotune.cli.main import app
 from topotune.config.file import parse_search
 from topotune.config.models import TrackingConfig
@@ -140,7 +140,7 @@ def test_no_planted_secret_comes_out(tmp_path: Path) -> None:
         assert [line for line in printed.splitlines() if leaks(line)] == []
         files = [path for folder in (tmp_path, Path(short)) for path in folder.rglob("*")]
         names = {path.name for path in files}
-        assert {"search.json", "study.db", "mlflow.db", "error.txt", "checkpoint.pt"} <= names
+        assert {"search.json", "study.jsonl", "mlflow.db", "error.txt", "checkpoint.pt"} <= names
         assert "raylet.out" in names
         file.unlink()  # the user's own
         found = {str(path): leaks(data) for path in files if path != file for data in texts(path)}

@@ -17,10 +17,10 @@ from topotune.cli.options import DEFAULT_RESULTS, Address, RayAddress, ResultsDi
 from topotune.errors import ConfigError, ResourceError, RunError
 from topotune.search.code.shipped import ENV_FILE, SEARCH_FILE, from_archive, to_archive
 from topotune.search.code.usercode import import_paths, own_modules
-from topotune.service import package
+from topotune.service import ship as shipping
 from topotune.service.ask import RemoteError, failure, printed
-from topotune.service.cluster import Job
-from topotune.service.package import pack
+from topotune.service.jobs import Job
+from topotune.service.ship import pack
 from topotune.settings import VARIABLES, apply_settings, read_env_file
 
 
@@ -93,7 +93,7 @@ def test_named_files_go_along_and_replace_nothing(user: Path, tmp_path: Path) ->
 def test_too_much_is_refused_with_what_is_large(
     user: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(package, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(shipping, "MAX_BYTES", 2**20)
     (user / "own_parts" / "data.bin").write_bytes(bytes(2**20 + 1))
     with pytest.raises(ConfigError, match=r"1 MiB \(1 allowed\), most of it in own_parts"):
         ship(user, tmp_path / "package")

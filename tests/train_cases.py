@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from topotune.data.splits import Splits, TensorPair
 from topotune.records import (
     EpochReport,
-    Outcome,
     OverheadOptions,
     TrainOptions,
     TrialResult,
@@ -159,8 +158,8 @@ def state_of(spec: TrialSpec, folder: Path) -> dict[str, Any]:
     """A checkpoint's state with its reports reduced to what does not depend on the clock."""
     state = CheckpointStore(folder, spec).load()
     assert state is not None
-    state["history"] = [stable(EpochReport.from_json(text)) for text in state["history"]]
-    del state["overhead"]
+    state["history"] = [stable(EpochReport.from_dict(report)) for report in state["history"]]
+    del state["overhead"], state["start"]
     for group in state["optimizer"]["param_groups"]:
         group.setdefault("differentiable", False)  # torch adds it to every group that it loads
     return state
@@ -175,32 +174,6 @@ def advance(run: TrialRun, epochs: int) -> None:
 
 def reports_of(result: TrialResult) -> list[dict[str, object]]:
     return [stable(report) for report in result.history]
-
-
-class RecordingTracker:
-    """Keeps the calls in order."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def start(self, params: Mapping[str, Value], tags: Mapping[str, str]) -> None:
-        self.calls.append(("start", (dict(params), dict(tags))))
-
-    def epoch(self, report: EpochReport) -> None:
-        self.calls.append(("epoch", report))
-
-    def metrics(self, values: Mapping[str, float], step: int, timestamp_ms: int) -> None:
-        self.calls.append(("metrics", (dict(values), step, timestamp_ms)))
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        self.calls.append(("artifact", path))
-
-    def end(self, outcome: Outcome, reason: str) -> None:
-        self.calls.append(("end", (outcome, reason)))
-
-    def of(self, kind: str) -> Iterator[Any]:
-        """The arguments of the calls of one kind."""
-        return (argument for name, argument in self.calls if name == kind)
 
 
 class Line(Task):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from topotune.tasks import Task
     from topotune.train.trial import run_trial
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "EpochReport": "topotune.records",

@@ -249,8 +249,8 @@ _OURS = str(PurePath(__file__).parent)
 _LIBRARY = re.compile(r"/(?:(?:site|dist)-packages|lib/python3[^/]*)/|^<")
 
 
-def told(error: BaseException) -> str:
-    """An exception of code that is not ours, on a line: its kind, the first line of its text (a
+def in_one_line(error: BaseException) -> str:
+    """An exception of code that is not ours: its kind, the first line of its text (a
     library in C++ adds its whole stack) and the place in a user's code that it came from."""
     try:
         lines = str(error).strip().splitlines()

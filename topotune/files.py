@@ -87,10 +87,8 @@ def write_atomically(
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with partial.open("wb", buffering=0) as file:
+            put(file.fileno(), content)
         fence()
         if keep is not None and path.exists():
             path.replace(keep)
@@ -102,6 +100,56 @@ def write_atomically(
             error.filename = error.filename or str(partial)  # a full disk's names none
         raise
     sync_folder(path.parent)
+
+
+def append(path: Path, content: bytes, end: int, force: bool = True) -> None:
+    """Append to a file that is made by its first bytes; its other contents stay as they are.
+
+    Args:
+        path: the file; its folder exists.
+        content: what is appended, as a whole or not at all.
+        end: how many bytes the file has. What lies behind them was not appended as a whole, and is
+            cut off.
+        force: whether all of the file is on disk when this returns.
+
+    Raises:
+        OSError: the disk is full, the folder not writable, or the file shorter than ``end``; it
+            names the file, which then has ``end`` bytes as before.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | (os.O_CREAT if not end else 0), 0o666)
+        try:
+            size = os.fstat(handle).st_size
+            if size < end:
+                raise OSError(errno.EIO, f"it has {size} bytes of the {end} that were written")
+            if size > end:
+                os.ftruncate(handle, end)
+            try:
+                put(handle, content, force)
+            except BaseException:
+                os.ftruncate(handle, end)
+                raise
+        finally:
+            os.close(handle)
+        if not end:
+            sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def put(handle: int, content: bytes, force: bool = True) -> None:
+    """Write to an open file, and force it to disk. All that must survive a crash goes through here,
+    where a test can count, fail or stop it.
+
+    Raises:
+        OSError: the disk is full or broken; some of the content may have been written.
+    """
+    left = memoryview(content)
+    while left:
+        left = left[os.write(handle, left) :]
+    if force:
+        os.fsync(handle)
 
 
 def sync_folder(folder: Path) -> None:

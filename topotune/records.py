@@ -148,6 +148,22 @@ class TrialSpec(_JsonRecord):
     device: str = "auto"
     threads: int = 1
 
+    def table(self) -> dict[str, Value]:
+        """All as one flat table: the method's own parameters by name, the rest with its place."""
+        return {
+            **self.params,
+            "task": self.task,
+            "method": self.method,
+            "model": self.model,
+            "epochs": self.epochs,
+            "split_seed": self.split_seed,
+            "train.batch_size": self.train.batch_size,
+            "train.schedule": self.train.schedule,
+            "train.grad_clip": self.train.grad_clip,
+            **{f"task.{name}": value for name, value in self.task_options.items()},
+            **{f"model.{name}": value for name, value in self.model_options.items()},
+        }
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild the nested records too."""
@@ -177,7 +193,7 @@ class EpochReport(_JsonRecord):
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON, non-finite metrics as words."""
-        return dataclasses.asdict(self) | {"metrics": pack_metrics(self.metrics)}
+        return {**vars(self), "metrics": pack_metrics(self.metrics)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:

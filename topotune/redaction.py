@@ -8,6 +8,7 @@ no two of its attempts read the same run of characters.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ def redact(text: str) -> str:
     headers, and the values of environment variables that are named like secrets or hold an
     address with a password.
     """
+    if not text:
+        return text
     for value in sorted(set(_known()), key=len, reverse=True):
         if value.isalpha():  # "password", say, which must not break up other words
             text = re.sub(rf"(?<![^\W_]){value}(?![^\W_])", "***", text)
@@ -133,21 +136,26 @@ def _fields(text: str) -> Iterator[tuple[int, int, int]]:
 def _known() -> Iterator[str]:
     """The secrets in the environment: long enough, and neither a number nor a file."""
     for name, value in os.environ.items():
-        # KAGGLE_KEY, GH_PAT: such names are secrets only where the value looks like one.
-        key = _KEY.search(name) is not None and _LOOKS_RANDOM.fullmatch(value) is not None
-        found = [value] if key or names_secret(name) else []
-        if "@" in value:
-            found += _logins(value)
-            for match in _WORD.finditer(value):
-                start, end = _login(match[0])
-                password = match[0][start:end].partition(":")[2]
-                found += [password, unquote(password)]
-        if "=" in value:
-            found += [value[start:end] for _, start, end in _fields(value)]
-        for secret in found:
-            number = secret.isdecimal()
-            if len(secret) >= SHORTEST and not number and not _is_file(secret):
+        for secret in _secrets(name, value):
+            if not _is_file(secret):
                 yield secret
+
+
+@functools.lru_cache(4096)  # every message is searched, and the environment hardly changes
+def _secrets(name: str, value: str) -> tuple[str, ...]:
+    """What may be a secret in one variable, files among them."""
+    # KAGGLE_KEY, GH_PAT: such names are secrets only where the value looks like one.
+    key = _KEY.search(name) is not None and _LOOKS_RANDOM.fullmatch(value) is not None
+    found = [value] if key or names_secret(name) else []
+    if "@" in value:
+        found += _logins(value)
+        for match in _WORD.finditer(value):
+            start, end = _login(match[0])
+            password = match[0][start:end].partition(":")[2]
+            found += [password, unquote(password)]
+    if "=" in value:
+        found += [value[start:end] for _, start, end in _fields(value)]
+    return tuple(one for one in found if len(one) >= SHORTEST and not one.isdecimal())
 
 
 def _logins(address: str) -> Iterator[str]:

@@ -41,7 +41,7 @@ def apply_settings(folder: Path) -> None:
         folder: where ``topotune.toml`` is looked for, unless ``TOPOTUNE_CONFIG`` names one.
 
     Raises:
-        ConfigError: the file is no TOML, or holds a key or value that is none of ours.
+        ConfigError: the file is no TOML, or holds an unknown key or a bad value.
     """
     named = os.environ.get(FILE_VARIABLE)
     path = Path(named) if named else folder / FILE

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from tests.tables import text
+from tests.tcep_reference import energy, implicit_gradient, ring_kernel, solve_equilibrium
+from topotune.bench.shared import alternate, median_and_spread
 from topotune.bench.tcep import accuracy as tcep_accuracy
 from topotune.bench.tcep import gradients as tcep_gradients
 from topotune.bench.tcep import memory as tcep_memory
@@ -19,24 +22,15 @@ from topotune.bench.tcep import run as bench
 from topotune.bench.tcep import solvers as tcep_solvers
 from topotune.bench.tcep.gradients import CASES, GradientError, Precision
 from topotune.bench.tcep.memory import GradientCost, SavedBytes
-from topotune.bench.tcep.setup import (
-    BATCH,
-    Data,
-    Training,
-    alternate,
-    build,
-    load,
-    median_and_spread,
-)
+from topotune.bench.tcep.setup import BATCH, Data, Training, build, load
 from topotune.cli.main import app
 from topotune.data.splits import TensorPair
-from topotune.errors import ConfigError, UnknownNameError
+from topotune.errors import ConfigError, InterruptError, UnknownNameError
 from topotune.tcep import probe
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics
 from topotune.tcep.probe import resolve
-from topotune.tcep.reference import energy, implicit_gradient, ring_kernel, solve_equilibrium
 
 CPU = torch.device("cpu")
 MEASURED = ("energy", "energy, shift, corrected", "energy, shift, uncorrected")
@@ -276,7 +270,7 @@ def test_random_data_need_no_data_set() -> None:
     assert set(data.train.targets.tolist()) == set(range(data.classes))
 
 
-def test_the_command_prints_json_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_json_and_tables() -> None:
     threads = torch.get_num_threads()
     options = ["--part", "memory", "--steps", "1", "--rounds", "2", "--data", "random"]
     done = CliRunner().invoke(app, ["bench", "tcep", *options, "--json"], catch_exceptions=False)
@@ -284,8 +278,8 @@ def test_the_command_prints_json_and_tables(capsys: pytest.CaptureFixture[str]) 
     assert {record["gradient"] for record in report["memory"]} == set(tcep_memory.GRADIENTS)
     assert report["data"] == "random"
     assert report["gradients"] == report["solvers"] == report["accuracy"] == []
-    bench.main(options)
-    shown = capsys.readouterr().out
+    shown = CliRunner().invoke(app, ["bench", "tcep", *options], catch_exceptions=False).stdout
+    assert shown.startswith("cpu (")
     for gradient in tcep_memory.GRADIENTS:
         assert gradient in shown
     assert torch.get_num_threads() == threads
@@ -301,26 +295,27 @@ def test_a_part_is_printed_when_it_is_done(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tcep_solvers, "run", fails)
-    options = ["--part", "memory", "solvers", "--steps", "1", "--rounds", "2", "--data", "random"]
-    with pytest.raises(KeyboardInterrupt):
-        bench.main(options)
+    options = ["--part", "memory", "--part", "solvers", "--steps", "1", "--rounds", "2"]
+    with pytest.raises(InterruptError):
+        app(["bench", "tcep", *options, "--data", "random"], standalone_mode=False)
 
 
 def test_tables_show_every_record(
-    measured: tuple[list[GradientError], list[Training]], capsys: pytest.CaptureFixture[str]
+    measured: tuple[list[GradientError], list[Training]],
 ) -> None:
-    failed = GradientCost("adjoint", 1000, 32, "cpu", 1, 5, failure="states explode")
-    report = bench.Report(
-        "cpu", 1, "2", "random", tuple(measured[1]), tuple(measured[0]), (failed,)
-    )
-    bench.print_report(report)
-    shown = capsys.readouterr().out
+    failed = GradientCost("adjoint", 1000, failure="states explode")
+    records: bench.Records = {
+        "trainings": measured[1],
+        "gradients": measured[0],
+        "memory": [failed],
+    }
+    shown = text(*bench.tables(records))
     for name in MEASURED:
         assert shown.count(f"│ {name} ") >= 4  # two nets, two nudges
     best = next(r for r in measured[0] if r.nudge == "one_sided" and r.beta == 0.5)
     assert f"{best.cosine:.7f}" in shown
     assert "states explode" in shown
-    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    plain = json.loads(json.dumps(bench.plain(bench.Options(), [records]), allow_nan=False))
     assert plain["memory"][0]["saved_bytes"] is None
     assert len(plain["gradients"]) == len(measured[0])
 

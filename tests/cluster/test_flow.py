@@ -15,8 +15,8 @@ import pytest
 
 from tests.cluster.test_run import answer, end, free_port
 from tests.cluster_files import ROOT
-from tests.flow_site import Client, OneMachine, audit, finish, spooled, until
-from topotune.bench.faults.postgres import installed
+from tests.flow_site import Client, OneMachine, audit, epochs_of, finish, until
+from tests.postgres import installed
 from topotune.config.file import load_spec
 
 pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(900)]
@@ -157,8 +157,8 @@ def check_finished(cluster: OneMachine, one: Client, eve: Client, name: str) -> 
 
 
 def recorded(cluster: OneMachine, name: str) -> list[list[int]]:
-    """The epochs in the spool of each trial."""
-    return [spooled(cluster.results / name, number) for number in range(TRIALS)]
+    """The recorded epochs of each trial."""
+    return [epochs_of(cluster.results / name, number) for number in range(TRIALS)]
 
 
 def progress(cluster: OneMachine) -> list[int]:

@@ -233,7 +233,7 @@ def test_kustomize_builds_it() -> None:
         for spec in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"])
         for container in spec["template"]["spec"]["containers"]
     }
-    assert images == {"topotune:0.1.0"}
+    assert images == {"topotune:0.2.0"}
     # The script's map got a name of its own, and the server's volume follows it.
     maps = {item["metadata"]["name"]: item["data"] for item in built if item["kind"] == "ConfigMap"}
     (script,) = (name for name, data in maps.items() if "databases.sh" in data)

@@ -17,8 +17,8 @@ import pytest
 
 from tests.cluster.test_run import answer, end, free_port
 from tests.cluster_files import ROOT
-from tests.flow_site import Client, audit, spooled, until
-from topotune.bench.faults.postgres import Postgres, installed
+from tests.flow_site import Client, audit, epochs_of, until
+from tests.postgres import Postgres, installed
 
 pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(600)]
 
@@ -220,7 +220,7 @@ def test_a_cut_link_costs_no_trial(site: Site, client: Client) -> None:
     search = site.results / "cut"
 
     def recorded(trial: int) -> int:
-        return len(spooled(search, trial))
+        return len(epochs_of(search, trial))
 
     until(lambda: recorded(0) >= 1 and recorded(1) >= 1, 120, "both nodes have trained")
     site.network.cut(WORKERS[1])

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from tests.cluster_files import CLUSTER, ROOT
-from topotune.bench.faults.postgres import installed
+from tests.postgres import installed
 from topotune.records import Outcome
 
 pytestmark = [

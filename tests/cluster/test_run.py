@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.cluster_files import CLUSTER, ROOT, compose
-from topotune.bench.faults.postgres import Postgres, installed, program
+from tests.postgres import Postgres, installed, program
 
 pytestmark = [pytest.mark.cluster_full, pytest.mark.timeout(600)]
 

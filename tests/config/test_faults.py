@@ -19,8 +19,8 @@ from tests.config.test_file import BASE, changed, load
 from topotune.cli.main import app
 from topotune.config.file import load_search, parse_search
 from topotune.config.models import SearchConfig
-from topotune.config.rules import last_value, unreached_ends
-from topotune.config.space import FloatParam, IntParam
+from topotune.config.rules import unreached_ends
+from topotune.config.space import FloatParam, IntParam, last_value
 from topotune.errors import ConfigError, FaultsError, FieldError
 from topotune.search.doctor.preflight import preflight
 from topotune.search.study.space import corners, suggest

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.search_cases import make_config
-from topotune.config.models import SAVED, SearchConfig
-from topotune.config.remarks import remarks
+from topotune.config.file import parse_search
+from topotune.config.rules import remarks
 from topotune.search.doctor.preflight import machine_remarks
 
 
 def test_a_search_of_before_may_have_a_name_that_is_reserved_now() -> None:
     plain = make_config().model_dump()
-    saved = SearchConfig.model_validate({**plain, "name": "mlflow"}, context=SAVED)
+    saved = parse_search({**plain, "name": "mlflow"}, "search.json", {}, saved=True)
     assert saved.name == "mlflow"
 
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from topotune.data import SplitPlan, load_splits
-from topotune.data.digits import load_digits
 from topotune.data.load import data_folder
-from topotune.data.mnist5k import load_mnist5k
-from topotune.data.packaged import read_packaged_table
+from topotune.data.packaged import load_digits, load_mnist5k, read_packaged_table
 from topotune.errors import DataUnavailableError
 
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topotune.data import SplitPlan, Splits, TensorPair, stratified_splits
-from topotune.data.split import take_stratified
-from topotune.data.splits import data_tags
+from topotune.data.splits import data_tags, take_stratified
 from topotune.errors import ConfigError
 
 

@@ -31,7 +31,7 @@ from tests.vision_cases import (
 from topotune.data import load_splits
 from topotune.data import vision as vision_module
 from topotune.data.network import bounded_waits, unreachable
-from topotune.data.split import SplitPlan
+from topotune.data.splits import SplitPlan
 from topotune.data.vision import load_vision
 from topotune.errors import DataUnavailableError, ResourceError
 from topotune.tasks import DataOptions, build_task

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from topotune.bench.faults.task import PacedRings
+from tests.faults.task import PacedRings
 
 
 class Littering(PacedRings):

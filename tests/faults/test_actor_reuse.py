@@ -22,7 +22,7 @@ from topotune.train.weights import load_weights
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray, pytest.mark.timeout(300)]
 
-RINGS = "topotune.bench.faults.task:PacedRings"
+RINGS = "tests.faults.task:PacedRings"
 LITTERING = "tests.faults.littering_task:Littering"
 MARKED = "tests.faults.littering_task:Marked"
 

@@ -13,11 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.optim_cases import gradients, parameters, replay, starts
+from tests.optim_cases import COUPLINGS, gradients, parameters, replay, starts
 from topotune.optim import TopologicalAdam
 from topotune.optim.reference import ReferenceTopologicalAdam
-
-COUPLINGS = ("uniform", "exchange", "local")
 
 
 def stepped(

@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.optim_cases import SHAPES, compare, parameters, replay
-from topotune.optim import TopologicalAdam, _fields
-from topotune.optim._tanh import ACCURACY, degree_for, polynomial, shifted, taylor
+from tests.optim_cases import COUPLINGS, SHAPES, compare, parameters, replay
+from topotune.optim import TopologicalAdam, fields
+from topotune.optim.couplings import ACCURACY, degree_for, polynomial, shifted, taylor
 
-COUPLINGS = ("uniform", "exchange", "local")
 CONTROLS = ("exact", "band")
 SCALES = (1e-3, 1.0, 30.0)
 CELLS = list(itertools.product(COUPLINGS, CONTROLS, SCALES))
@@ -102,7 +101,7 @@ def test_the_path_of_other_devices_equals_the_twin(
     coupling: str, control: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where numbers may not be read by the host, torch does the small sums."""
-    monkeypatch.setattr(_fields, "host_readable", lambda device: False)
+    monkeypatch.setattr(fields, "host_readable", lambda device: False)
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         found = compare(dtype, 1.0, steps=80, coupling=coupling, energy_control=control)
         assert not next(iter(found.fast._plans.values())).batches[0].fields.on_cpu  # type: ignore[union-attr]

@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.optim_cases import gradients, parameters, replay, starts
+from tests.optim_cases import COUPLINGS, gradients, parameters, replay, starts
 from topotune.optim import TopologicalAdam
 
-COUPLINGS = ("uniform", "exchange", "local")
 KEYS = {
     "energy",
     "energy_controlled",

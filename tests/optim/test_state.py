@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.optim_cases import SHAPES, gradients, parameters, replay, starts
+from tests.optim_cases import COUPLINGS, SHAPES, gradients, parameters, replay, starts
 from topotune.optim import TopologicalAdam
 
-COUPLINGS = ("uniform", "exchange", "local")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 

@@ -15,11 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.optim_cases import compare, gradients, parameters, replay, starts
+from tests.optim_cases import COUPLINGS, compare, gradients, parameters, replay, starts
 from topotune.optim import TopologicalAdam, build_optimizer, optimizer_options
 from topotune.optim.reference import ReferenceTopologicalAdam
-
-COUPLINGS = ("uniform", "exchange", "local")
 
 
 def twins(**options: Any) -> tuple[TopologicalAdam, list[nn.Parameter]]:

@@ -11,6 +11,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.experiment import Trial
 
 from tests.search_cases import Desk, make_config
+from topotune.search.drive.book import Progress
 from topotune.search.ray.tune import StudyScheduler
 
 
@@ -43,6 +44,8 @@ def test_a_trial_whose_worker_loads_keeps_it(
         return PlacementGroupFactory([{"CPU": 1.0}])
 
     book = Desk(tmp_path, make_config()).book
-    scheduler = StudyScheduler(book, lambda number: tmp_path, lambda text: None, request)
+    scheduler = StudyScheduler(
+        book, lambda number: tmp_path, lambda number: Progress(), lambda text: None, request
+    )
     found: Any = scheduler.choose_trial_to_run(controller(*trials))
     assert (found and found.name) == chosen

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, make_config
-from topotune.bench.faults.postgres import Postgres, installed
 from topotune.errors import ConfigError, ResourceError
-from topotune.search.place.folder import SearchFolder
+from topotune.search.place.folder import STUDY_COPY, SearchFolder
 from topotune.search.study.address import (
     ENVIRONMENT,
     public,
@@ -22,8 +22,8 @@ from topotune.search.study.address import (
     study_place,
     study_uri,
 )
+from topotune.search.study.database import check_study, open_database
 from topotune.search.study.rows import summaries
-from topotune.search.study.storage import check_study, open_storage
 
 FULL = "postgresql://me:s3cret@db:5433/studies?sslmode=require&password=s3cret"
 
@@ -97,7 +97,7 @@ def test_searches_of_one_name_share_a_database(
         desk.run()
         assert [row.number for row in desk.rows()] == list(range(6))
         assert {row.state for row in desk.rows()} == {"COMPLETE"}
-        assert not (desk.folder.root / "study.db").exists()
+        assert not (desk.folder.root / STUDY_COPY).exists()
         assert server.password not in desk.folder.meta.read_text()
     names = {study_name(desk.folder, config) for desk in desks}
     assert len(names) == 2
@@ -109,27 +109,12 @@ def test_searches_of_one_name_share_a_database(
         desk.store.close()
 
 
-def test_a_study_that_was_dropped_is_rebuilt(
-    server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(ENVIRONMENT, server.uri)
-    desk = Desk(tmp_path, remembered_study(make_config()))
-    desk.run()
-    before = desk.rows()
-    storage = desk.store._storage
-    storage.delete_study(storage.get_study_id_from_name(study_name(desk.folder, desk.config)))
-    desk.store.close()
-    again = Desk(tmp_path, desk.config)
-    assert again.rows() == before
-    again.store.close()
-
-
 def test_a_connection_whose_host_vanished_is_noticed_while_an_answer_is_awaited(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ENVIRONMENT, server.uri)
     config = remembered_study(make_config())
-    storage = open_storage(SearchFolder(tmp_path / "demo"), config)
+    storage = open_database(SearchFolder(tmp_path / "demo"), config)
     connection = storage._engine.raw_connection()
     handle = connection.driver_connection.fileno()  # type: ignore[union-attr]
     with socket.socket(fileno=os.dup(handle)) as probed:
@@ -158,8 +143,8 @@ def test_a_wrong_password_ends_at_once_and_is_not_shown(
 def test_whoever_looks_at_a_study_that_is_away_is_told_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("topotune.search.study.storage.READER_SECONDS", 1.0)
+    monkeypatch.setattr("topotune.search.study.database.READER_SECONDS", 1.0)
     config = make_config(study={"uri": "postgresql://nobody@127.0.0.1:1/none"})
     folder = SearchFolder.create(tmp_path, config, "")
     with pytest.raises(ResourceError, match=r"127\.0\.0\.1:1/none: does not answer, for"):
-        summaries(folder, config, {})
+        summaries(folder, config)

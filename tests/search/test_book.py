@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.search_cases import Desk, accuracy, make_config, report
+from tests.search_cases import Desk, accuracy, make_config, report, study_files
 from topotune.errors import ConfigError, ResourceError, RunError, SearchFolderError
 from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.doctor.preflight import check_writable
@@ -26,7 +27,8 @@ from topotune.search.place.lease import Lease, lease_holder
 from topotune.search.ray.tune import StudySearcher
 from topotune.search.status import status
 from topotune.search.study.ledger import MAX_GAP, Ledger
-from topotune.search.study.store import Handout
+from topotune.search.study.rows import Spent
+from topotune.search.study.store import Handout, StudyStore
 from topotune.search.view import SafeListener
 from topotune.train.checkpoint import CHECKPOINT_FILE
 
@@ -238,20 +240,54 @@ def test_progress_survives_json() -> None:
 
 
 def test_the_ledger_charges_each_holder_and_survives_a_kill(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.json"
-    ledger = Ledger(path, devices=0.5)
+    desk = Desk(tmp_path, make_config(), concurrency=2)
+    for _ in range(2):
+        handed(desk.book.next())
+    ledger = Ledger(desk.store.spent(), desk.store.keep_spent, devices=0.5)
     ledger.tick([])
     time.sleep(0.05)
-    ledger.tick([1, 2])
+    ledger.tick([0, 1])
     ledger.save()
-    assert 0.02 < ledger.trials[1] == ledger.trials[2] < 1
-    again = Ledger(path, devices=0.5)
+    assert 0.02 < ledger.trials[0] == ledger.trials[1] < 1
+    store = StudyStore(desk.folder, desk.config)  # the driver was killed
+    again = Ledger(store.spent(), store.keep_spent, devices=0.5)
     assert again.device_seconds == pytest.approx(ledger.device_seconds, abs=2e-3)
     assert again.wall_seconds == pytest.approx(ledger.wall_seconds, abs=2e-3)
     again._last -= 10 * MAX_GAP  # the machine slept
     before = again.wall_seconds
     again.tick([1])
     assert again.wall_seconds - before == pytest.approx(MAX_GAP)
+
+
+def test_the_ledger_is_kept_about_once_a_second_and_fills_no_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    desk = Desk(tmp_path, make_config(budget={"trials": 50, "epochs": 1}))
+    first = handed(desk.book.next())
+    for _ in range(40):  # a second trial after another beside a long one
+        desk.book.concurrency = 2
+        other = handed(desk.book.next())
+        desk.book.holding.update({first.number, other.number})
+        clock[0] += 1.0
+        desk.ledger.tick(desk.book.holding)
+        desk.train(other)
+        assert StudyStore(desk.folder, desk.config).spent() == Spent(
+            desk.ledger.wall_seconds, desk.ledger.trials
+        )
+    assert desk.ledger.wall_seconds == 40.0
+    notes = [
+        line for line in study_files(desk.folder)[0].read_bytes().splitlines() if b"spent" in line
+    ]
+    assert len(notes) == 40
+    assert max(map(len, notes)) < 300  # trials that have ended are not among them
+    written: list[Spent] = []
+    long = Ledger(Spent(0.0, {}), written.append)
+    for _ in range(240 * 3600):
+        clock[0] += 1.0
+        long.tick([0])
+    assert 36_000 < len(written) < 36_000 * (1 + math.log(24))  # of ten days
 
 
 def test_folders_are_whole_named_and_not_shared(tmp_path: Path) -> None:
@@ -326,7 +362,7 @@ def test_only_the_best_checkpoints_stay(tmp_path: Path) -> None:
     desk.run()
     rows = desk.rows()
     for row in rows:
-        assert desk.folder.trial(row.number).is_dir()
+        desk.folder.trial(row.number).mkdir()
         (desk.folder.trial(row.number) / CHECKPOINT_FILE).touch()
     Retention(desk.folder, config, rows)
     kept = {

@@ -9,21 +9,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 from pydantic import ValidationError
+from ray.tune import PlacementGroupFactory
 
 from tests.search_cases import Desk, make_config, report
 from topotune.records import Outcome
 from topotune.search.drive.book import Progress, Turn
+from topotune.search.drive.recorder import Recorder, recorded
 from topotune.search.ray.sweep import MARK, Sweeper, sweep
-from topotune.search.ray.tune import recorded
+from topotune.search.ray.tune import StudyScheduler
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.search.ray.worker import _raised_by_ray
 from topotune.search.study.deaths import Cause, Death, classify, restarts, take_note, verdict
 from topotune.search.study.store import Handout
-from topotune.tracking.spool import TRIAL_SPOOL, SpoolTracker
+from topotune.tracking.entries import Epoch, Metrics, begun
+from topotune.tracking.outbox import bodies_of
+from topotune.train.checkpoint import CheckpointStore
+from topotune.train.overhead import Overhead
+from topotune.train.record import TrialRecord
 
 WORKER = 'Thread 0x01 (most recent call first):\n  File "/x/search/worker.py", line 1 in step\n'
 NOTE = """{head}
@@ -156,7 +164,10 @@ def test_deaths_are_counted_over_sessions_each_cause_for_itself(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("epochs", "state", "reason"),
-    [(2, "FAILED", "its worker died: killed"), (3, "COMPLETE", "")],
+    [
+        (2, "FAILED", "its worker died: killed from outside, or by the system for its memory"),
+        (3, "COMPLETE", ""),
+    ],
     ids=["before its last epoch", "after it"],
 )
 def test_epochs_that_a_dead_worker_recorded_and_could_not_tell_count(
@@ -167,22 +178,33 @@ def test_epochs_that_a_dead_worker_recorded_and_could_not_tell_count(
     handout = desk.book.next()
     assert isinstance(handout, Handout)
     reports = [report(handout.spec, epoch) for epoch in range(1, epochs + 1)]
-    tracker = SpoolTracker(desk.folder.trial(0) / TRIAL_SPOOL, 0)
-    tracker.start({}, {})
-    tracker.metrics({"overhead_vs_adam": 1.25}, 0, 1)
-    for one in reports:
-        tracker.epoch(one)
-        tracker.metrics({"system/cpu_utilization_percentage": 12.0}, one.epoch, 1)
+    start, overhead = begun({}, {}, 1), Overhead({"overhead_vs_adam": 1.25}, 1)
+    for count in range(1, epochs + 1):
+        record = TrialRecord(start, overhead, tuple(reports[:count]))
+        desk.folder.trial(0).mkdir(parents=True, exist_ok=True)
+        CheckpointStore(desk.folder.trial(0), handout.spec).save({}, record.to_dict())
+    recorder = Recorder(desk.folder, config)
+    desk.book.record = recorder.progress
     assert desk.book.progress(0, Progress((reports[0],)))
-    left = recorded(desk.folder.trial(0))
-    assert left == Progress(tuple(reports), {"overhead_vs_adam": 1.25})
-    found = left.reports
-    desk.book.died(0, Death(Cause.CRASH, "killed"), lambda: found)
+    left = recorded(desk.folder.trial(0), handout.spec)
+    told = (start, Metrics({"overhead_vs_adam": 1.25}, 0, 1))
+    assert left == Progress(tuple(reports), {"overhead_vs_adam": 1.25}, entries=told)
+    scheduler = StudyScheduler(
+        desk.book,
+        desk.folder.trial,
+        lambda number: recorded(desk.folder.trial(number), handout.spec),
+        lambda text: None,
+        lambda config: PlacementGroupFactory([{"CPU": 1.0}]),
+    )
+    dead: Any = SimpleNamespace(config={"number": 0, "alone": False}, error_file=None)
+    scheduler.on_trial_error(None, dead)
+    bodies = bodies_of(desk.folder.root, 0)
+    assert [body.report for body in bodies if isinstance(body, Epoch)] == reports
     row = desk.book.end(0)
     assert row is not None
     assert (row.state, row.reason, row.epochs) == (state, reason, epochs)
     assert row.metrics["val_accuracy"] == reports[-1].metrics["val_accuracy"]
-    assert recorded(desk.folder.trial(7)) == Progress()
+    assert recorded(desk.folder.trial(7), handout.spec) == Progress()
 
 
 def test_a_hang_is_never_retried_and_a_death_while_stopping_is_not_counted(tmp_path: Path) -> None:

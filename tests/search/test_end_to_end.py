@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.reconcile import reconcile
 from topotune.search.place.folder import SearchFolder
+from topotune.tracking.entries import Epoch
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import bodies_of
 from topotune.tracking.shipper import Shipper
 from topotune.train.trial import TIMING_METRICS
 
@@ -103,12 +106,9 @@ def status(results: Path) -> dict[str, Any]:
     return found
 
 
-def epochs_in_spool(results: Path, trial: int) -> list[int]:
-    path = results / "rings" / "trials" / f"{trial:04d}" / "spool.jsonl"
-    if not path.exists():
-        return []
-    records = [json.loads(line[18:]) for line in path.read_bytes().splitlines()]
-    return [r["report"]["epoch"] for r in records if r["kind"] == "epoch"]
+def recorded_epochs(results: Path, trial: int) -> list[int]:
+    bodies = bodies_of(results / "rings", trial)
+    return [body.report.epoch for body in bodies if isinstance(body, Epoch)]
 
 
 def untimed(trial: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def check_mlflow(results: Path, trials: int) -> None:
     shipper = Shipper(folder.root, store, folder.search_id, "rings")
     count = shipper.close(30)
     assert count.complete, count
-    checked = shipper.reconcile()
+    checked = reconcile(folder.root, store, folder.search_id)
     assert checked.complete, checked
     assert checked.recorded > 10 * trials
 
@@ -191,10 +191,10 @@ def test_kill_9_of_the_driver_then_resume(tmp_path: Path) -> None:
     results = tmp_path / "results"
     driver = start("search", file, "--results-dir", results, log=tmp_path / "log")
     # Of any trial: their workers start together, and the one that is behind may be pruned at once.
-    wait_for(lambda: max(len(epochs_in_spool(results, n)) for n in range(4)) >= 2)
+    wait_for(lambda: max(len(recorded_epochs(results, n)) for n in range(4)) >= 2)
     driver.kill()
     driver.wait()
-    before = {n: epochs_in_spool(results, n) for n in range(4)}
+    before = {n: recorded_epochs(results, n) for n in range(4)}
     killed = status(results)
     assert killed["state"] == "stopped"
     assert killed["counts"]["RUNNING"] >= 1
@@ -205,7 +205,7 @@ def test_kill_9_of_the_driver_then_resume(tmp_path: Path) -> None:
     assert sorted(t["number"] for t in board["trials"]) == [0, 1, 2, 3]
     assert {t["state"] for t in board["trials"]} <= {"COMPLETE", "PRUNED"}
     for trial in board["trials"]:
-        epochs = epochs_in_spool(results, trial["number"])
+        epochs = recorded_epochs(results, trial["number"])
         assert epochs == list(range(1, trial["epochs"] + 1))  # each once, none left out
         assert epochs[: len(before[trial["number"]])] == before[trial["number"]]
         assert len(trial["curve"]) == trial["epochs"]
@@ -224,7 +224,7 @@ def test_ctrl_c_drains_a_dead_worker_is_retried_and_a_second_driver_is_refused(
     )
     results, log = tmp_path / "results", tmp_path / "log"
     driver = start("search", file, "--results-dir", results, log=log)
-    wait_for(lambda: len(epochs_in_spool(results, 0)) >= 1)
+    wait_for(lambda: len(recorded_epochs(results, 0)) >= 1)
     refused = subprocess.run(
         [sys.executable, "-m", "topotune", "resume", "rings", "--results-dir", str(results)],
         cwd=ROOT,
@@ -238,7 +238,7 @@ def test_ctrl_c_drains_a_dead_worker_is_retried_and_a_second_driver_is_refused(
     assert workers
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: len(epochs_in_spool(results, 0)) >= 3)
+    wait_for(lambda: len(recorded_epochs(results, 0)) >= 3)
     driver.send_signal(signal.SIGINT)
     assert driver.wait(60) == 130, log.read_text()
     assert "topotune resume rings" in log.read_text()
@@ -248,7 +248,7 @@ def test_ctrl_c_drains_a_dead_worker_is_retried_and_a_second_driver_is_refused(
     board = status(results)
     assert {t["state"] for t in board["trials"]} == {"COMPLETE"}
     for trial in board["trials"]:
-        assert epochs_in_spool(results, trial["number"]) == [1, 2, 3, 4, 5, 6]
+        assert recorded_epochs(results, trial["number"]) == [1, 2, 3, 4, 5, 6]
     check_mlflow(results, 2)
 
 

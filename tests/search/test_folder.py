@@ -22,7 +22,7 @@ def test_a_search_whose_identity_is_gone_is_not_said_to_be_unknown(tmp_path: Pat
         SearchFolder.open(tmp_path, "other")
 
 
-@pytest.mark.parametrize("place", ["ledger.json", "trials/0000/trial.jsonl", "driver.lock", "x"])
+@pytest.mark.parametrize("place", ["study.jsonl", "trials/0000/spool.jsonl", "driver.lock", "x"])
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
 def test_a_pipe_or_a_socket_inside_a_search_is_refused_and_not_waited_for(
     kind: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

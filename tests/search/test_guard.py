@@ -17,9 +17,15 @@ import psutil
 import pytest
 from ray.tune.experiment import Trial
 
-from topotune.search.ray import stalls as stalls_module
-from topotune.search.ray.stalls import Stalls
-from topotune.search.ray.watchdog import GUARD_FILE, HANG_FILE, Guard, machine_memory, resident
+from topotune.search.ray import watchdog
+from topotune.search.ray.watchdog import (
+    GUARD_FILE,
+    HANG_FILE,
+    Guard,
+    Stalls,
+    machine_memory,
+    resident,
+)
 from topotune.search.study.deaths import Cause, classify, take_note
 
 KILLED = "The actor is dead because its worker process has died."
@@ -69,7 +75,7 @@ def watch(folder: Path, seconds: float) -> None:
 def test_a_hang_that_holds_the_lock_is_ended_by_the_driver(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stalls_module, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(watchdog, "DRIVER_LOOKS_EVERY", 0.05)
     body = """
     import ctypes
     with guard.watching():
@@ -86,7 +92,7 @@ def test_a_hang_that_holds_the_lock_is_ended_by_the_driver(
 def test_a_worker_whose_sign_of_life_is_not_to_be_seen_is_not_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stalls_module, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(watchdog, "DRIVER_LOOKS_EVERY", 0.05)
     watch(tmp_path, 1.0)
     assert not list(tmp_path.iterdir())  # nothing was said of it
     (tmp_path / GUARD_FILE).touch()

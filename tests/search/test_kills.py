@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import JournalStorage
 
+from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, accuracy, make_config
 from topotune import files
-from topotune.bench.faults.postgres import Postgres, installed
 from topotune.config.models import SearchConfig
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.drive.book import Progress, Turn
-from topotune.search.place import folder as folder_module
-from topotune.search.place.folder import SearchFolder
+from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
 from topotune.search.study.address import remembered_study
+from topotune.search.study.database import PatientStorage
 from topotune.search.study.rows import summaries
-from topotune.search.study.storage import PatientStorage
 from topotune.search.study.store import Handout
 from topotune.seeding import derive_seed
 
@@ -47,13 +47,22 @@ _WRITES = (
 )
 
 
+Before = Callable[[Path | None, bytes], None]
+"""Gets the file and what is to be written; None and nothing of a database."""
+
+
 @contextmanager
-def seam(before: Callable[[], None]) -> Iterator[None]:
+def seam(before: Before) -> Iterator[None]:
     """Call ``before`` ahead of every durable write of a driver: the study's and the files'."""
+    put = files.put
+
+    def watch_put(handle: int, content: bytes, force: bool = True) -> None:
+        before(Path(f"/proc/self/fd/{handle}").readlink(), content)
+        put(handle, content, force)
 
     def watched(write: Callable[..., Any]) -> Callable[..., Any]:
         def watch(*args: Any, **kwargs: Any) -> Any:
-            before()
+            before(None, b"")
             return write(*args, **kwargs)
 
         return watch
@@ -61,8 +70,34 @@ def seam(before: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in _WRITES:
             patch.setattr(PatientStorage, name, watched(getattr(PatientStorage, name)))
-        patch.setattr(folder_module, "write_atomically", watched(files.write_atomically))
+        patch.setattr(files, "put", watch_put)
         yield
+
+
+def torn(path: Path | None, content: bytes) -> Iterator[bytes]:
+    """What of a write may be there after a kill: nothing, and of a turn of the study's any number
+    of its records, the next one half."""
+    yield b""
+    lines = content.splitlines(keepends=True)
+    if path is not None and path.name == STUDY_FILE:
+        for count in range(len(lines)):
+            yield b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2]
+
+
+def images_of(results: Path, left: list[Path]) -> Before:
+    """Keeps what a kill would leave of a results folder at each write."""
+    images = results.with_name(results.name + ".images")
+
+    def photograph(path: Path | None, content: bytes) -> None:
+        for part in torn(path, content):
+            image = images / f"{len(left)}"
+            shutil.copytree(results, image)
+            if part and path is not None:
+                with (image / path.relative_to(results)).open("ab") as file:
+                    file.write(part)
+            left.append(image)
+
+    return photograph
 
 
 def chance(*numbers: int) -> float:
@@ -162,12 +197,12 @@ def undisturbed(
     results folder, and the epochs in the checkpoints."""
     site = Site()
     left: list[tuple[Path, dict[int, int]]] = []
-    images = results.with_name(results.name + ".images")
+    images: list[Path] = []
+    keep = images_of(results, images)
 
-    def photograph() -> None:
-        image = images / f"{len(left)}"
-        shutil.copytree(results, image)
-        left.append((image, dict(site.trained)))
+    def photograph(path: Path | None, content: bytes) -> None:
+        keep(path, content)
+        left.extend((image, dict(site.trained)) for image in images[len(left) :])
 
     results.mkdir()
     with seam(photograph):
@@ -192,7 +227,7 @@ def killed(site: Site, config: SearchConfig, concurrency: int, results: Path, at
         whole(self, *args)
         opened.append(self)
 
-    def count() -> None:
+    def count(*_: object) -> None:
         nonlocal writes
         if writes == at:
             raise Killed
@@ -277,7 +312,7 @@ def test_a_verdict_is_not_lost_between_it_and_the_note_of_the_end(tmp_path: Path
     desk = Desk(tmp_path, config, 2)
     bad, progress = pruned_at_its_first_report(desk)
     assert not desk.book.progress(bad.number, progress)
-    desk.store.close()  # killed: nobody calls end()
+    desk.store.close()  # killed: end() is never called
     again = Desk(tmp_path, config, 2)
     row = again.rows()[bad.number]
     assert (row.state, row.epochs, row.curve) == ("PRUNED", 1, {1: 0.1})
@@ -291,14 +326,21 @@ def test_a_verdict_is_not_lost_between_it_and_the_note_of_the_end(tmp_path: Path
 def test_a_report_is_one_write_with_its_verdict_and_reads_no_other_trial(tmp_path: Path) -> None:
     desk = Desk(tmp_path, search("asha", "random"), 2)
     bad, progress = pruned_at_its_first_report(desk)
-    writes: list[None] = []
-    with seam(lambda: writes.append(None)), pytest.MonkeyPatch.context() as patch:
-        patch.delattr(PatientStorage, "get_all_trials")
+    writes: list[tuple[str, int]] = []
+
+    def note(path: Path | None, content: bytes) -> None:
+        assert path is not None
+        writes.append((path.name, len(content.splitlines())))
+
+    with seam(note), pytest.MonkeyPatch.context() as patch:
+        patch.delattr(JournalStorage, "get_all_trials")
         better = EpochReport(2, 20, {"val_accuracy": 0.95}, 0.1, 10**12)
         assert desk.book.progress(0, Progress((better,), COST))
-        assert len(writes) == 1
+        assert writes == [(STUDY_FILE, 1), (STUDY_COPY, 1)]
         assert not desk.book.progress(bad.number, progress)
-        assert len(writes) == 3  # the verdict with the report's value, then the curve
+        desk.store.commit()
+        # One turn: the verdict with the report's value, then the curve.
+        assert writes[2:] == [(STUDY_FILE, 2), (STUDY_COPY, 2)]
     desk.store.close()
 
 
@@ -333,18 +375,13 @@ def test_the_first_child_of_a_generation_is_the_same_after_a_kill(tmp_path: Path
     site = Site()
     desk = Desk(tmp_path / "whole", config)
     images: list[Path] = []
-
-    def photograph() -> None:
-        images.append(tmp_path / f"{len(images)}")
-        shutil.copytree(tmp_path / "whole", images[-1])
-
     while len(desk.ended) < 50:  # the size of a generation
         turn = handed(desk.book.next())
         site.trained[turn.number] = 1
         report = site.reports(turn.spec, turn.number)
         desk.book.progress(turn.number, Progress(report, COST, Outcome.COMPLETE))
         desk.book.end(turn.number)
-    with seam(photograph):
+    with seam(images_of(tmp_path / "whole", images)):
         expected = handed(desk.book.next())
     child = desk.store._frozen(expected.number)
     assert child.system_attrs["NSGAIISampler:generation"] == 1  # as Optuna's own class names it
@@ -381,7 +418,7 @@ def check_kills_on_postgres(pruner: str, sampler: str, folder: Path, every: int)
         patch.setenv("TOPOTUNE_STUDY_URI", server.uri)
         config = remembered_study(search(pruner, sampler))
         writes = killed(Site(), config, 3, folder / "whole", 10**6)
-        expected = found(summaries(SearchFolder.open(folder / "whole", "demo"), config, {}))
+        expected = found(summaries(SearchFolder.open(folder / "whole", "demo"), config))
         assert len(expected) == 9
         assert writes > 100
         for at in range(0, writes, every):

@@ -25,10 +25,11 @@ from topotune.search.doctor.preflight import preflight
 from topotune.search.drive.book import Progress, Turn
 from topotune.search.drive.recorder import Recorder, leaderboard
 from topotune.search.place.folder import SearchFolder
+from topotune.search.ray.tune import beginning
 from topotune.search.ray.worker import TrialActor, trial_config
 from topotune.search.study.store import Handout
 from topotune.tracking.entries import Start
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import OUTBOX_FILE, bodies_of
 from topotune.train.methods import METHODS
 from topotune.train.trace import RELAXATION_FILE, TRACE_FILE, read_columns
 
@@ -128,8 +129,9 @@ def test_an_unstable_trial_is_diverged_with_the_cause_and_teaches_the_sampler(
     assert row.reason.startswith("gamma: must be below 1 (got 1.")
     assert row.reason.endswith("Lower gamma")
     assert handed(Desk(tmp_path, config).book.next()).number == 1
-    spool = f"trials/{row.number:04d}/spool.jsonl"
-    (start,) = [e.body for _, e in read_all(desk.folder.root, spool) if isinstance(e.body, Start)]
+    Recorder(desk.folder, config).progress(row.number, beginning(handout.spec))
+    (start,) = bodies_of(desk.folder.root, row.number)
+    assert isinstance(start, Start)
     assert float(start.params["gamma"]) == pytest.approx(handout.spec.params["gamma"])
 
 
@@ -212,9 +214,9 @@ def test_the_files_of_a_trial_are_joined_and_recorded(
     assert read_columns(trial / RELAXATION_FILE)["energy"].shape == (2, 5)
     left = {path.name for path in trial.iterdir()}
     assert not left & {"trace", "relaxation", "trace.used", "relaxation.used"}
-    spool = (desk.folder.root / "driver.spool.jsonl").read_text()
+    outbox = (desk.folder.root / OUTBOX_FILE).read_text()
     for name in ("trace.npz", "relaxation.npz"):
-        assert f"trials/0000/{name}" in spool
+        assert f"trials/0000/{name}" in outbox
     again = Recorder(desk.folder, config)  # a killed driver's successor finds nothing to do
     again.start({})
     again.recover([row])
@@ -306,11 +308,11 @@ def test_a_write_that_is_fenced_off_leaves_all_as_it_was(tmp_path: Path) -> None
     def lost() -> None:
         raise LeaseLostError("another driver")
 
-    path = tmp_path / "ledger.json"
+    path = tmp_path / "live.json"
     path.write_text("theirs")
     with pytest.raises(LeaseLostError):
         write_atomically(path, b"ours", tmp_path / "previous", lost)
-    assert [p.name for p in tmp_path.iterdir()] == ["ledger.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["live.json"]
     assert path.read_text() == "theirs"
 
 

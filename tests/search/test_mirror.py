@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
+from tests.faults.task import IMPORT_PATH
 from tests.object_server import CREDENTIALS, ObjectServer
+from tests.postgres import Postgres
 from tests.search_cases import make_config
-from topotune.bench.faults.postgres import Postgres
-from topotune.bench.faults.task import IMPORT_PATH
 from topotune.config.budget import Limits
 from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError, LeaseLostError, ResourceError, SearchFolderError
 from topotune.records import EpochReport, Outcome, OverheadOptions, TrialSpec
 from topotune.search import driver, status
 from topotune.search.drive.book import Progress
+from topotune.search.drive.recorder import recorded
 from topotune.search.place.folder import SearchFolder, searches
 from topotune.search.place.lease import Holder, this_machine
 from topotune.search.place.objects import mirror as mirrors
@@ -34,11 +35,12 @@ from topotune.search.place.objects.replica import Replica
 from topotune.search.place.objects.store import ObjectStore
 from topotune.search.place.objects.tenure import Tenure, tenant
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
-from topotune.search.ray.tune import PAYLOAD, recorded
+from topotune.search.ray.tune import PAYLOAD
 from topotune.search.ray.worker import TrialActor, trial_config
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import public
 from topotune.search.study.patience import Patience
+from topotune.search.study.store import StudyStore
 from topotune.search.view import SilentListener
 from topotune.train.trial import TIMING_METRICS
 
@@ -93,40 +95,39 @@ def test_what_the_driver_writes_goes_and_what_workers_write_comes(
 ) -> None:
     monkeypatch.setattr(mirrors, "EVERY_SECONDS", 0.2)
     store = ObjectStore(StoreAddress.parse(place))
-    one, live = _mirror(place), {3: 0}
+    one, live = _mirror(place), {3}
     one.open()
     home = one.root / "trials" / "0003"
     home.mkdir(parents=True)
     (one.root / "search.json").write_text("{}")
-    one.begin(lambda: dict(live))
+    one.begin(lambda: live)
     assert store.read("demo/search.json") == b"{}"
-    (home / "trial.jsonl").write_text("handed out")
+    (home / "crash-1.txt").write_text("handed out")
     (one.root / "driver.lock").write_text("stays here")
-    (one.root / "ledger.json").write_text("one")
-    _wait(lambda: store.read("demo/trials/0003/trial.jsonl") == b"handed out")
-    _wait(lambda: store.read("demo/ledger.json") == b"one")
-    for name in ("spool.jsonl", "checkpoint.pt", "trace/epoch-00001.npz"):
+    (one.root / "study.jsonl").write_text("one")
+    _wait(lambda: store.read("demo/trials/0003/crash-1.txt") == b"handed out")
+    _wait(lambda: store.read("demo/study.jsonl") == b"one")
+    for name in ("error.txt", "checkpoint.pt", "trace/epoch-00001.npz"):
         store.write(f"demo/trials/0003/{name}", b"of a worker")
-    live[3] = 1
-    _wait(lambda: (home / "spool.jsonl").exists())
-    assert not (home / "checkpoint.pt").exists()
     one.fetch(3)
+    assert (home / "error.txt").read_bytes() == b"of a worker"
     assert (home / "trace" / "epoch-00001.npz").read_bytes() == b"of a worker"
+    assert not (home / "checkpoint.pt").exists()
+    one.fetch(3, "checkpoint.pt")
+    assert (home / "checkpoint.pt").read_bytes() == b"of a worker"
+    (home / "checkpoint.pt").unlink()
     (home / "trace.npz").write_text("joined")
     one.forget(3, "trace/")
     one.forget(3, "checkpoint.pt", "checkpoint.previous.pt")
     _wait(lambda: "trials/0003/checkpoint.pt" not in store.objects("demo"))
     _wait(lambda: "trials/0003/trace/epoch-00001.npz" not in store.objects("demo"))
     assert store.read("demo/trials/0003/trace.npz") == b"joined"
-    store.write("demo/trials/0003/spool.jsonl", b"of a worker, longer")
-    one.gather(hurry=False)
-    assert (home / "spool.jsonl").read_bytes() == b"of a worker, longer"
     (one.root / "leaderboard.md").write_text("final")
     assert one.finish(hurry=False) == ""
     one.close()
     assert set(store.objects("demo")) == {
-        *("driver.claim", "search.json", "ledger.json", "leaderboard.md"),
-        *("trials/0003/trial.jsonl", "trials/0003/trace.npz", "trials/0003/spool.jsonl"),
+        *("driver.claim", "search.json", "study.jsonl", "leaderboard.md"),
+        *("trials/0003/crash-1.txt", "trials/0003/trace.npz", "trials/0003/error.txt"),
     }
 
     monkeypatch.setenv(SCRATCH, str(tmp_path / "two"))
@@ -134,18 +135,51 @@ def test_what_the_driver_writes_goes_and_what_workers_write_comes(
     two.open()
     assert (two.root / "leaderboard.md").read_text() == "final"
     assert (two.root / "trials" / "0003" / "trace.npz").read_text() == "joined"
-    (two.root / "ledger.json").write_text("two")
+    (two.root / "study.jsonl").write_text("two")
     two.begin(dict)
     monkeypatch.setenv(SCRATCH, str(tmp_path / "one"))
-    (one.root / "ledger.json").write_text("of the past")
+    (one.root / "study.jsonl").write_text("of the past")
     with pytest.raises(LeaseLostError, match="demo was taken over by pid"):
         one.finish(hurry=False)
-    assert store.read("demo/ledger.json") == b"two"
+    assert store.read("demo/study.jsonl") == b"two"
     two.close()
     again = _mirror(place)  # the first machine, behind by now
     again.open()
-    assert (again.root / "ledger.json").read_text() == "two"
+    assert (again.root / "study.jsonl").read_text() == "two"
     again.close()
+
+
+def test_a_checkpoint_goes_after_what_was_recorded_of_its_trial(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is lost with its disk has left one of the two in the store."""
+    monkeypatch.setattr(mirrors, "EVERY_SECONDS", 0.2)
+    monkeypatch.setattr(mirrors, "BYTES_PER_SECOND", 1)  # it is not yet time to send it again
+    store, done = ObjectStore(StoreAddress.parse(place)), list[str]()
+    real, gone = ObjectStore.upload, ObjectStore.delete
+
+    def upload(self: ObjectStore, path: Path, name: str) -> bool:
+        done.append(f"sent {name}")
+        return real(self, path, name)
+
+    def delete(self: ObjectStore, name: str) -> None:
+        done.append(f"gone {name}")
+        gone(self, name)
+
+    one = _mirror(place)
+    one.open()
+    (one.root / "outbox.jsonl").write_text("one epoch")
+    store.write("demo/trials/0003/checkpoint.pt", b"of a worker")
+    one.begin(tuple)
+    _wait(lambda: store.read("demo/outbox.jsonl") == b"one epoch")
+    monkeypatch.setattr(ObjectStore, "upload", upload)
+    monkeypatch.setattr(ObjectStore, "delete", delete)
+    (one.root / "outbox.jsonl").write_text("two epochs and the end")
+    one.forget(3, "checkpoint.pt")
+    _wait(lambda: "gone demo/trials/0003/checkpoint.pt" in done)
+    assert done.index("sent demo/outbox.jsonl") < done.index("gone demo/trials/0003/checkpoint.pt")
+    assert store.read("demo/outbox.jsonl") == b"two epochs and the end"
+    one.close()
 
 
 def test_a_driver_that_lost_the_search_in_the_store_is_told(
@@ -157,7 +191,7 @@ def test_a_driver_that_lost_the_search_in_the_store_is_told(
     one.begin(dict)
     one.check()
     ObjectStore(StoreAddress.parse(place)).write("demo/driver.claim", b'{"pid": 7, "host": "far"}')
-    (one.root / "ledger.json").write_text("x")
+    (one.root / "study.jsonl").write_text("x")
 
     def told() -> bool:
         try:
@@ -167,7 +201,7 @@ def test_a_driver_that_lost_the_search_in_the_store_is_told(
         return False
 
     _wait(told)
-    assert ObjectStore(StoreAddress.parse(place)).read("demo/ledger.json") is None
+    assert ObjectStore(StoreAddress.parse(place)).read("demo/study.jsonl") is None
     one.close()
 
 
@@ -205,15 +239,15 @@ def test_folders_that_a_rebuild_has_moved_away_begin_anew_in_the_store(place: st
     store = ObjectStore(StoreAddress.parse(place))
     for number in (0, 1):
         store.write(f"demo/trials/000{number}/checkpoint.pt", b"old")
-        store.write(f"demo/trials/000{number}/spool.jsonl", b"old")
+        store.write(f"demo/trials/000{number}/error.txt", b"old")
     one = _mirror(place)
     one.open()
     (one.root / "trials.lost").mkdir()
     (one.root / "trials" / "0001").rename(one.root / "trials.lost" / "0001-1")
     one.begin(dict)
     assert {name for name in store.objects("demo") if "/" in name} == {
-        *("trials/0000/checkpoint.pt", "trials/0000/spool.jsonl"),
-        "trials.lost/0001-1/spool.jsonl",
+        *("trials/0000/checkpoint.pt", "trials/0000/error.txt"),
+        "trials.lost/0001-1/error.txt",
     }
     one.close()
 
@@ -309,9 +343,12 @@ def test_a_search_is_found_by_any_machine_with_little_of_it_brought(
         (folder.trial(0)).mkdir()
         (folder.root / "leaderboard.md").write_text("large")
         hold.begin()
-        (folder.trial(0) / "trial.jsonl").write_text("newer than the store")
+        store = StudyStore(folder, config)
+        assert store.next() is not None
+        store.close()
+        (folder.trial(0) / "crash-1.txt").write_text("newer than the store")
         assert "nothing" in status.printed(results, "demo", 0)
-        assert (folder.trial(0) / "trial.jsonl").read_text() == "newer than the store"
+        assert (folder.trial(0) / "crash-1.txt").read_text() == "newer than the store"
         assert "pid" in str(holder(folder, config))
         with pytest.raises(SearchFolderError, match="is being driven by"):
             status.sync(results, "demo", 1.0)
@@ -440,6 +477,13 @@ def _untimed(report: EpochReport) -> dict[str, float]:
     return {k: v for k, v in report.metrics.items() if k not in TIMING_METRICS}
 
 
+def kept(store: ObjectStore, folder: Path) -> Path:
+    """A folder with the checkpoint that a trial has in the store."""
+    folder.mkdir()
+    store.download("demo/trials/0000/checkpoint.pt", folder / "checkpoint.pt")
+    return folder
+
+
 @pytest.mark.heavy
 def test_a_worker_killed_at_any_point_of_a_push_loses_and_repeats_no_epoch(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -449,7 +493,7 @@ def test_a_worker_killed_at_any_point_of_a_push_loses_and_repeats_no_epoch(
     assert [report.epoch for report in whole] == list(range(1, EPOCHS + 1))
     store = ObjectStore(StoreAddress.parse(place))
     written = [r for r in store.objects("demo/trials/0000") if not r.endswith(".claim")]
-    assert {"checkpoint.pt", "spool.jsonl"} <= set(written)
+    assert "checkpoint.pt" in written
     deaths, finished = 0, False
     while not finished:
         for own in (True, False):
@@ -458,18 +502,17 @@ def test_a_worker_killed_at_any_point_of_a_push_loses_and_repeats_no_epoch(
             node = tmp_path / f"node-{deaths}-{own}"
             first = _train(place, monkeypatch, node, dies_at=deaths)
             finished = len(first) == EPOCHS
-            held = store.read("demo/trials/0000/spool.jsonl") or b""
+            held = recorded(kept(store, tmp_path / f"held-{deaths}-{own}"), _spec()).reports
             after = node if own else tmp_path / f"other-{deaths}"
             second = _train(place, monkeypatch, after)
             assert [report.epoch for report in second] == list(range(1, EPOCHS + 1))
             assert second[: len(first)] == first  # stamps and all: given again, not trained again
             assert list(map(_untimed, second)) == list(map(_untimed, whole))
-            spool = store.read("demo/trials/0000/spool.jsonl") or b""
-            assert spool.startswith(held)
-            copy = tmp_path / f"read-{deaths}-{own}" / "trials" / "0000"
-            copy.mkdir(parents=True)
-            (copy / "spool.jsonl").write_bytes(spool)
-            assert recorded(copy).reports == tuple(second)
+            # What was told is in the store, and perhaps one epoch more that is told later.
+            assert held[: len(first)] == tuple(first)
+            assert held == tuple(second[: len(held)])
+            last = recorded(kept(store, tmp_path / f"read-{deaths}-{own}"), _spec())
+            assert last.reports == tuple(second)
         deaths += 1
     assert deaths > 2 * EPOCHS
 

@@ -20,7 +20,7 @@ from topotune.search.place.objects.address import (
     SCRATCH,
     StoreAddress,
     results_folder,
-    shown,
+    shown_place,
     store_address,
 )
 from topotune.search.place.objects.courier import KEEP_SECONDS, Courier, sweep
@@ -221,7 +221,7 @@ def test_an_address_keeps_its_form(tmp_path: Path) -> None:
     assert str(StoreAddress.parse("s3://bucket/a/b/")) == "s3://bucket/a/b"
     folder = results_folder(text)
     assert store_address(folder) == address
-    assert shown(folder) == f"'{text}'"
+    assert shown_place(folder) == f"'{text}'"
     assert results_folder("some/where") == Path("some/where")
     assert store_address(tmp_path) is None
 
@@ -247,21 +247,27 @@ def test_an_address_of_google_is_one_of_arrows_own_filesystem() -> None:
 
 def test_every_file_has_one_writer() -> None:
     driver = (
-        *("search.json", "search.yaml", "ledger.json", "driver.spool.jsonl", "leaderboard.json"),
+        *("search.json", "search.yaml", "study.jsonl", "outbox.jsonl", "leaderboard.json"),
         *("leaderboard.md", "history.png", "curves.png", "shipped.json", "refused.jsonl"),
-        *("trials/0007/trial.jsonl", "trials/0007/trace.npz"),
+        "trials/0007/trace.npz",
         *("trials/0007/relaxation.npz", "trials/0007/crash-1.txt"),
         *("trials.lost/0003-1/trace/epoch-00001.npz", "sources/1/git.diff"),
         *("sources/1/source.json", "sources/1/code/own_parts/inner.py"),
     )
     worker = (
-        *("checkpoint.pt", "spool.jsonl", "overhead.json", "error.txt", "guard.txt"),
+        *("checkpoint.pt", "error.txt", "guard.txt"),
         *("trace/epoch-00001.npz", "relaxation/epoch-00002.npz", "output.txt"),
     )
     nobody = (
-        *("driver.lock", ".shipper.lock", ".shipped.json.12.tmp", "ledger.previous.json"),
-        *("ledger.json.partial", "study.db", "study.db-wal", "driver.claim", "../search.json"),
-        *("trials/0007/checkpoint.previous.pt", "trials/0007/trial.previous.jsonl"),
+        *("driver.lock", ".shipper.lock", ".shipped.json.12.tmp", "study.db"),
+        *(
+            "live.json.partial",
+            "study.copy.jsonl",
+            "study.damaged-1.jsonl",
+            "driver.claim",
+            "../search.json",
+        ),
+        "trials/0007/checkpoint.previous.pt",
         *("trials/0007/hang.txt", "trials/0007/trace.used/epoch-00001.npz", "/etc/passwd"),
         *("trials/0007/worker.claim", "trials/0007/checkpoint.pt.partial", "a/../../b"),
     )
@@ -288,7 +294,7 @@ def test_a_trial_goes_on_where_the_store_has_it(
     first.fetch()
     (first.folder / "checkpoint.pt").write_text("epoch 1")
     (first.folder / "checkpoint.previous.pt").write_text("epoch 0")
-    (first.folder / "spool.jsonl").write_text("one\n")
+    (first.folder / "error.txt").write_text("one\n")
     first.push()
     (first.folder / "checkpoint.pt").write_text("epoch 2")  # killed before it was sent
     second = there.worker()
@@ -296,14 +302,14 @@ def test_a_trial_goes_on_where_the_store_has_it(
     assert (second.folder / "checkpoint.pt").read_text() == "epoch 1"
     assert not (second.folder / "checkpoint.previous.pt").exists()
     (second.folder / "checkpoint.pt").write_text("epoch 2 of another node")
-    (second.folder / "spool.jsonl").write_text("one\ntwo\n")
+    (second.folder / "error.txt").write_text("one\ntwo\n")
     second.push()
     with pytest.raises(LeaseLostError, match=r"trials/0000 was taken over by pid \d+ on "):
         first.push()  # an orphan
     third = here.worker()  # back on the first node, whose folder is behind now
     third.fetch()
     assert (third.folder / "checkpoint.pt").read_text() == "epoch 2 of another node"
-    assert (third.folder / "spool.jsonl").read_text() == "one\ntwo\n"
+    assert (third.folder / "error.txt").read_text() == "one\ntwo\n"
     assert not (third.folder / "checkpoint.previous.pt").exists()
 
 
@@ -313,14 +319,14 @@ def test_a_node_that_has_more_than_the_store_goes_on_from_that(
     node = Node(place, tmp_path / "a", monkeypatch)
     first = node.worker()
     first.fetch()
-    (first.folder / "spool.jsonl").write_text("one\n")
+    (first.folder / "error.txt").write_text("one\n")
     first.push()
-    (first.folder / "spool.jsonl").write_text("one\ntwo\n")  # killed here
+    (first.folder / "error.txt").write_text("one\ntwo\n")  # killed here
     again = node.worker()
     again.fetch()
-    assert (again.folder / "spool.jsonl").read_text() == "one\ntwo\n"
+    assert (again.folder / "error.txt").read_text() == "one\ntwo\n"
     again.push()
-    assert store.read("demo/trials/0000/spool.jsonl") == b"one\ntwo\n"
+    assert store.read("demo/trials/0000/error.txt") == b"one\ntwo\n"
     with pytest.raises(LeaseLostError):
         first.push()
 
@@ -332,18 +338,18 @@ def test_a_kill_while_files_come_leaves_no_mixture(
     first = here.worker()
     first.fetch()
     (first.folder / "checkpoint.pt").write_text("old")
-    (first.folder / "spool.jsonl").write_text("old\n")
+    (first.folder / "error.txt").write_text("old\n")
     first.push()
     second = there.worker()
     second.fetch()
-    for name in ("checkpoint.pt", "spool.jsonl"):
+    for name in ("checkpoint.pt", "error.txt"):
         (second.folder / name).write_text("new and longer\n")
     second.push()
     third = here.worker()
     real = ObjectStore.download
 
     def dies(self: ObjectStore, name: str, path: Path) -> bool:
-        if name.endswith("spool.jsonl"):
+        if name.endswith("error.txt"):
             raise KeyboardInterrupt
         return real(self, name, path)
 
@@ -353,7 +359,7 @@ def test_a_kill_while_files_come_leaves_no_mixture(
             third.fetch()
     fourth = here.worker()
     fourth.fetch()
-    for name in ("checkpoint.pt", "spool.jsonl"):
+    for name in ("checkpoint.pt", "error.txt"):
         assert (fourth.folder / name).read_text() == "new and longer\n"
 
 
@@ -363,7 +369,7 @@ def test_an_epoch_goes_in_an_order_that_every_crash_is_survived_by(
     courier = Node(place, tmp_path / "a", monkeypatch).worker()
     courier.fetch()
     (courier.folder / "trace").mkdir()
-    for name in ("spool.jsonl", "checkpoint.pt", "trace/epoch-00001.npz", "overhead.json"):
+    for name in ("error.txt", "checkpoint.pt", "trace/epoch-00001.npz"):
         (courier.folder / name).write_text(name)
     sent: list[str] = []
     real = ObjectStore.upload
@@ -374,14 +380,14 @@ def test_an_epoch_goes_in_an_order_that_every_crash_is_survived_by(
 
     monkeypatch.setattr(ObjectStore, "upload", noted)
     courier.push()
-    assert sorted(sent[:2]) == ["overhead.json", "trace/epoch-00001.npz"]
-    assert sent[2:] == ["checkpoint.pt", "spool.jsonl"]
+    assert sorted(sent[:2]) == ["error.txt", "trace/epoch-00001.npz"]
+    assert sent[2:] == ["checkpoint.pt"]
     sent.clear()
     courier.push()
     assert not sent
-    (courier.folder / "spool.jsonl").write_text("more")
+    (courier.folder / "error.txt").write_text("more")
     courier.push()
-    assert sent == ["spool.jsonl"]
+    assert sent == ["error.txt"]
 
 
 def test_a_node_keeps_no_trial_that_is_in_the_store(
@@ -390,7 +396,7 @@ def test_a_node_keeps_no_trial_that_is_in_the_store(
     node = Node(place, tmp_path / "a", monkeypatch)
     courier = node.worker(1)
     courier.fetch()
-    (courier.folder / "spool.jsonl").write_text("one\n")
+    (courier.folder / "error.txt").write_text("one\n")
     courier.close()
     assert courier.folder.exists()  # not sent: it stays
     courier = node.worker(1)
@@ -402,7 +408,7 @@ def test_a_node_keeps_no_trial_that_is_in_the_store(
     used, left = node.worker(2), node.worker(3)
     for one in (used, left):
         one.fetch()
-        (one.folder / "spool.jsonl").write_text("x\n")
+        (one.folder / "error.txt").write_text("x\n")
     os.close(left._lock or 0)  # its process is dead
     left._lock = None
     assert sweep() == []

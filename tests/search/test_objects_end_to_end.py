@@ -19,16 +19,16 @@ import psutil
 import pytest
 import yaml
 
+from tests.faults.task import IMPORT_PATH, PAUSE, TRAINED
 from tests.object_server import CREDENTIALS, ObjectServer
-from topotune.bench.faults.postgres import Postgres
-from topotune.bench.faults.task import IMPORT_PATH, PAUSE, TRAINED
+from tests.postgres import Postgres
+from tests.reconcile import reconcile
 from topotune.search.place.objects.address import SCRATCH, StoreAddress
 from topotune.search.place.objects.store import ObjectStore
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.tracking.dashboard import serve_dashboard
 from topotune.tracking.mlflow import MlflowStore
-from topotune.tracking.shipper import Shipper
 
 pytestmark = [
     pytest.mark.timeout(580),
@@ -82,12 +82,21 @@ class Cluster:
         found: dict[str, Any] = json.loads(text[text.index("{") :])
         return found
 
-    def spool(self, trial: int) -> bytes:
-        return self.store.read(f"far/trials/{trial:04d}/spool.jsonl") or b""
+    def recorded(self, trial: int) -> list[Any]:
+        """The reports of a trial in the store's outbox, with their stamps."""
+        lines = (self.store.read("far/outbox.jsonl") or b"").splitlines(keepends=True)
+        records = [json.loads(line[18:]) for line in lines if line.endswith(b"\n")]
+        found = (record for record in records if record["trial"] == trial)
+        return [record["report"] for record in found if record["kind"] == "epoch"]
 
     def epochs(self, trial: int) -> list[Any]:
-        records = [json.loads(line[18:]) for line in self.spool(trial).splitlines()]
-        return [record["report"]["epoch"] for record in records if record["kind"] == "epoch"]
+        return [report["epoch"] for report in self.recorded(trial)]
+
+    def checkpointed(self, trial: int) -> list[Any]:
+        """The reports that a trial's checkpoint in the store holds."""
+        content = self.store.read(f"far/trials/{trial:04d}/checkpoint.pt") or b""
+        history: list[Any] = json.loads(content.splitlines()[1])["record"]["history"]
+        return history
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 150) -> None:
@@ -149,7 +158,7 @@ def _check_mlflow(cluster: Cluster, stored: MlflowStore) -> None:
     runs = Counter(run.trial for run in stored.runs(identity["search_id"]))
     assert runs == Counter([None, 0, 1])
     folder = next(cluster.scratch.glob("stores/*/far"))
-    checked = Shipper(folder, stored, identity["search_id"], "far").reconcile()
+    checked = reconcile(folder, stored, identity["search_id"])
     assert checked.complete, checked
     assert checked.recorded > 2 * EPOCHS
 
@@ -169,14 +178,15 @@ def _go_on(cluster: Cluster, trained: Path) -> None:
         assert driver.poll() is None, log.read_text()
         wait_for(lambda: len(cluster.epochs(0)) >= 4)
         left = below(driver.pid)
-        before = cluster.spool(0)
+        before = cluster.recorded(0)
     finally:
         driver.kill()
         driver.wait()
     for process in psutil.wait_procs(left, timeout=20)[1]:
         assert "Trainable" not in process.name()  # no worker outlives its driver
         process.kill()
-    before = max(before, cluster.spool(0), key=len)
+    kept = cluster.checkpointed(0)  # before the driver hears of an epoch, it is there
+    assert kept[: len(before)] == before
     shutil.rmtree(cluster.scratch)
 
     cluster.scratch = trained.parent / "machine-3"
@@ -192,16 +202,16 @@ def _go_on(cluster: Cluster, trained: Path) -> None:
     for trial in board["trials"]:
         assert cluster.epochs(trial["number"]) == list(range(1, EPOCHS + 1))
         assert len(trial["curve"]) == EPOCHS
-    assert cluster.spool(0).startswith(before)
+    assert cluster.recorded(0)[: len(kept)] == kept
     # Two workers were killed, each in one epoch at most that nobody had heard of.
     assert len(trained.read_bytes().splitlines()) <= 2 * EPOCHS + 2
     assert not list(cluster.scratch.glob("workers/*/*/trials/*"))
     names = set(cluster.store.objects("far"))
     checkpoints = {f"trials/{n:04d}/checkpoint.pt" for n in (0, 1)} & names
     assert checkpoints == {f"trials/{board['best']:04d}/checkpoint.pt"}
-    wanted = {"search.json", "ledger.json", "leaderboard.json", "driver.spool.jsonl"}
+    wanted = {"search.json", "study.jsonl", "leaderboard.json", "outbox.jsonl"}
     assert wanted <= names
-    assert {f"trials/{n:04d}/{f}" for n in (0, 1) for f in ("trial.jsonl", "trace.npz")} <= names
+    assert {f"trials/{n:04d}/{f}" for n in (0, 1) for f in ("trace.npz", "trace.png")} <= names
     assert not [name for name in names if "/trace/" in name]
     assert not [name for name in names if name.endswith((".previous.pt", ".lock", ".partial"))]
 

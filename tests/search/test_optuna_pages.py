@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, accuracy, make_config, report
-from topotune.bench.faults.postgres import Postgres, installed
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
-from topotune.search.place.folder import SearchFolder
+from topotune.search.place.folder import STUDY_FILE, SearchFolder
 from topotune.search.study.address import ENVIRONMENT, study_name
 from topotune.search.study.optuna_pages import serve, serving
-from topotune.search.study.storage import open_storage
+from topotune.search.study.storage import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SQLAlchemy's
 
@@ -116,16 +116,14 @@ def test_a_study_in_a_database_is_shown_without_its_password(
         check_refusal(desk.folder)
 
 
-def test_the_database_itself_refuses_writes(tmp_path: Path) -> None:
+def test_the_study_itself_refuses_writes(tmp_path: Path) -> None:
     desk = Desk(tmp_path, make_config(budget={"trials": 1, "epochs": 1}))
     desk.run()
     check_refusal(desk.folder)
 
 
 def check_refusal(folder: SearchFolder) -> None:
-    storage = open_storage(folder, folder.config())
-    try:
-        storage.refuse_writes()
+    with reading(folder, folder.config()) as storage:
         study = storage.get_study_id_from_name(study_name(folder, folder.config()))
         before = len(storage.get_all_trials(study))
         with pytest.raises(ResourceError, match=r"readonly|read-only"):
@@ -133,8 +131,6 @@ def check_refusal(folder: SearchFolder) -> None:
         with pytest.raises(ResourceError, match=r"readonly|read-only"):
             storage.delete_study(study)
         assert len(storage.get_all_trials(study)) == before > 0
-    finally:
-        storage.close()
 
 
 def test_without_the_package_the_command_for_it_is_named(
@@ -162,4 +158,4 @@ def test_a_search_without_a_study_yet_makes_none(tmp_path: Path) -> None:
     folder = SearchFolder.create(tmp_path, make_config(), "")
     with pytest.raises(SearchFolderError, match="no trial has begun"):
         serve(tmp_path, "demo", 0, print)
-    assert not (folder.root / "study.db").exists()
+    assert not (folder.root / STUDY_FILE).exists()

@@ -29,10 +29,11 @@ from topotune.search.code.source import (
     trial_starts,
 )
 from topotune.search.drive.book import Progress
+from topotune.search.drive.recorder import Recorder
 from topotune.search.place.folder import SearchFolder
 from topotune.search.ray.worker import TrialActor, trial_config
 from topotune.search.study.store import Handout
-from topotune.tracking.spool import TRIAL_SPOOL, SpoolTracker
+from topotune.tracking.outbox import Outbox
 
 CONFIG = make_config(task="own_task:Task")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -202,9 +203,9 @@ def test_a_trial_says_which_code_it_ran_and_what_differs_is_named(
 ) -> None:
     first = here(user)
     keep(folder, first)
-    home = folder.trial(0)
     assert trial_starts(folder, 0) == []
-    SpoolTracker(home / TRIAL_SPOOL, 0).start({}, {**first.trial_tags, "kernels": "AVX2"})
+    Outbox(folder.root).start(0, {}, {"seed": "1"})  # as the driver begins it
+    Outbox(folder.root).start(0, {}, {**first.trial_tags, "kernels": "AVX2"})
     starts = trial_starts(folder, 0)
     assert [start[CODE_TAG] for start in starts] == [first.code]
     assert code_differences(folder, starts, first.hashes) == []
@@ -213,9 +214,7 @@ def test_a_trial_says_which_code_it_ran_and_what_differs_is_named(
     assert code_differences(folder, starts, here(user).hashes) == [
         f"own_helper.py has changed (what it ran is kept in {kept})"
     ]
-    SpoolTracker(home / TRIAL_SPOOL, 0).start(
-        {}, {CODE_TAG: "elsewhere"}
-    )  # goes on with other code
+    Outbox(folder.root).start(0, {}, {CODE_TAG: "elsewhere"})  # goes on with other code
     words = code_differences(folder, trial_starts(folder, 0), first.hashes)
     assert words == [
         f"its epochs ran different code ({first.code}, elsewhere)",
@@ -254,6 +253,7 @@ def test_the_tag_of_a_trial_is_of_the_code_that_its_process_imported(
         task="own_blobs:Own", budget={"trials": 2, "epochs": 1}, overhead={"blocks": 0}
     )
     desk = Desk(tmp_path / "results", config)
+    desk.book.record = Recorder(desk.folder, config).progress
     tags = []
     for number in range(2):
         source = here(tmp_path, config)

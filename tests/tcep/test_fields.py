@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import tcep_reference as reference
 from topotune.errors import ConfigError, RunError
 from topotune.tcep import functions as fn
-from topotune.tcep import reference
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.fields import Field, build_field, energy_flow
 from topotune.tcep.options import Caps

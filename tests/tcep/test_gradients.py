@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from tests.tcep_cases import batch, small_network, train, turn
+from tests.tcep_reference import (
+    finite_difference_gradient,
+    implicit_gradient,
+    solve_equilibrium,
+)
 from topotune.tcep import probe
 from topotune.tcep.baselines import bptt
 from topotune.tcep.gradients import free_phase, implicit
 from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Learning
-from topotune.tcep.reference import (
-    finite_difference_gradient,
-    implicit_gradient,
-    solve_equilibrium,
-)
 
 
 @cache

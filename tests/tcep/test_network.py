@@ -14,8 +14,7 @@ from tests.tcep_cases import CLASSES, SIDE, batch, dynamics, small_network, turn
 from topotune.errors import ConfigError, PluginError, UnknownNameError, UnstableError
 from topotune.tcep import network as module
 from topotune.tcep.fields import Field, build_field
-from topotune.tcep.margin import DEFAULT_FRACTION
-from topotune.tcep.network import TCEPNetwork
+from topotune.tcep.network import DEFAULT_FRACTION, TCEPNetwork
 from topotune.tcep.options import RECIRCULATIONS, Caps, Dynamics
 from topotune.tcep.relax import relax
 from topotune.tcep.tokens import Tokens

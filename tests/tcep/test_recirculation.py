@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tcep_cases import turn
+from tests.tcep_cases import some, turn
 from topotune.errors import ConfigError, UnstableError
 from topotune.tcep.options import RECIRCULATIONS, TIMED, Dynamics
 from topotune.tcep.recirculation import Memory, Recirculation, build_recirculation
@@ -29,10 +29,6 @@ def build(
 ) -> Recirculation:
     dynamics = Dynamics(damping=damping, recirculation=kind, kappa=kappa, **turn(kind, period))
     return build_recirculation(dynamics, tokens, gamma)
-
-
-def some(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def matrix(recirculation: Recirculation, tokens: int) -> Tensor:

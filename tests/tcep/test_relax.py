@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tcep_cases import some
 from topotune.errors import UnknownNameError
 from topotune.tcep import stepping
 from topotune.tcep.functions import smooth_relu
@@ -72,11 +73,6 @@ class Decays:
 
     def rows(self, index: Tensor) -> Decays:
         return Decays(self.rates[index])
-
-
-def some(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def stable(symmetric: bool) -> Tensor:

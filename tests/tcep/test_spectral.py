@@ -9,22 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.tcep_cases import batch, small_network, train
+from tests.tcep_cases import batch, small_network, some, train
 from topotune.errors import PluginError
 from topotune.tcep import probe
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.fields import Capped, Field
 from topotune.tcep.functions import smooth_relu_integral
-from topotune.tcep.margin import one_sided_lipschitz
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Caps, Dynamics, Learning
-from topotune.tcep.spectral import SpectralCaps, largest_eigenvalue
+from topotune.tcep.spectral import SpectralCaps, largest_eigenvalue, one_sided_lipschitz
 from topotune.tcep.transformer import TransformerField
-
-
-def some(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def norms(weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from topotune.tcep import reference
+from tests import tcep_reference as reference
 from topotune.tcep.energy import EnergyField
 from topotune.tcep.fields import Capped, Field
 from topotune.tcep.transformer import TransformerField

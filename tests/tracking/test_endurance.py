@@ -5,74 +5,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from topotune.bench.faults.proxy import Proxy
-from topotune.bench.load_tracking import ShippingRecord, TraceRecord, run
+from tests.proxy import Proxy
+from tests.tracking.memory import MemoryStore
 from topotune.records import EpochReport, Outcome
-from topotune.tracking.entries import RUNNING, Item
+from topotune.tracking.entries import RUNNING, Epoch, Item, Metrics
 from topotune.tracking.labels import trial_name
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import Outbox
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SearchTracker, SpoolTracker
-from topotune.tracking.store import NewRun, StoredRun, StoreOfflineError
-from topotune.tracking.tails import Tails
+from topotune.tracking.store import StoreOfflineError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
 
 
-class MemoryStore:
-    """A store in memory whose ``log`` fails for some runs."""
-
-    label = "memory"
-    experiment_id = "1"
-
-    def __init__(self, failure: Exception | None = None, breaks: Sequence[str] = ()) -> None:
-        self.failure, self.breaks = failure, breaks
-        self.points: dict[str, set[tuple[str, int]]] = {}
-        self.made: list[NewRun] = []
-
-    def experiment_tags(self) -> dict[str, str]:
-        return {}
-
-    def tag_experiment(self, tags: Mapping[str, str]) -> None: ...
-
-    def runs(self, search_id: str, trial: int | None = None) -> list[StoredRun]:
-        return []
-
-    def parent(self, search_id: str) -> StoredRun | None:
-        return None
-
-    def create_run(self, run: NewRun) -> str:
-        self.made.append(run)
-        return run.name
-
-    def log(self, run_id: str, batch: Sequence[Item]) -> None:
-        if run_id in self.breaks and self.failure is not None:
-            raise self.failure
-        self.points.setdefault(run_id, set()).update((item.key, item.step) for item in batch)
-
-    def log_artifact(self, run_id: str, path: Path, folder: str) -> None: ...
-
-    def log_data(self, run_id: str, name: str, digest: str, rows: str) -> None: ...
-
-    def terminate(self, run_id: str, status: str, end_ms: int) -> None: ...
-
-    def reopen(self, run_id: str) -> None: ...
-
-    def delete_run(self, run_id: str) -> None: ...
-
-    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
-        return []
-
-
 def record(folder: Path, trials: int) -> None:
+    outbox = Outbox(folder)
     for number in range(trials):
-        trial = SpoolTracker(folder / f"trials/{number:04d}/spool.jsonl", number)
-        trial.epoch(EpochReport(1, 1, {"loss": 1.0}, 0.1, 1_700_000_000_000))
+        outbox.put(number, Epoch(EpochReport(1, 1, {"loss": 1.0}, 0.1, 1_700_000_000_000)))
 
 
 def until(shipper: Shipper, shipped: int) -> None:
@@ -157,49 +111,65 @@ def test_the_count_is_whole_though_a_request_hangs(tmp_path: Path) -> None:
     shipper._thread.join()
 
 
-def test_an_idle_spool_is_not_read_again(
+def test_an_idle_outbox_is_not_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     record(tmp_path, 3)
-    tails = Tails(tmp_path)
-    tails.count()
+    shipper = Shipper(tmp_path, MemoryStore(), "s", "demo")
+    assert shipper.ship_once()
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr("topotune.tracking.tails.read_piece", refuse)
+    monkeypatch.setattr("topotune.tracking.shipper.read_piece", refuse)
     with caplog.at_level(logging.WARNING):
-        tails.count()
-    assert (tails.items, caplog.records) == (9, [])
-
-
-@pytest.mark.heavy
-def test_the_load_bench_measures_what_it_says() -> None:
-    first, second, trace = run((20, 40), points=20_000)
-    assert isinstance(first, ShippingRecord)
-    assert isinstance(second, ShippingRecord)
-    assert isinstance(trace, TraceRecord)
-    assert (first.recorded, second.recorded) == (20 * 71, 40 * 71)
-    assert (first.stored, second.stored) == (first.recorded, second.recorded)
-    assert second.items > 1.9 * first.items
-    assert trace.points == 20_000
-    assert 0.2 < trace.size_mb < 1.0
+        assert shipper.ship_once()
+    assert (shipper.status().shipped, caplog.records) == (9, [])
 
 
 def test_a_run_begins_when_its_trial_began(tmp_path: Path) -> None:
-    """Also where the driver's record of its end was seen first, as that spool is the oldest."""
-    store, driver = MemoryStore(), SearchTracker(tmp_path)
-    driver.start({}, {})
+    store, outbox = MemoryStore(), Outbox(tmp_path)
+    outbox.start(None, {}, {})
     shipper = Shipper(tmp_path, store, "s", "demo")
     assert shipper.ship_once()
     for number in range(2):
-        trial = SpoolTracker(tmp_path / f"trials/{number:04d}/spool.jsonl", number)
-        trial.start({}, {})
-        trial.metrics({"loss": 1.0}, 0, 5)
+        outbox.start(number, {}, {})
+        outbox.metrics(number, {"loss": 1.0}, 0, 5)
         time.sleep(0.05)
         ended = time.time_ns() // 1_000_000
-        driver.trial_metrics(number, {"device_seconds": 1.0}, 0, ended)
-        driver.trial_end(number, Outcome.COMPLETE, "")
+        spent = Metrics({"device_seconds": 1.0}, 0, ended)
+        outbox.end(number, Outcome.COMPLETE, "", spent)
         assert shipper.ship_once()
         assert [run.trial for run in store.made][1:] == list(range(number + 1))
         assert store.made[-1].start_ms <= ended - 50
+
+
+def test_a_search_begins_before_its_trials_where_all_is_sent_at_once(tmp_path: Path) -> None:
+    store, outbox = MemoryStore(), Outbox(tmp_path)
+    outbox.start(None, {}, {})
+    time.sleep(0.02)
+    outbox.start(0, {}, {})
+    assert Shipper(tmp_path, store, "s", "demo").ship_once()
+    assert [run.trial for run in store.made] == [None, 0]
+    assert store.made[0].start_ms < store.made[1].start_ms
+
+
+def test_what_is_saved_as_sent_ends_before_what_the_store_failed_on(tmp_path: Path) -> None:
+    """A shipper that is killed meanwhile loses nothing, and its successor sends it."""
+    record(tmp_path, 3)
+    store = MemoryStore(StoreOfflineError("500"), [trial_name(1, RUNNING)])
+    first = Shipper(tmp_path, store, "s", "demo")
+    assert not first.ship_once()
+    Outbox(tmp_path).put(1, Epoch(EpochReport(2, 2, {"loss": 0.5}, 0.1, 1_700_000_000_001)))
+    Outbox(tmp_path).put(2, Epoch(EpochReport(2, 2, {"loss": 0.5}, 0.1, 1_700_000_000_001)))
+    assert not first.ship_once()
+    status = first.status()
+    assert (status.recorded, status.shipped, status.pending) == (15, 9, 6)
+    assert ("loss", 2) in store.points[trial_name(2, RUNNING)]
+    second = Shipper(tmp_path, MemoryStore(), "s", "demo")
+    assert second.status().shipped == 0
+    store.failure = None
+    again = Shipper(tmp_path, store, "s", "demo")
+    assert again.close(10).complete
+    assert ("loss", 2) in store.points[trial_name(1, RUNNING)]
+    assert first.close(10).complete

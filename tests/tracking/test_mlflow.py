@@ -15,13 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.reconcile import StoredCheck, reconcile
+from tests.tracking.memory import Run
 from topotune.errors import TrackingError
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.tracking.places import is_inside
 from topotune.tracking.registry import register_model
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SearchTracker, SpoolTracker
 from topotune.tracking.store import NewRun, StoredRun
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
@@ -42,17 +44,17 @@ def store(results_dir: Path) -> MlflowStore:
 
 @dataclass
 class Search:
-    """A search's folder, its trackers and its shipper."""
+    """A search's folder, its outbox and its shipper."""
 
     folder: Path
     store: MlflowStore
     search_id: str
 
-    def trial(self, number: int) -> SpoolTracker:
-        return SpoolTracker(self.folder / f"trials/{number:04d}/spool.jsonl", number)
+    def trial(self, number: int) -> Run:
+        return Run(self.folder, number)
 
-    def driver(self) -> SearchTracker:
-        return SearchTracker(self.folder)
+    def driver(self) -> Run:
+        return Run(self.folder, None)
 
     def shipper(self, interval: float = 0.05) -> Shipper:
         return Shipper(self.folder, self.store, self.search_id, self.folder.name, interval)
@@ -60,6 +62,13 @@ class Search:
     def run(self, trial: int) -> StoredRun:
         (run,) = self.store.runs(self.search_id, trial)
         return run
+
+    def steps(self, trial: int, key: str) -> list[int]:
+        history = self.store.client().get_metric_history(self.run(trial).run_id, key)
+        return [point.step for point in history]
+
+    def check(self) -> StoredCheck:
+        return reconcile(self.folder, self.store, self.search_id)
 
     def parent(self) -> StoredRun:
         found = self.store.parent(self.search_id)
@@ -93,11 +102,12 @@ def small_search(search: Search, trials: int = 2, epochs: int = 3) -> None:
 def test_everything_arrives_in_a_parent_and_its_children(search: Search) -> None:
     small_search(search, trials=3)
     trace = search.folder / "trials/0001/trace.npz"
+    trace.parent.mkdir(parents=True)
     trace.write_bytes(b"points")
     search.trial(1).artifact(trace, "traces")
     outcomes = (Outcome.COMPLETE, Outcome.PRUNED, Outcome.DIVERGED)
     for number, outcome in enumerate(outcomes):
-        search.driver().trial_end(number, outcome, f"why {number}")
+        search.trial(number).end(outcome, f"why {number}")
     search.driver().end("INTERRUPTED", "stopped by SIGINT")
     shipper = search.shipper()
     assert shipper.ship_once()
@@ -114,7 +124,7 @@ def test_everything_arrives_in_a_parent_and_its_children(search: Search) -> None
     assert {run.tags["mlflow.parentRunId"] for run in runs} == {parent.run_id}
     assert runs[2].tags["mlflow.runName"] == "2 · running"
     assert client.get_run(runs[0].run_id).data.params == {"lr": "0.1", "betas": "[0.9, 0.99]"}
-    assert [s for s, _, _ in search.store.history(runs[0].run_id, "val_loss")] == [1, 2, 3]
+    assert search.steps(0, "val_loss") == [1, 2, 3]
     assert runs[0].latest == {
         "val_loss": 1 / 3,
         "optimizer_step": 30.0,
@@ -123,7 +133,7 @@ def test_everything_arrives_in_a_parent_and_its_children(search: Search) -> None
     }
     (kept,) = client.list_artifacts(runs[1].run_id, "traces")
     assert (kept.path, kept.file_size) == ("traces/trace.npz", 6)
-    check = shipper.reconcile()
+    check = search.check()
     assert check.complete
     assert (check.recorded, check.stored, check.runs) == (30, 30, 4)
 
@@ -162,13 +172,13 @@ def test_losing_the_offsets_duplicates_nothing(search: Search) -> None:
     small_search(search)
     search.trial(0).epoch(report(4, nan=math.nan, inf=math.inf))
     assert search.shipper().ship_once()
-    before = search.shipper().reconcile()
+    before = search.check()
     (search.folder / "shipped.json").unlink()
     assert search.shipper().ship_once()
     (search.folder / "shipped.json").write_text('{"store": "damaged')
     again = search.shipper()
     assert again.ship_once()
-    assert again.reconcile() == before
+    assert search.check() == before
     assert before.complete
     assert before.runs == 3
     assert again.status().shipped == again.status().recorded
@@ -181,7 +191,7 @@ def test_a_crash_between_making_a_run_and_saving_does_not_make_another(search: S
     shipper = search.shipper()
     assert shipper.ship_once()
     assert (search.parent().run_id, search.run(0).run_id) == (parent, child)
-    assert shipper.reconcile().complete
+    assert search.check().complete
 
 
 def test_an_empty_second_run_is_cleaned_up(search: Search) -> None:
@@ -190,7 +200,7 @@ def test_an_empty_second_run_is_cleaned_up(search: Search) -> None:
     assert shipper.ship_once()
     kept = search.run(0).run_id
     search.store.create_run(NewRun(search.search_id, 0, "trial-0000", 1))  # older, and empty
-    check = shipper.reconcile()
+    check = search.check()
     assert check.complete
     assert [run.run_id for run in search.store.runs(search.search_id, 0) if not run.deleted] == [
         kept
@@ -205,7 +215,7 @@ def test_an_infinity_is_stored_as_a_note_and_nan_as_nan(search: Search) -> None:
     assert latest["energy_nonfinite"] == -1.0
     assert "energy" not in latest
     assert math.isnan(latest["loss"])
-    assert shipper.reconcile().complete
+    assert search.check().complete
 
 
 def test_a_refused_item_is_set_aside_and_the_rest_arrives(search: Search) -> None:
@@ -234,15 +244,13 @@ def test_a_refused_item_is_set_aside_and_the_rest_arrives(search: Search) -> Non
     again = search.shipper()
     assert again.ship_once()
     assert again.status().refused == 2
-    assert again.reconcile().complete
+    assert search.check().complete
 
 
-def test_the_drivers_word_outranks_the_workers(search: Search) -> None:
-    trial, driver, shipper = search.trial(0), search.driver(), search.shipper()
+def test_a_run_that_has_ended_can_begin_again(search: Search) -> None:
+    trial, shipper = search.trial(0), search.shipper()
     trial.start({}, {})
-    driver.trial_end(0, Outcome.PRUNED, "rung 2")
-    assert shipper.ship_once()
-    trial.end(Outcome.COMPLETE, "")
+    trial.end(Outcome.PRUNED, "rung 2")
     assert shipper.ship_once()
     assert search.run(0).tags["topotune.outcome"] == "PRUNED"
     time.sleep(0.005)  # begins again in a later millisecond
@@ -311,7 +319,7 @@ def test_two_shippers_at_once_make_one_run_a_trial(search: Search) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    check = search.shipper().reconcile()
+    check = search.check()
     assert check.complete
     assert check.runs == 5
     assert [s.status().pending for s in shippers] == [0, 0, 0]
@@ -330,7 +338,7 @@ def test_a_server_that_is_down_is_reported_and_keeps_everything(search: Search) 
     assert status.offline_since is not None
     recovered = search.shipper()
     assert recovered.close().recorded == counts.recorded
-    assert recovered.reconcile().complete
+    assert search.check().complete
 
 
 def test_a_change_of_store_sends_everything_again(search: Search, tmp_path: Path) -> None:
@@ -339,7 +347,7 @@ def test_a_change_of_store_sends_everything_again(search: Search, tmp_path: Path
     other = MlflowStore(search.store.tracking_uri, "another experiment")
     moved = Shipper(search.folder, other, search.search_id, "digits")
     assert moved.ship_once()
-    assert moved.reconcile().complete
+    assert reconcile(search.folder, other, search.search_id).complete
     assert len(other.runs(search.search_id)) == 2
 
 
@@ -356,7 +364,7 @@ def test_a_run_removed_for_good_is_made_and_filled_again(search: Search, results
     assert not shipper.ship_once()
     assert "sent again" in shipper.status().last_error
     assert shipper.ship_once()
-    check = shipper.reconcile()
+    check = search.check()
     assert check.complete
     assert check.runs == 3
 
@@ -365,7 +373,7 @@ def test_a_run_in_the_bin_refuses_its_items_and_nothing_else(search: Search) -> 
     small_search(search)
     shipper = search.shipper()
     assert shipper.ship_once()
-    search.store.delete_run(search.run(1).run_id)
+    search.store.client().delete_run(search.run(1).run_id)
     for number in (0, 1):
         search.trial(number).epoch(report(4))
         search.trial(number).end(Outcome.COMPLETE, "")
@@ -376,11 +384,11 @@ def test_a_run_in_the_bin_refuses_its_items_and_nothing_else(search: Search) -> 
     assert search.run(1).deleted
 
 
-def test_a_spool_that_was_replaced_is_sent_from_its_start(search: Search) -> None:
+def test_an_outbox_that_was_replaced_is_sent_from_its_start(search: Search) -> None:
     small_search(search, trials=1)
     shipper = search.shipper()
     assert shipper.ship_once()
-    path = search.folder / "trials/0000/spool.jsonl"
+    path = search.folder / OUTBOX_FILE
     size = path.stat().st_size
     path.unlink()
     trial = search.trial(0)
@@ -389,9 +397,7 @@ def test_a_spool_that_was_replaced_is_sent_from_its_start(search: Search) -> Non
     assert path.stat().st_size > size
     again = search.shipper()
     assert again.ship_once()
-    assert [s for s, _, _ in search.store.history(search.run(0).run_id, "other")] == list(
-        range(1, 40)
-    )
+    assert search.steps(0, "other") == list(range(1, 40))
 
 
 def test_an_artifact_lands_however_the_results_folder_is_named(
@@ -437,12 +443,12 @@ def test_a_missing_point_is_found_by_reconciliation(search: Search, results_dir:
             (search.run(1).run_id,),
         )
     database.close()
-    check = shipper.reconcile()
+    check = search.check()
     assert not check.complete
-    assert (check.recorded - check.stored, check.missing) == (1, ("trial 1",))
+    assert (check.recorded - check.stored, check.missing) == (1, (1,))
     shipper.rewind()
     assert shipper.ship_once()
-    assert shipper.reconcile().complete
+    assert search.check().complete
 
 
 def test_registering_a_model_makes_a_version_and_moves_the_alias(search: Search) -> None:

@@ -24,15 +24,17 @@ from topotune.results.description import (
 )
 from topotune.results.leaderboard import Leaderboard
 from topotune.results.text import markdown
+from topotune.search.drive.book import Progress
 from topotune.search.drive.recorder import Recorder, budget_text, leaderboard, submitter
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.shipping import ENVIRONMENT
 from topotune.search.status import serve
 from topotune.tracking.dashboard import serve_dashboard, server_address
-from topotune.tracking.entries import Metrics, Start
+from topotune.tracking.entries import Metrics, Start, begun
 from topotune.tracking.labels import Labels, trial_name
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.naming import MAX_TAG
+from topotune.tracking.outbox import bodies_of
 from topotune.tracking.pages import (
     _NOTE,
     NOTE_TAG,
@@ -44,9 +46,7 @@ from topotune.tracking.pages import (
     search_view,
 )
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import DRIVER_SPOOL, SpoolTracker
 from topotune.tracking.store import StoreOfflineError
-from topotune.tracking.tails import read_all
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
 
@@ -220,12 +220,12 @@ def recorded(results: Path, name: str, user: str, method: str) -> SearchFolder:
         recorder.recover([])
     rows = []
     for number, state in enumerate(STATES):
-        trial = SpoolTracker(folder.trial(number) / "spool.jsonl", number)
-        trial.start({"lr": 0.1 * number}, {"version.topotune": "0"})
-        value = 0.5 + 0.1 * number
+        value, at = 0.5 + 0.1 * number, time.time_ns() // 1_000_000
+        start = begun({"lr": 0.1 * number}, {"version.topotune": "0"}, at)
         for epoch in (1, 2):
             at = time.time_ns() // 1_000_000
-            trial.epoch(EpochReport(epoch, epoch, {"val_accuracy": value}, 0.1, at))
+            report = EpochReport(epoch, epoch, {"val_accuracy": value}, 0.1, at)
+            recorder.progress(number, Progress((report,), entries=(start,)))
         values = (value,) if state is Outcome.COMPLETE else ()
         why = "" if state is Outcome.COMPLETE else "because"
         rows.append(TrialSummary(number, state.value, why, {"lr": 0.1}, values, epochs=2))
@@ -432,7 +432,7 @@ def test_a_store_that_refuses_the_page_still_gets_the_records(
     assert shipper.status().last_error == ""
     assert VIEW_TAG + folder.search_id not in store.experiment_tags()
     for run in store.runs(folder.search_id):
-        store.delete_run(run.run_id)
+        store.client().delete_run(run.run_id)
 
 
 def test_a_search_that_runs_has_a_description_and_keeps_its_submitter(
@@ -450,15 +450,15 @@ def test_a_search_that_runs_has_a_description_and_keeps_its_submitter(
     desk.run()
     second.recover(desk.rows())
     try:
-        assert second._tracker.tag("topotune.user") == "ada"
-        assert second._tracker.tag("topotune.outcome") == "RUNNING"
-        note = second._tracker.tag(NOTE_TAG) or ""
+        assert second._outbox.tag("topotune.user") == "ada"
+        assert second._outbox.tag("topotune.outcome") == "RUNNING"
+        note = second._outbox.tag(NOTE_TAG) or ""
         assert note.startswith("**RUNNING**, best: [trial ")
-        assert second._tracker.tag("topotune.counts") == "6 complete"
+        assert second._outbox.tag("topotune.counts") == "6 complete"
         points = [
-            (entry.body.step, entry.body.values["best_val_accuracy"])
-            for _, entry in read_all(desk.folder.root, DRIVER_SPOOL)
-            if isinstance(entry.body, Metrics) and "best_val_accuracy" in entry.body.values
+            (body.step, body.values["best_val_accuracy"])
+            for body in bodies_of(desk.folder.root, None)
+            if isinstance(body, Metrics) and "best_val_accuracy" in body.values
         ]
         best: list[float] = []
         rows = sorted(desk.rows(), key=lambda row: row.number)

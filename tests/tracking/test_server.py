@@ -20,6 +20,8 @@ from typing import ClassVar
 
 import pytest
 
+from tests.reconcile import reconcile
+from tests.tracking.memory import Run
 from topotune.errors import RunError
 from topotune.records import EpochReport, Outcome
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
@@ -29,7 +31,6 @@ from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.pages import run_page, trials_page
 from topotune.tracking.progress import Progress
 from topotune.tracking.shipper import Shipper
-from topotune.tracking.spool import SearchTracker, SpoolTracker
 from topotune.tracking.store import RunMissingError, StoreOfflineError, StoreRefusedError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's and SQLAlchemy's
@@ -155,7 +156,7 @@ def test_a_misrouted_request_costs_no_record(tmp_path: Path) -> None:
 
 
 def record(search: Path, epochs: range) -> None:
-    trial = SpoolTracker(search / "trials/0000/spool.jsonl", 0)
+    trial = Run(search, 0)
     trial.start({"lr": 0.1}, {"device": "cpu"})
     for epoch in epochs:
         trial.epoch(EpochReport(epoch, epoch, {"loss": 1.0 / epoch}, 0.1, 1_700_000_000_000))
@@ -191,7 +192,7 @@ def test_a_server_that_comes_and_goes_loses_nothing(
     search.mkdir()
     port = free_port(0)
     shipper = Shipper(search, MlflowStore(f"http://127.0.0.1:{port}"), "s1", "digits", 0.05, 1.0)
-    SearchTracker(search).start({"sampler": "tpe"}, {})
+    Run(search, None).start({"sampler": "tpe"}, {})
     trace = search / "trace.npz"
     trace.write_bytes(b"trace")
     record(search, range(1, 6))
@@ -211,15 +212,15 @@ def test_a_server_that_comes_and_goes_loses_nothing(
         record(search, range(first, first + 5))
         if first == 6:
             until(shipper, pending=True)
-            SearchTracker(search).artifact(trace)
-            SearchTracker(search).trial_end(0, Outcome.PRUNED, "rung")
+            Run(search, None).artifact(trace)
+            Run(search, 0).end(Outcome.PRUNED, "rung")
     left = shipper.close(timeout=2.0)
     assert left.pending > 0
     assert left.recorded == left.shipped + left.pending
     # What `topotune sync` does later, here straight into the database behind the server.
     later = Shipper(search, embedded, "s1", "digits")
     assert later.close(timeout=60).complete
-    check = later.reconcile()
+    check = reconcile(search, embedded, "s1")
     assert check.complete
     assert (check.recorded, check.runs) == (45, 2)
     parent = embedded.parent("s1")

@@ -13,7 +13,6 @@ from tests.train_cases import (
     QUIET,
     STEPS,
     Blobs,
-    RecordingTracker,
     advance,
     assert_same,
     blobs_spec,
@@ -144,17 +143,13 @@ def test_a_learners_fault_ends_the_trial_with_its_cause(
 
 
 def test_a_learner_that_stops_prunes_the_trial_with_its_reason(tmp_path: Path) -> None:
-    tracker = RecordingTracker()
-    result = run_trial(watched_spec(stop_after=2), tracker, tmp_path)
+    result = run_trial(watched_spec(stop_after=2), tmp_path)
     assert result.outcome is Outcome.PRUNED
     assert result.reason == "nothing was learnt in 2 epochs"
     assert len(result.history) == 2
-    assert list(tracker.of("end")) == [(Outcome.PRUNED, result.reason)]
     assert result.metrics["val_loss"] == result.history[-1].metrics["val_loss"]
     assert read_columns(tmp_path / TRACE_FILE)["step"].tolist() == list(range(1, 2 * STEPS + 1))
-    again = RecordingTracker()
-    assert run_trial(watched_spec(stop_after=2), again, tmp_path) == result
-    assert again.calls == tracker.calls
+    assert run_trial(watched_spec(stop_after=2), tmp_path) == result
 
 
 def test_stopping_after_the_last_epoch_is_no_stop() -> None:
@@ -179,9 +174,8 @@ def test_a_resumed_trial_stops_and_ends_like_the_undisturbed_one(
 
 
 def test_the_curves_of_every_epoch_are_joined_and_handed_over(tmp_path: Path) -> None:
-    tracker = RecordingTracker()
-    run_trial(watched_spec(), tracker, tmp_path)
-    assert list(tracker.of("artifact")) == [tmp_path / TRACE_FILE, tmp_path / RELAXATION_FILE]
+    run_trial(watched_spec(), tmp_path)
+    assert (tmp_path / TRACE_FILE).exists()
     joined = read_columns(tmp_path / RELAXATION_FILE)
     assert joined["epoch"].tolist() == [1, 2, 3]
     assert joined["time"].shape == joined["energy"].shape == joined["residual"].shape == (3, 6)
@@ -201,11 +195,9 @@ def test_a_method_without_curves_leaves_no_such_file(tmp_path: Path) -> None:
 def test_the_overhead_is_named_after_what_it_is_measured_against(tmp_path: Path) -> None:
     options = OverheadOptions(blocks=2, steps=1, warmup=0)
     spec = TrialSpec.from_dict({**watched_spec().to_dict(), "overhead": vars(options)})
-    tracker = RecordingTracker()
-    result = run_trial(spec, tracker, tmp_path)
-    ((measured, step, _),) = tracker.of("metrics")
-    assert step == 0
-    assert measured.keys() == {
+    run = open_trial(spec, tmp_path)
+    result = run.complete()
+    assert run.record.overhead.metrics.keys() == {
         "overhead_vs_bptt",
         "overhead_vs_bptt_iqr",
         "overhead_blocks",
@@ -216,11 +208,9 @@ def test_the_overhead_is_named_after_what_it_is_measured_against(tmp_path: Path)
 
 
 def test_resolved_rows_are_in_the_table_of_parameters() -> None:
-    tracker = RecordingTracker()
-    run_trial(watched_spec(lr=0.01), tracker)
-    ((params, _),) = tracker.of("start")
-    assert params["lr"] == 0.01
-    assert params["resolved.tensors"] == 6
+    params = open_trial(watched_spec(lr=0.01)).record.start.params
+    assert params["lr"] == "0.01"
+    assert params["resolved.tensors"] == "6"
 
 
 def test_an_unstable_spec_is_a_users_error_before_and_at_the_start() -> None:

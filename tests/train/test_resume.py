@@ -20,7 +20,6 @@ from tests.train_cases import (
     METHODS,
     STEPS,
     Blobs,
-    RecordingTracker,
     advance,
     assert_same,
     method_spec,
@@ -180,15 +179,14 @@ def test_a_checkpoint_of_a_model_that_has_changed_since_is_refused(
 
 
 def test_a_failed_checkpoint_ends_the_run_before_the_epoch_is_reported(tmp_path: Path) -> None:
-    tracker = RecordingTracker()
-    run = open_trial(method_spec("adam"), tracker, tmp_path)
+    run = open_trial(method_spec("adam"), tmp_path)
     reports = run.reports()
     next(reports)
     (tmp_path / (CHECKPOINT_FILE + ".partial")).mkdir()  # the next write must fail, for root too
     with pytest.raises(CheckpointError, match="cannot be written"):
         next(reports)
     assert len(run.history) == 1
-    assert len(list(tracker.of("epoch"))) == 1
+    assert [report.epoch for report in run.record.history] == [1]
 
 
 BUILT_IN: dict[str, dict[str, Any]] = {

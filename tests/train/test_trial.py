@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from tests.train_cases import (
     STEPS,
     TRAIN_ROWS,
     Blobs,
-    RecordingTracker,
     advance,
     assert_same,
     blobs_spec,
     method_spec,
     reports_of,
-    state_of,
 )
 from topotune.data.splits import Splits
 from topotune.errors import (
@@ -39,7 +36,9 @@ from topotune.records import (
     TrainOptions,
 )
 from topotune.tasks.base import DataOptions
-from topotune.train.checkpoint import CHECKPOINT_FILE
+from topotune.tracking.entries import Metrics, Start
+from topotune.train.checkpoint import CheckpointStore
+from topotune.train.record import TrialRecord
 from topotune.train.trace import TRACE_FILE, read_columns
 from topotune.train.trial import open_trial, preflight, run_trial
 from topotune.train.weights import evaluate_test, load_weights
@@ -51,82 +50,87 @@ def test_the_same_spec_gives_the_same_metrics_and_another_seed_others() -> None:
     assert reports_of(run_trial(spec)) != reports_of(run_trial(method_spec("adam", seed=8)))
 
 
-def test_the_tracker_is_told_in_order_and_once(tmp_path: Path) -> None:
+def test_what_a_trial_reports_is_in_its_checkpoint_first(tmp_path: Path) -> None:
     spec = method_spec("adam", overhead=OverheadOptions(blocks=1, steps=1, warmup=0))
-    tracker = RecordingTracker()
-    seen: list[int] = []
+    seen: list[EpochReport] = []
 
     def on_epoch(report: EpochReport) -> bool:
-        # Checkpointed and tracked before it is yielded.
-        assert len(state_of(spec, tmp_path)["history"]) == report.epoch
-        assert tracker.calls[-1] == ("epoch", report)
-        seen.append(report.epoch)
+        # Checkpointed before it is yielded, and read without the training's state.
+        seen.append(report)
+        found = CheckpointStore(tmp_path, spec).load_record()
+        assert found is not None
+        assert TrialRecord.from_dict(found).history == tuple(seen)
         return True
 
-    result = run_trial(spec, tracker, tmp_path, on_epoch)
-    kinds = [kind for kind, _ in tracker.calls]
-    assert kinds == ["start", "metrics", "epoch", "epoch", "epoch", "artifact", "end"]
-    assert seen == [1, 2, 3]
-    assert tuple(tracker.of("epoch")) == result.history
-    ((params, tags),) = tracker.of("start")
-    assert params["lr"] == 0.01
-    assert params["train.batch_size"] == 16
-    assert (params["task"], params["method"], params["epochs"]) == (BLOBS, "adam", 3)
-    assert tags["seed"] == "7"
-    assert tags["version.torch"] == str(torch.__version__)
-    assert tags["device"] == "cpu"
-    ((overhead, step, _),) = tracker.of("metrics")
-    assert step == 0
-    assert list(tracker.of("artifact")) == [tmp_path / TRACE_FILE]
-    assert list(tracker.of("end")) == [(Outcome.COMPLETE, "")]
-    assert result.metrics == {**result.history[-1].metrics, **overhead}
+    run = open_trial(spec, tmp_path)
+    result = run.complete(on_epoch)
+    assert [report.epoch for report in seen] == [1, 2, 3]
+    assert tuple(seen) == result.history == run.record.history
+    start, overhead = run.record.entries()
+    assert isinstance(start, Start)
+    assert start.params["lr"] == "0.01"
+    assert start.params["train.batch_size"] == "16"
+    table = (start.params["task"], start.params["method"], start.params["epochs"])
+    assert table == (BLOBS, "adam", "3")
+    assert start.tags["seed"] == "7"
+    assert start.tags["version.torch"] == str(torch.__version__)
+    assert start.tags["device"] == "cpu"
+    assert isinstance(overhead, Metrics)
+    assert overhead.step == 0
+    assert (tmp_path / TRACE_FILE).exists()
+    assert (result.outcome, result.reason) == (Outcome.COMPLETE, "")
+    assert result.metrics == {**result.history[-1].metrics, **overhead.values}
+    kept = CheckpointStore(tmp_path, spec).load_record()
+    assert kept is not None
+    assert TrialRecord.from_dict(kept) == run.record
 
 
 def test_a_finished_trial_opened_again_replays_the_same_records(tmp_path: Path) -> None:
     spec = method_spec("adam", overhead=OverheadOptions(blocks=1, steps=1, warmup=0))
-    first, second = RecordingTracker(), RecordingTracker()
-    once = run_trial(spec, first, tmp_path)
-    again = run_trial(spec, second, tmp_path)
+    first = open_trial(spec, tmp_path)
+    once = first.complete()
+    second = open_trial(spec, tmp_path)
+    again = second.complete()
     assert again == once
-    assert second.calls == first.calls
+    assert second.record.history == first.record.history
+    assert second.record.overhead == first.record.overhead
+    assert second.record.start.params == first.record.start.params
+    assert second.record.start.tags == first.record.start.tags
 
 
 def test_an_epoch_that_was_checkpointed_and_never_reported_is_reported(tmp_path: Path) -> None:
-    class LostAtEpoch(RecordingTracker):
-        def epoch(self, report: EpochReport) -> None:
-            super().epoch(report)
-            if report.epoch == 2:
-                raise ConnectionResetError("the worker dies here")
+    lost: list[EpochReport] = []
+
+    def dies(report: EpochReport) -> bool:
+        lost.append(report)
+        if report.epoch == 2:
+            raise ConnectionResetError("the worker dies here")
+        return True
 
     spec = method_spec("adam")
-    lost = LostAtEpoch()
     with pytest.raises(ConnectionResetError):
-        run_trial(spec, lost, tmp_path)
-    tracker = RecordingTracker()
-    run = open_trial(spec, tracker, tmp_path)
+        run_trial(spec, tmp_path, dies)
+    run = open_trial(spec, tmp_path)
     assert run.restored == 2
     reports = list(run.reports())
     assert [r.epoch for r in reports] == [1, 2, 3]
-    assert reports[:2] == list(lost.of("epoch"))
+    assert reports[:2] == lost
 
 
 def test_finish_happens_once(tmp_path: Path) -> None:
-    tracker = RecordingTracker()
-    run = open_trial(method_spec("adam"), tracker, tmp_path)
+    run = open_trial(method_spec("adam"), tmp_path)
     advance(run, 1)
     first = run.finish(Outcome.PRUNED, "not promising")
     assert run.finish(Outcome.COMPLETE) is first
-    assert list(tracker.of("end")) == [(Outcome.PRUNED, "not promising")]
+    assert (first.outcome, first.reason) == (Outcome.PRUNED, "not promising")
     assert read_columns(tmp_path / TRACE_FILE)["step"].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_stopped_by_its_consumer_is_pruned_with_the_reason() -> None:
-    tracker = RecordingTracker()
-    result = run_trial(method_spec("adam"), tracker, on_epoch=lambda report: report.epoch < 2)
+    result = run_trial(method_spec("adam"), on_epoch=lambda report: report.epoch < 2)
     assert result.outcome is Outcome.PRUNED
     assert result.reason == "stopped after epoch 2 of 3 on request"
     assert len(result.history) == 2
-    assert list(tracker.of("end")) == [(Outcome.PRUNED, result.reason)]
 
 
 def test_stopping_after_the_last_epoch_stops_nothing() -> None:
@@ -136,14 +140,12 @@ def test_stopping_after_the_last_epoch_stops_nothing() -> None:
 
 @pytest.mark.parametrize("bad_at", [1, STEPS, STEPS + 3, 3 * STEPS])
 def test_a_bad_step_ends_the_trial_as_diverged_at_that_step(tmp_path: Path, bad_at: int) -> None:
-    tracker = RecordingTracker()
     spec = method_spec("adam", task_options={"bad_at": bad_at})
-    result = run_trial(spec, tracker, tmp_path)
+    result = run_trial(spec, tmp_path)
     epoch = (bad_at - 1) // STEPS + 1
     assert result.outcome is Outcome.DIVERGED
     assert result.reason == f"loss is nan at step {bad_at} (epoch {epoch})"
     assert len(result.history) == epoch - 1
-    assert list(tracker.of("end")) == [(Outcome.DIVERGED, result.reason)]
     trace = read_columns(tmp_path / TRACE_FILE)
     assert trace["step"].tolist() == list(range(1, STEPS * epoch + 1))
     assert np.isfinite(trace["loss"][: bad_at - 1]).all()
@@ -223,25 +225,20 @@ def test_weights_that_break_after_the_last_step_are_noticed_in_validation() -> N
     assert result.reason.endswith("after step 1 (epoch 1)")
 
 
-def test_other_exceptions_pass_through_and_no_end_is_recorded() -> None:
-    class Full(RecordingTracker):
-        def epoch(self, report: EpochReport) -> None:
-            raise OSError("no space left on device")
+def test_other_exceptions_pass_through() -> None:
+    def full(report: EpochReport) -> bool:
+        raise OSError("no space left on device")
 
-    tracker = Full()
     with pytest.raises(OSError, match="no space left"):
-        run_trial(method_spec("adam"), tracker)
-    assert list(tracker.of("end")) == []
+        run_trial(method_spec("adam"), on_epoch=full)
 
 
 def test_a_spec_is_trained_without_a_folder_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tracker = RecordingTracker()
-    run_trial(method_spec("adam"), tracker)
+    run_trial(method_spec("adam"))
     assert list(tmp_path.iterdir()) == []
-    assert list(tracker.of("artifact")) == []
 
 
 def test_weights_are_the_trained_ones_and_give_the_test_metrics(tmp_path: Path) -> None:
@@ -268,11 +265,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 def test_the_overhead_is_measured_once_and_repeated(tmp_path: Path) -> None:
     spec = method_spec("adam", overhead=OverheadOptions(blocks=2, steps=1, warmup=0))
-    tracker = RecordingTracker()
-    run = open_trial(spec, tracker, tmp_path)
+    run = open_trial(spec, tmp_path)
     next(run.reports())
-    (first,) = tracker.of("metrics")
-    assert first[0].keys() == {
+    first = run.record.overhead
+    assert first.metrics.keys() == {
         "overhead_vs_adam",
         "overhead_vs_adam_iqr",
         "overhead_vs_adam_default",
@@ -280,22 +276,10 @@ def test_the_overhead_is_measured_once_and_repeated(tmp_path: Path) -> None:
         "overhead_blocks",
         "adam_step_ms",
     }
-    for lost in (CHECKPOINT_FILE, "overhead.json"):  # either one is enough
-        (tmp_path / lost).unlink()
-        again = RecordingTracker()
-        run_trial(spec, again, tmp_path)
-        assert list(again.of("metrics")) == [first]
-
-
-def test_a_damaged_overhead_file_is_measured_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "overhead.json").write_text('{"metrics": ')
-    spec = method_spec("adam", overhead=OverheadOptions(blocks=1, steps=1, warmup=0))
-    result = run_trial(spec, folder=tmp_path)
-    assert result.metrics["overhead_vs_adam"] > 0
-    assert "damaged" in caplog.text
-    assert json.loads((tmp_path / "overhead.json").read_text())["metrics"]
+    for _ in range(2):
+        again = open_trial(spec, tmp_path)
+        again.complete()
+        assert again.record.overhead == first
 
 
 def test_what_loading_the_data_draws_has_no_effect_on_the_model(

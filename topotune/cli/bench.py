@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Annotated
 
 import typer
 
-from topotune.cli.options import AsJson, print_json
+from topotune.cli.options import AsJson, console, print_json
 from topotune.errors import ConfigError
 
 app = typer.Typer(
@@ -35,8 +36,8 @@ def optimizer(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Time full training steps: Topological Adam against torch's Adam, alternating blocks."""
-    from topotune.bench.optimizer import MODELS, print_table, run
+    """Time training steps against torch's Adam. Full steps, in alternating blocks."""
+    from topotune.bench.optimizer import MODELS, run, step_table
     from topotune.train.process import resolve_device
 
     records = run(
@@ -49,7 +50,7 @@ def optimizer(
     if as_json:
         print_json([dataclasses.asdict(record) for record in records])
     else:
-        print_table(records)
+        console().print(step_table(records))
 
 
 @app.command()
@@ -83,9 +84,9 @@ def tcep(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Measure equilibrium propagation: exact gradients, memory, solvers, and what it learns."""
+    """Measure TCEP: gradients, memory, solvers, what it learns."""
     from topotune.bench.tcep.memory import STEPS
-    from topotune.bench.tcep.run import DEFAULT_PARTS, Options, print_part, run, tell
+    from topotune.bench.tcep.run import DEFAULT_PARTS, Options, conditions, plain, run, tables
     from topotune.train.process import resolve_device
 
     options = Options(
@@ -100,56 +101,18 @@ def tcep(
         threads=threads,
         device=str(resolve_device(device)),
     )
+    measured = run(options, _tell)
     if as_json:
-        print_json(run(options, tell).to_dict())
-    else:
-        run(options, tell, print_part)
-
-
-@app.command()
-def faults(
-    row: Annotated[
-        list[str] | None, typer.Option(help="Only this row; may be repeated. Default: all.")
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One or two short rows of every kind.")
-    ] = False,
-    jobs: Annotated[int, typer.Option(help="Rows at once.", min=1)] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Hurt real searches in every way that one can be hurt, and see whether anything is lost."""
-    from topotune.bench.faults.registry import QUICK, named
-    from topotune.bench.faults.runner import print_table, run
-
-    scenarios = named(row or (QUICK if quick else ()))
-    findings = list(run(scenarios, jobs, _tell))
-    if as_json:
-        print_json([dataclasses.asdict(finding) for finding in findings])
-    else:
-        print_table(findings)
-    if not all(finding.ok for finding in findings):
-        raise typer.Exit(1)
-
-
-@app.command()
-def load(
-    trials: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=2, help="Trials of a search; may be repeated. Default 125, 250, 500, 1000."
-        ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Trials at once.", min=1)] = 8,
-    as_json: AsJson = False,
-) -> None:
-    """Search over almost nothing a thousand times: what the driver costs, and whether it grows."""
-    from topotune.bench.load import SIZES, print_report, run
-
-    report = run(trials or SIZES, concurrency, _tell)
-    if as_json:
-        print_json(dataclasses.asdict(report))
-    else:
-        print_report(report)
+        print_json(plain(options, measured))
+        return
+    under = conditions(options)
+    typer.echo(
+        f"{under['device']}, {threads} thread(s), torch {under['torch']}, data {data}, "
+        f"batch {under['batch']}, {rounds} rounds"
+    )
+    for records in measured:
+        console().print(*tables(records), sep="\n")
+        sys.stdout.flush()
 
 
 @app.command()
@@ -168,16 +131,16 @@ def scaling(
         float, typer.Option(help="Seconds of an epoch; 4 are a trial.", min=0.05)
     ] = 0.5,
     trials: Annotated[int, typer.Option(help="Trials for each of --slots.", min=3)] = 6,
-    postgres: Annotated[
-        bool, typer.Option("--postgres", help="The study in a PostgreSQL server of its own.")
-    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="Three short searches in place of all that.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search with more and more worker slots: trials an hour, and what one driver can feed."""
-    from topotune.bench.scaling.command import QUICK, Options, print_report, run
+    """Search with more and more worker slots. Trials an hour, and what one driver can feed.
+
+    TOPOTUNE_STUDY_URI names a PostgreSQL database for the studies, as for any search.
+    """
+    from topotune.bench.scaling.command import QUICK, Options, run, summary, tables
 
     options = Options(
         slots=_counts("--slots", slots),
@@ -187,7 +150,7 @@ def scaling(
         sleep=sleep,
         trials_a_slot=trials,
     )
-    chosen = dataclasses.replace(QUICK if quick else options, postgres=postgres)
+    chosen = QUICK if quick else options
     if len(set(chosen.plans())) < 3:
         raise ConfigError(
             "--slots, --saturating",
@@ -199,7 +162,7 @@ def scaling(
     if as_json:
         print_json(report.to_dict())
     else:
-        print_report(report)
+        console().print(*tables(report), summary(report), sep="\n")
 
 
 def _counts(option: str, text: str) -> tuple[int, ...]:
@@ -211,46 +174,3 @@ def _counts(option: str, text: str) -> tuple[int, ...]:
     if not counts or min(counts) < 1:
         raise ConfigError(option, f"expected numbers from 1 between commas, got {text!r}")
     return counts
-
-
-@app.command()
-def fuzz(
-    inputs: Annotated[int, typer.Option(min=1, help="Inputs in all.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the mutations.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Throw broken search files, configs, spools and results at their readers."""
-    import logging
-
-    from topotune.bench.fuzz import run
-    from topotune.errors import RunError
-
-    logging.disable(logging.CRITICAL)  # a broken spool is logged line by line
-    records = run(inputs, seed, _tell)
-    if as_json:
-        print_json([record.to_dict() for record in records])
-    else:
-        for record in records:
-            typer.echo(record.line())
-    broken = [failure.error for record in records for failure in record.failures]
-    if broken:
-        raise RunError(f"not an error of ours: {'; '.join(broken)}")
-
-
-@app.command()
-def tracking(
-    children: Annotated[
-        list[int] | None,
-        typer.Option(min=10, help="Trials of a search; may be repeated. Default 125, 250, 500."),
-    ] = None,
-    points: Annotated[int, typer.Option(min=1000, help="Step-trace points.")] = 1_000_000,
-    as_json: AsJson = False,
-) -> None:
-    """Ship many trials into one MLflow parent, and a very long step trace."""
-    from topotune.bench.load_tracking import CHILDREN, print_records, run
-
-    records = run(children or CHILDREN, points, _tell)
-    if as_json:
-        print_json([dataclasses.asdict(record) for record in records])
-    else:
-        print_records(records)

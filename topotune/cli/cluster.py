@@ -25,6 +25,7 @@ from topotune.cli.options import (
     complete_name,
     console,
     elsewhere,
+    plain_table,
     print_json,
     say,
     shown,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from topotune.service.ask import Answer
-    from topotune.service.cluster import Cluster
+    from topotune.service.jobs import JobsApi
 
 Wait = Annotated[
     bool, typer.Option("--wait/--no-wait", help="Wait until its driver has checked it and begun.")
@@ -60,9 +61,9 @@ def submit(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a new search on a cluster, which needs this machine no longer once it has begun."""
+    """Run a new search on a cluster. Once it has begun, it needs this machine no longer."""
     from topotune.config.file import parse_search, read_yaml
-    from topotune.config.remarks import remarks
+    from topotune.config.rules import remarks
 
     data, lines = read_yaml(file)
     changes = {
@@ -89,7 +90,7 @@ def submit(
     begun(cluster, config.name, job_id, wait, as_json)
 
 
-def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = False) -> None:
+def begun(cluster: JobsApi, name: str, job_id: str, wait: bool, as_json: bool = False) -> None:
     """Wait for a driver that was started, and say what one can do with it."""
     from topotune.service import searches
 
@@ -97,8 +98,7 @@ def begun(cluster: Cluster, name: str, job_id: str, wait: bool, as_json: bool = 
     if wait:
         try:
             with waiting(f"{name}: until its driver begins"):
-                has_begun = searches.await_begin(cluster, job_id)
-            searches.check_begun(has_begun, name)
+                searches.await_begin(cluster, job_id, name)
         except KeyboardInterrupt as error:
             rest = f". {name} goes on without being waited for; 'topotune stop {name}' ends it"
             raise InterruptError(error, rest) from None
@@ -119,7 +119,7 @@ def list_searches(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """The searches on a cluster: state, trials, best, who runs them."""
+    """List the searches on a cluster: state, trials, best, user."""
     import json
 
     cluster = connect(context, address, allow_open)
@@ -148,11 +148,7 @@ def list_searches(
     if as_json:
         print_json(rows)
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("search", "state", "trials", "best", "user", "job", "submitted"):
-        table.add_column(title)
+    table = plain_table("search", "state", "trials", "best", "user", "job", "submitted")
     for row in rows:
         counts = ", ".join(
             f"{count} {state.lower()}" for state, count in row["counts"].items() if count
@@ -177,7 +173,8 @@ def logs(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """What the newest driver of a search on a cluster prints, or one trial of any search."""
+    """Print what a search's driver or a trial has printed. Of several drivers on a cluster
+    the newest."""
 
     def show(text: str) -> None:
         for line in text.splitlines(keepends=True):
@@ -217,20 +214,20 @@ def stop(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """Stop a search on a cluster in good order: trials finish their epoch, all is saved."""
+    """Stop a search on a cluster. Trials finish their epoch, all is saved."""
     from topotune.service import searches
 
     if (name is None) != all_of_them:
         raise ConfigError("stop", "takes either a search's name or --all")
     cluster = connect(context, address, allow_open)
-    for job in searches.stop(cluster, None if name is None else [name], say):
+    for job in searches.stop(cluster, name, say):
         again = f"'topotune resume {job.search}' goes on"
         if not searches.has_begun(cluster, job):
             again = "before it began: nothing is kept"
         say(f"{job.search}: {job.status}; {again}")
 
 
-def connect(context: typer.Context, address: str | None, allow_open: bool) -> Cluster:
+def connect(context: typer.Context, address: str | None, allow_open: bool) -> JobsApi:
     """The cluster that a command is for.
 
     Raises:
@@ -243,9 +240,9 @@ def connect(context: typer.Context, address: str | None, allow_open: bool) -> Cl
             "no cluster is named",
             f"Give http://HEAD:8265, or set {ADDRESS}, or address in topotune.toml",
         )
-    from topotune.service.cluster import Cluster
+    from topotune.service.jobs import JobsApi
 
-    return Cluster(place, allow_open, lambda text: say(f"note: {text}", err=True))
+    return JobsApi(place, allow_open, lambda text: say(f"note: {text}", err=True))
 
 
 def forward(
@@ -284,7 +281,7 @@ def forward(
         raise typer.Exit(found.code)
 
 
-def _asked(cluster: Cluster, command: Sequence[str], name: str | None = None) -> Answer:
+def _asked(cluster: JobsApi, command: Sequence[str], name: str | None = None) -> Answer:
     """Run a command there, of one search or of all, while a terminal says what is waited for."""
     from topotune.service.ask import ask
 
@@ -329,7 +326,7 @@ def package(
     unfinished: Annotated[bool, typer.Option(help="Show a finished search instead.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send the code that a search was submitted with to whoever asks."""
+    """Answer with the code that a search was submitted with."""
     from topotune.cli.boards import print_status
     from topotune.errors import SearchFolderError
     from topotune.search import status as reading

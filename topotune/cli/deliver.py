@@ -25,7 +25,7 @@ from topotune.cli.options import (
     say,
     typed,
 )
-from topotune.errors import ConfigError, RunError, TopotuneError, told
+from topotune.errors import ConfigError, RunError, TopotuneError, in_one_line
 from topotune.records import pack_metrics
 from topotune.results.text import spread
 
@@ -54,7 +54,7 @@ def export(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write config, metrics, weights and model card of the best trials."""
+    """Write config, metrics, weights, model card of the best trials."""
     target = out if out is not None else Path("topotune-exports") / name
     if front and typed(context, "top"):
         raise ConfigError(
@@ -140,7 +140,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train one resolved config without a search; test metrics at the end."""
+    """Train one resolved config; test metrics at the end."""
     import dataclasses
     import tempfile
 
@@ -166,7 +166,7 @@ def train(
         except (TopotuneError, OSError):
             raise
         except Exception as error:
-            raise RunError(f"{config}: training failed: {told(error)}") from error
+            raise RunError(f"{config}: training failed: {in_one_line(error)}") from error
         complete = result.outcome is Outcome.COMPLETE
         test = evaluate_test(spec, load_weights(spec, place)) if complete else {}
     if as_json:

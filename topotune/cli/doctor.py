@@ -18,6 +18,7 @@ from topotune.cli.options import (
     console,
     elsewhere,
     on_cluster,
+    plain_table,
     print_json,
 )
 from topotune.settings import VARIABLES
@@ -32,8 +33,8 @@ def doctor(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check versions, devices, Ray, disk and stores, of this machine or of a cluster and every node
-    of it; exit 2 if something is broken."""
+    """Check this machine, or a cluster and every node of it. Versions, devices, Ray, disk and
+    stores; exit 2 if something is broken."""
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], None, as_json)
         return
@@ -51,12 +52,9 @@ def doctor(
     if as_json:
         print_json([finding.to_dict() for finding in findings])
     else:
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, header_style="bold")
         placed = any(one.place for one in findings)
-        for title in (*(["where"] if placed else []), "check", "state", "found", "fix"):
-            table.add_column(title)
+        titles = ("check", "state", "found", "fix")
+        table = plain_table(*(("where", *titles) if placed else titles))
         for one in findings:
             cells: tuple[str, ...] = (one.name, "ok" if one.ok else "BROKEN", one.found, one.fix)
             cells = (one.place, *cells) if placed else cells

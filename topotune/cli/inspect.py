@@ -42,7 +42,7 @@ def status(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """How far searches are: counts, best so far, who drives them; one search's whole table."""
+    """Show how far searches are. Counts, best so far, who drives them; one search's whole table."""
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], name, as_json)
         return
@@ -57,7 +57,7 @@ def status(
 
         print_status(console(), report, limit=len(report.board.trials))
         return
-    from topotune.search.place.objects.address import shown as place
+    from topotune.search.place.objects.address import shown_place as place
 
     reports = reading.all_status(results_dir, lambda text: say(text, err=True))
     if as_json:
@@ -77,7 +77,7 @@ def best(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """The best trial's complete config as YAML, ready for 'topotune train'.
+    """Print the best trial's config as YAML, for 'topotune train'.
 
     With several objectives it is that of the front which is best in the first one; the others
     stand in comments."""
@@ -165,8 +165,8 @@ def dashboard(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """Say where the MLflow pages of searches are; serve those of the embedded store on 127.0.0.1
-    until Ctrl-C."""
+    """Say where MLflow's pages are. Serves those of the embedded store on 127.0.0.1 until
+    Ctrl-C."""
     if cluster := elsewhere(context, address):
         if optuna:
             raise ConfigError(
@@ -202,7 +202,7 @@ def sync(
     address: Address = None,
     allow_open: AllowOpen = False,
 ) -> None:
-    """Send to MLflow what a search recorded while the server was away, and compare counts."""
+    """Send to MLflow what it missed. Then compares the counts."""
     if cluster := elsewhere(context, address):
         forward(context, cluster, ["--timeout", str(timeout)], name)
         return

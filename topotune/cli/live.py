@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from topotune.cli.options import say_whole
+from topotune.cli.options import plain_table, say_whole
 from topotune.records import Outcome, TrialSummary
 from topotune.redaction import redact
 from topotune.results.leaderboard import standing
@@ -146,12 +146,11 @@ class LiveTable:
         from rich.console import Group
         from rich.padding import Padding
         from rich.progress_bar import ProgressBar
-        from rich.table import Table
         from rich.text import Text
 
         counts = view.counts
         ended = sum(count for state, count in counts.items() if state in set(Outcome))
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        table = plain_table()
         one = len(view.objectives) == 1
         for title in ("trial", "epoch", *(view.objectives if one else ())):
             table.add_column(Text(clean(title)), no_wrap=True)

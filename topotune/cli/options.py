@@ -23,6 +23,7 @@ from topotune.settings import ADDRESS, STORAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from topotune.config.models import SearchConfig
 
@@ -34,13 +35,6 @@ def results_dir(place: str | Path) -> Path:
     from topotune.search.place.objects.address import results_folder
 
     return results_folder(str(place))
-
-
-def option_for(results: Path) -> str:
-    """`` --results-dir PLACE`` as a person would add it to a command; empty for the default."""
-    from topotune.search.place.objects.address import shown
-
-    return "" if results == DEFAULT_RESULTS else f" --results-dir {shown(results)}"
 
 
 def _complete_file(incomplete: str) -> list[str]:
@@ -89,7 +83,7 @@ Address = Annotated[
     ),
 ]
 AllowOpen = Annotated[
-    bool, typer.Option("--allow-open", help="Also a cluster that asks nobody for a token.")
+    bool, typer.Option("--allow-open", help="Also a cluster that asks for no token.")
 ]
 EnvFile = Annotated[
     Path | None,
@@ -182,12 +176,22 @@ def print_json(data: Any) -> None:
 
 
 def console() -> Console:
-    """A console on standard output; wide where nobody looks, so that no line is cut."""
+    """A console on standard output; wide where it is no terminal, so that no line is cut."""
     from rich.console import Console
 
     out = Console(highlight=False)
     width = os.environ.get("TOPOTUNE_WIDTH", "")
     return out if out.is_terminal else Console(highlight=False, width=int(width or 200))
+
+
+def plain_table(*titles: str) -> Table:
+    """A table without lines, its titles in bold."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title)
+    return table
 
 
 def say_whole(
@@ -226,7 +230,7 @@ def say_commands(out: Console, commands: Mapping[str, str]) -> None:
 
 
 def waiting(text: str) -> AbstractContextManager[object]:
-    """Says on a terminal's standard error what is waited for, while it is; nothing elsewhere."""
+    """Say on a terminal's standard error what is waited for; nothing elsewhere."""
     from rich.console import Console
 
     err = Console(stderr=True, highlight=False)

@@ -25,7 +25,6 @@ from topotune.cli.options import (
     elsewhere,
     log_to_stderr,
     on_cluster,
-    option_for,
     print_json,
     say_commands,
     say_whole,
@@ -61,7 +60,7 @@ def search(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a new search to its end: leaderboard, best config, next commands."""
+    """Run a new search: leaderboard, best config, next commands."""
     from topotune.config.faults import located
     from topotune.config.file import parse_search, read_yaml
 
@@ -84,6 +83,7 @@ def search(
 
     with located(str(file), lines):
         _finish(
+            context,
             config,
             lambda listener: driver.start(
                 config,
@@ -93,9 +93,6 @@ def search(
                 ray_address,
                 Path.cwd() if on_cluster(context) else None,
             ),
-            results_dir,
-            "" if on_cluster(context) else where(results_dir),
-            as_json,
         )
 
 
@@ -110,11 +107,8 @@ def resume(
     changed_code: ChangedCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a search that was stopped or killed; finished epochs are not repeated."""
-    if cluster := elsewhere(context, address):
-        _again_there(context, cluster, name, 0, env_file, allow_open, changed_code, as_json)
-    else:
-        _again(context, name, results_dir, 0, ray_address, changed_code, as_json)
+    """Continue a search. It was stopped or killed; finished epochs are not repeated."""
+    _go_on(context, name)
 
 
 def extend(
@@ -130,81 +124,59 @@ def extend(
     as_json: AsJson = False,
 ) -> None:
     """Add trials to a search, finished or not."""
-    if cluster := elsewhere(context, address):
-        _again_there(context, cluster, name, trials, env_file, allow_open, changed_code, as_json)
-    else:
-        _again(context, name, results_dir, trials, ray_address, changed_code, as_json)
+    _go_on(context, name, trials)
 
 
-def _again_there(
-    context: typer.Context,
-    address: str,
-    name: str,
-    trials: int,
-    env_file: Path | None,
-    allow_open: bool,
-    changed_code: bool,
-    as_json: bool,
-) -> None:
-    """Start a driver on the cluster, and wait until it has begun."""
-    from topotune.cli.cluster import begun, connect
-    from topotune.service import searches
+def _go_on(context: typer.Context, name: str, trials: int = 0) -> None:
+    """Resume a search, or extend it by trials, as the command's options say."""
+    given = context.params
+    results_dir, changed_code, as_json = (
+        given[option] for option in ("results_dir", "changed_code", "as_json")
+    )
+    if address := elsewhere(context, given["address"]):
+        from topotune.cli.cluster import begun, connect
+        from topotune.service import searches
 
-    cluster = connect(context, address, allow_open)
-    code = Path.cwd() if changed_code else None
-    job_id, results = searches.again(cluster, name, trials, env_file, as_json, code)
-    if job_id:
-        begun(cluster, name, job_id, True, as_json)
-    else:
-        typer.echo(results, nl=False)
-
-
-def _again(
-    context: typer.Context,
-    name: str,
-    results_dir: Path,
-    trials: int,
-    address: str,
-    changed_code: bool,
-    as_json: bool,
-) -> None:
+        cluster = connect(context, address, given["allow_open"])
+        code = Path.cwd() if changed_code else None
+        job_id, out = searches.again(cluster, name, trials, given["env_file"], as_json, code)
+        if job_id:
+            begun(cluster, name, job_id, True, as_json)
+        else:
+            typer.echo(out, nl=False)
+        return
     from topotune.search import driver
     from topotune.search.place.folder import SearchFolder
 
-    config = SearchFolder.open(results_dir, name).config()
     _finish(
-        config,
+        context,
+        SearchFolder.open(results_dir, name).config(),
         lambda listener: driver.resume(
             results_dir,
             name,
             listener,
             trials,
-            address,
+            given["ray_address"],
             changed_code,
             Path.cwd() if on_cluster(context) and changed_code else None,
         ),
-        results_dir,
-        "" if on_cluster(context) else where(results_dir),
-        as_json,
     )
 
 
 def _finish(
-    config: SearchConfig,
-    work: Callable[[Listener], SearchReport],
-    results_dir: Path,
-    place: str,
-    as_json: bool,
+    context: typer.Context, config: SearchConfig, work: Callable[[Listener], SearchReport]
 ) -> None:
     """Run with something to watch, print the outcome, exit with its code."""
     import contextlib
     import sys
 
     from topotune.cli.live import listener_for
-    from topotune.search.drive.signals import discard
+    from topotune.search.drive.signals import discard, what_is_kept
     from topotune.search.view import SilentListener
 
     log_to_stderr()
+    results_dir, as_json = context.params["results_dir"], context.params["as_json"]
+    place = "" if on_cluster(context) else where(results_dir)
     try:
         if as_json:
             with contextlib.redirect_stdout(sys.stderr):  # a user's task may print
@@ -213,18 +185,15 @@ def _finish(
             with listener_for([objective.metric for objective in config.objective]) as listener:
                 report = work(listener)
     except KeyboardInterrupt as error:
-        if (results_dir / config.name / "search.json").is_file():
-            kept = f"every finished epoch is kept. To go on: topotune resume {config.name}{place}"
-        else:
-            kept = "the search has not begun and nothing is kept. To begin it: the same command"
-        raise InterruptError(error, f"; {kept}") from None
+        begun = (results_dir / config.name / "search.json").is_file()
+        raise InterruptError(error, f"; {what_is_kept(config.name, begun, place)}") from None
     try:
         if as_json:
             print_json(_as_data(report))
         else:
             _print(report, place)
         sys.stdout.flush()
-    except OSError:  # the terminal or pipe is gone: nobody reads, and the results are on disk
+    except OSError:  # the terminal or pipe is gone, and the results are on disk
         discard(sys.stdout.fileno())
     if not report.finished:
         raise typer.Exit(INTERRUPTED)
@@ -247,11 +216,14 @@ def _as_data(report: SearchReport) -> dict[str, object]:
 
 
 def where(results_dir: Path) -> str:
-    """The option that the next commands need to find the search, as it is typed."""
-    from topotune.search.place.objects.address import results_folder
+    """The option that the next commands need to find the search, as it is typed, such as
+    `` --results-dir PLACE``; empty for the default."""
+    from topotune.search.place.objects.address import results_folder, shown_place
 
     known = os.environ.get(STORAGE)
-    return "" if known and results_folder(known) == results_dir else option_for(results_dir)
+    if results_dir == DEFAULT_RESULTS or (known and results_folder(known) == results_dir):
+        return ""
+    return f" --results-dir {shown_place(results_dir)}"
 
 
 def _print(report: SearchReport, where: str) -> None:

@@ -16,6 +16,7 @@ from topotune.cli.options import (
     console,
     json_text,
     log_to_stderr,
+    plain_table,
     print_json,
     say,
     shown,
@@ -28,11 +29,11 @@ def check(
     quick: Annotated[bool, typer.Option(help="Only the file's own rules; build nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Validate a search file, show its space, and build its task and method at every extreme."""
+    """Validate a search file. Shows its space; builds its task and method at every extreme."""
     from topotune.config.faults import located
     from topotune.config.file import parse_search, read_yaml
-    from topotune.config.remarks import remarks
-    from topotune.config.rules import describe, one_of
+    from topotune.config.rules import remarks
+    from topotune.config.space import describe, one_of
     from topotune.results.text import rich_text
 
     log_to_stderr()
@@ -51,12 +52,8 @@ def check(
     if as_json:
         print_json({"config": config.model_dump(mode="json"), "metrics": metrics, "notes": notes})
         return
-    from rich.table import Table
-
     out = console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("parameter", "range", "only when"):
-        table.add_column(title)
+    table = plain_table("parameter", "range", "only when")
     for name, param in config.space.items():
         when = ", ".join(f"{parent} is {one_of(value)}" for parent, value in param.when.items())
         table.add_row(*(rich_text(text) for text in (name, describe(param), when)))
@@ -81,7 +78,7 @@ def check(
 def schema(
     out: Annotated[Path | None, typer.Option(help="Write it to this file instead.")] = None,
 ) -> None:
-    """Print the JSON schema of a search file, for editors and other tools."""
+    """Print the JSON schema of a search file. Editors and other tools read it."""
     from topotune.config.models import json_schema
 
     if out is None:
@@ -100,10 +97,9 @@ def spaces(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the shipped search files, or copy them; 'search', 'check' and 'submit' know them by
-    name."""
+    """List or copy the shipped search files. 'search', 'check' and 'submit' know them by name."""
+    from topotune.config.file import read_yaml
     from topotune.config.spaces import copy_spaces, shipped_spaces
-    from topotune.config.yamlfile import read_yaml
 
     if copy is not None:
         copies = [str(path) for path in copy_spaces(copy)]
@@ -113,18 +109,15 @@ def spaces(
     if as_json:
         print_json(found)
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("name", no_wrap=True)
-    table.add_column("what")
+    table = plain_table("name", "what")
+    table.columns[0].no_wrap = True
     for row in found.items():
         table.add_row(*row)
     console().print(table)
 
 
 def tasks(as_json: AsJson = False) -> None:
-    """List the built-in tasks: metric, models, where the data come from."""
+    """List the built-in tasks: metric, models, source of the data."""
     import dataclasses
 
     from topotune.tasks import describe_tasks
@@ -133,11 +126,7 @@ def tasks(as_json: AsJson = False) -> None:
     if as_json:
         print_json([dataclasses.asdict(info) for info in found])
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("task", "objective", "models", "what", "data"):
-        table.add_column(title)
+    table = plain_table("task", "objective", "models", "what", "data")
     for info in found:
         goal = f"{info.direction} val_{info.metric}"
         table.add_row(info.name, goal, ", ".join(info.models), info.summary, info.source)

@@ -1,13 +1,14 @@
-"""How much a search may spend, and what one trial may take before it is ended."""
+"""How much a search may spend, what one trial may take before it is ended, and what it holds."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from topotune.config.space import Frozen, one_given
+from topotune.config.space import Frozen, no_flag, one_given
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = r"([0-9]*\.?[0-9]+)\s*([smhd])"
@@ -112,3 +113,54 @@ class Limits(Frozen):
         Annotated[_Memory, BeforeValidator(_bytes, json_schema_input_type=_Memory | _text(_SIZE))]
         | None
     ) = "auto"
+
+
+_RAYS_OWN = ("cpu", "gpu", "memory", "object_store_memory")
+"""Names that Ray gives a meaning to, whatever their case."""
+
+
+class Resources(Frozen):
+    """What one trial holds, and how many run at once.
+
+    Attributes:
+        cpus: CPU cores (and torch threads) a trial.
+        gpus: GPUs a trial: a whole number, or a fraction below 1 for trials that share one;
+            "auto": 1 if the cluster has or can get any, else 0.
+        gpu_memory: the largest part of a GPU's memory that the trial's process may take, above 0
+            and at most 1; "auto": the fraction of a GPU that it holds, and all of a whole one.
+        custom: amounts of the cluster's custom resources, by name, that a trial holds.
+        concurrency: trials at once; "auto": as many as the resources hold, nodes that an
+            autoscaler may add included.
+        priority: share of a cluster that several searches use at once: one of priority 2 gets
+            twice as many trials at once as one of priority 1.
+    """
+
+    cpus: int = Field(default=1, ge=1)
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
+    gpu_memory: Literal["auto"] | Annotated[float, Field(gt=0, le=1)] = "auto"
+    custom: dict[
+        str, Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(no_flag)]
+    ] = Field(default_factory=dict)
+    concurrency: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    priority: int = Field(default=1, ge=1, le=100)
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_shared(cls, gpus: Literal["auto"] | float) -> Literal["auto"] | float:
+        if gpus != "auto" and gpus > 1 and not float(gpus).is_integer():
+            raise ValueError(
+                f"a trial shares one GPU (a fraction below 1) or holds whole ones (got {gpus:g}); "
+                f"write {math.floor(gpus)} or {math.ceil(gpus)}"
+            )
+        return gpus
+
+    @field_validator("custom")
+    @classmethod
+    def _not_rays_own(cls, custom: dict[str, float]) -> dict[str, float]:
+        for name in custom:
+            if not name or name.lower() in _RAYS_OWN or name.startswith("node:"):
+                raise ValueError(
+                    f"{name!r} is a name of Ray's own; write cpus or gpus, or the name of a custom "
+                    "resource that its nodes were started with (ray start --resources)"
+                )
+        return custom

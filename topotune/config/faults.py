@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from topotune.config.rules import BrokenRulesError
-from topotune.config.yamlfile import Lines, Place
+from topotune.config.rules import Broken, Place
 from topotune.errors import ConfigError, FaultsError, FieldError, combined, did_you_mean, dotted
 from topotune.redaction import names_secret, redact
 
+Lines: TypeAlias = dict[Place, int]
+"""The path of a key to its line in the file."""
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")  # of a model, of a dataclass
 
 
 def faults_of(error: ValidationError, data: Any, schema: dict[str, Any]) -> list[FieldError]:
     """Each place that has a fault, once, with its rule and fix."""
-    found: dict[Place, list[str]] = {}
-    missing: dict[Place, list[str]] = {}
+    found: list[Broken] = []
+    missing: list[Broken] = []
     for problem in error.errors(include_url=False):
-        cause = problem.get("ctx", {}).get("error")
-        if isinstance(cause, BrokenRulesError):
-            for rule in cause.broken:
-                found.setdefault(tuple(_existing(rule.path, data, True)), []).append(rule.problem)
-            continue
         kind = problem["type"]
         if kind == "too_short" and problem["input"]:
             continue  # its items have faults, which are named
-        place = tuple(_existing(tuple(problem["loc"]), data, kind in ("missing", *_UNKNOWN_KEY)))
+        with_last = kind in ("missing", *_UNKNOWN_KEY)
+        place = tuple(_existing(tuple(problem["loc"]), data, with_last))
         table = missing if kind == "missing" else found
-        table.setdefault(place, []).append(_message(problem, place, schema))
+        table.append((place, _message(problem, place, schema)))
     # An unknown key often is the missing one, misspelt: it goes first.
-    texts = {**found, **missing}
+    return _merged([*found, *missing])
+
+
+def placed(broken: Iterable[Broken], data: Any) -> list[FieldError]:
+    """Broken rules as faults of the file that holds this data."""
+    return _merged((tuple(_existing(path, data, True)), problem) for path, problem in broken)
+
+
+def _merged(faults: Iterable[Broken]) -> list[FieldError]:
+    """Each place once."""
+    texts: dict[Place, list[str]] = {}
+    for place, text in faults:
+        texts.setdefault(place, []).append(text)
     return [
         FieldError(place, " or ".join(dict.fromkeys(messages))) for place, messages in texts.items()
     ]

@@ -1,4 +1,5 @@
-"""The search file as frozen models: what is legal, before anything is built.
+"""The search file as frozen models: what is legal in each block, before anything is built. Rules
+that involve several blocks stand in :mod:`topotune.config.rules`.
 
 ``topotune schema`` prints the JSON schema of :class:`SearchConfig`. Names of parameters in
 ``fixed``, ``space`` and ``warm_start`` share one namespace: a bare name (``lr``, ``eta``) is a
@@ -17,24 +18,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema
 
-from topotune.config.budget import Budget, Limits
-from topotune.config.resources import Resources
-from topotune.config.rules import check_search
-from topotune.config.secrets import check_secrets
+from topotune.config.budget import Budget, Limits, Resources
 from topotune.config.space import PARAM_NAME, Frozen, Param, Scalar, no_flag, one_given
 from topotune.errors import did_you_mean
 from topotune.records import Value
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-RESERVED_NAMES = ("address", "mlflow")
-"""Paths of a results folder that belong to no search: an object store's mark, MLflow's store."""
 _PARAM_NAMES: dict[str, Any] = {"propertyNames": {"pattern": f"^{PARAM_NAME.pattern}$"}}
 
 
@@ -220,11 +215,6 @@ def _as_list(value: object) -> object:
 _Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
 
 
-SAVED = "saved"
-"""Validation context of a search that exists: a secret in it is kept already, and refusing it
-would only stop the search."""
-
-
 class SearchConfig(Frozen):
     """A search file.
 
@@ -275,17 +265,11 @@ class SearchConfig(Frozen):
 
     @field_validator("name")
     @classmethod
-    def _safe_name(cls, name: str, info: ValidationInfo) -> str:
+    def _safe_name(cls, name: str) -> str:
         if not SAFE_NAME.fullmatch(name):
             raise ValueError(
                 f"must be 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or "
                 f"digit (got {name!r})"
-            )
-        # Whatever its case: on some file systems both are one path.
-        if name.lower() in RESERVED_NAMES and info.context != SAVED:
-            raise ValueError(
-                f"{name!r} is what topotune itself keeps in a results folder "
-                f"({', '.join(RESERVED_NAMES)}); choose another name"
             )
         return name
 
@@ -299,25 +283,18 @@ class SearchConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _default_pruner(cls, data: object) -> object:
-        """With several objectives there is no one curve to prune by: the default is none."""
+        """With several objectives there is no one curve to prune by: by default nothing prunes."""
         if isinstance(data, dict) and "pruner" not in data:
             objective = data.get("objective")
             if isinstance(objective, list | tuple) and len(objective) > 1:
                 return {**data, "pruner": "none"}
         return data
 
-    @model_validator(mode="after")
-    def _consistent(self, info: ValidationInfo) -> Self:
-        check_search(self, saved=info.context == SAVED)
-        if info.context != SAVED:
-            check_secrets(self)
-        return self
-
     def with_budget(self, **changes: object) -> SearchConfig:
         """A copy whose budget differs, validated again."""
         data = self.model_dump()
         data["budget"].update(changes)
-        return SearchConfig.model_validate(data, context=SAVED)
+        return SearchConfig.model_validate(data)
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,7 +13,7 @@ SCHEMA_FILE = "search.schema.json"
 
 def shipped_folder() -> Path:
     """Where the shipped files lie: inside the package of a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     inside = package / "search_spaces"
     return inside if inside.is_dir() else package.parent / "search_spaces"
 
@@ -21,6 +21,13 @@ def shipped_folder() -> Path:
 def shipped_spaces() -> dict[str, Path]:
     """The shipped search files by name, sorted."""
     return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
+
+
+def near_files(path: Path) -> list[str]:
+    """The search file beside a missing one that was probably meant; empty where none is like it."""
+    folder = path.parent if path.parent.is_dir() else Path()
+    files = {file.name: str(folder / file.name) for file in folder.glob("*.yaml")}
+    return [files[name] for name in difflib.get_close_matches(path.name, files, n=1)]
 
 
 def find_space(given: str) -> Path:
@@ -34,11 +41,7 @@ def find_space(given: str) -> Path:
         return path
     if given in shipped:
         return shipped[given]
-    folder = path.parent if path.parent.is_dir() else Path()
-    files = {file.name: str(folder / file.name) for file in folder.glob("*.yaml")}
-    near = difflib.get_close_matches(path.name, files, n=1)
-    near_shipped = difflib.get_close_matches(path.stem, shipped, n=1)
-    wanted = [files[name] for name in near] + near_shipped
+    wanted = near_files(path) + difflib.get_close_matches(path.stem, shipped, n=1)
     raise ConfigError(
         given,
         "there is no such file, and no search file of that name is shipped"

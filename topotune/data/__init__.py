@@ -1,7 +1,6 @@
 """Data sets as tensors, three disjoint splits each."""
 
 from topotune.data.load import load_splits
-from topotune.data.split import SplitPlan, stratified_splits
-from topotune.data.splits import Splits, TensorPair
+from topotune.data.splits import SplitPlan, Splits, TensorPair, stratified_splits
 
 __all__ = ["SplitPlan", "Splits", "TensorPair", "load_splits", "stratified_splits"]

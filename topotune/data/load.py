@@ -7,10 +7,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from topotune.data.digits import load_digits, load_rolled_digits
-from topotune.data.mnist5k import load_mnist5k
-from topotune.data.split import SplitPlan, stratified_splits
-from topotune.data.splits import Splits, TensorPair
+from topotune.data.packaged import load_digits, load_mnist5k, load_rolled_digits
+from topotune.data.splits import SplitPlan, Splits, TensorPair, stratified_splits
 from topotune.data.vision import load_vision
 
 PACKAGED: dict[str, Callable[[], TensorPair]] = {

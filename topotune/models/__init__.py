@@ -6,11 +6,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from topotune.errors import UnknownNameError
 from topotune.models.convnet import ConvNet
 from topotune.models.mlp import MLP
-from topotune.models.options import call_with_options
-from topotune.plugins import is_import_path, load_class
+from topotune.plugins import call_with_options, find_class
 from topotune.tcep.network import TCEPNetwork
 
 __all__ = ["MLP", "MODELS", "ConvNet", "TCEPNetwork", "build_model"]
@@ -37,10 +35,5 @@ def build_model(name: str, options: Mapping[str, object], **facts: object) -> nn
         PluginError: the import path does not lead to an ``nn.Module`` class.
         ConfigError: the model does not take these options.
     """
-    if is_import_path(name):
-        found = load_class(name, nn.Module)
-    elif name in MODELS:
-        found = MODELS[name]
-    else:
-        raise UnknownNameError("model", name, MODELS, "or an import path, package.module:Class")
+    found = find_class("model", name, MODELS, nn.Module)
     return call_with_options(found, options, place="model", what=f"model {name!r}", facts=facts)

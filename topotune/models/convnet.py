@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from topotune.models.options import whole_number
+from topotune.plugins import whole_number
 
 _DENSE_PER_WIDTH = 8
 """Width of the dense layer, in multiples of the first convolution's channels."""

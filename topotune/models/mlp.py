@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from topotune.models.options import whole_number
+from topotune.plugins import whole_number
 
 
 class MLP(nn.Module):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from topotune.errors import ConfigError, TopotuneError, UnknownNameError, did_you_mean, told
-from topotune.optim._state import FUSED_KERNELS
-from topotune.optim._trace import EnergyTrace
+from topotune.errors import ConfigError, TopotuneError, did_you_mean, in_one_line
+from topotune.optim.measures import EnergyTrace
+from topotune.optim.state import FUSED_KERNELS
 from topotune.optim.topological_adam import TopologicalAdam
-from topotune.plugins import is_import_path, load_class
+from topotune.plugins import accepted_names, find_class
 
 __all__ = [
     "OPTIMIZERS",
@@ -62,24 +62,15 @@ def optimizer_class(name: str) -> type[Optimizer]:
         UnknownNameError: no registry entry, and not of the form ``package.module:Class``.
         PluginError: the import path does not lead to a torch optimizer.
     """
-    if is_import_path(name):
-        return load_class(name, Optimizer)
-    if name not in OPTIMIZERS:
-        raise UnknownNameError(
-            "method", name, OPTIMIZERS, "or an import path, package.module:Class"
-        )
-    return OPTIMIZERS[name]
+    return find_class("method", name, OPTIMIZERS, Optimizer)
 
 
 def optimizer_options(name: str) -> dict[str, Any]:
     """Keyword argument to default of an optimizer; ``beta1`` and ``beta2`` stand for ``betas``."""
-    parameters = inspect.signature(optimizer_class(name)).parameters.values()
-    options = {
-        p.name: p.default
-        for p in parameters
-        if p.name not in ("self", "params")
-        and p.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    }
+    found = optimizer_class(name)
+    parameters = inspect.signature(found).parameters
+    names, _ = accepted_names(found)
+    options = {name: parameters[name].default for name in names if name != "params"}
     betas = options.get("betas")
     if isinstance(betas, tuple) and len(betas) == 2:
         options |= dict(zip(_BETAS, betas, strict=True))
@@ -108,7 +99,7 @@ def build_optimizer(
     except (TopotuneError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:  # code of a user may raise anything
-        said = str(error) if isinstance(error, TypeError | ValueError) else told(error)
+        said = str(error) if isinstance(error, TypeError | ValueError) else in_one_line(error)
         option = _refused(name, tensors, options, str(error))
         if option is None:
             place, got = f"{_PLACE} parameters", str(dict(options))
@@ -121,19 +112,19 @@ def build_optimizer(
 def _refused(
     name: str, tensors: list[Tensor], options: Mapping[str, object], said: str
 ) -> str | None:
-    """The one option without which a constructor is content, or else says something new."""
-    content: list[str] = []
-    new: list[str] = []
+    """The one option whose absence makes the constructor succeed, or else fail in another way."""
+    succeed: list[str] = []
+    differ: list[str] = []
     for option in options:
         rest = {key: value for key, value in options.items() if key != option}
         try:
             _construct(name, tensors, rest)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - it is compared, whatever it is
             if str(error) != said:
-                new.append(option)
+                differ.append(option)
         else:
-            content.append(option)
-    found = content or new
+            succeed.append(option)
+    found = succeed or differ
     return found[0] if len(found) == 1 else None
 
 
@@ -145,10 +136,7 @@ def _construct(name: str, tensors: list[Tensor], options: Mapping[str, object]) 
     """
     found = optimizer_class(name)
     known = optimizer_options(name)
-    open_ended = any(
-        p.kind is inspect.Parameter.VAR_KEYWORD
-        for p in inspect.signature(found).parameters.values()
-    )
+    _, open_ended = accepted_names(found)
     for option in options:
         if option not in known and not open_ended:
             raise ConfigError(

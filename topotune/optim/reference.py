@@ -8,6 +8,7 @@ implementation does. It follows the same specification and takes the same argume
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from topotune.optim._fields import initial_fields
-from topotune.optim._hyper import BAND_DAMPING, BAND_WIDTH, check_group
+from topotune.optim.fields import BAND_DAMPING, BAND_WIDTH, initial_fields
+from topotune.optim.state import check_group
+from topotune.optim.topological_adam import TopologicalAdam
 
 
 class ReferenceTopologicalAdam(Optimizer):
@@ -29,33 +31,12 @@ class ReferenceTopologicalAdam(Optimizer):
     (``|J|``) and ``skipped``.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        eta: float = 0.02,
-        mu0: float = 0.5,
-        w_topo: float = 0.15,
-        field_init_scale: float = 0.01,
-        target_energy: float = 1e-3,
-        *,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        coupling: str = "uniform",
-        energy_control: str = "exact",
-        zero_gradient: str = "move",
-        eps_inside_sqrt: bool = False,
-        field_init: str = "tanh_cos",
-        field_seed: int = 0,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        trace_capacity: int = 4096,
-    ) -> None:
-        arguments = dict(locals())
-        defaults = {k: v for k, v in arguments.items() if k not in {"self", "params", "__class__"}}
+    __signature__ = inspect.signature(TopologicalAdam)
+
+    def __init__(self, params: ParamsT, *args: Any, **options: Any) -> None:
+        given = self.__signature__.bind(params, *args, **options)
+        given.apply_defaults()
+        defaults = {name: value for name, value in given.arguments.items() if name != "params"}
         check_group(defaults)
         super().__init__(params, defaults)
 

@@ -11,18 +11,27 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from topotune.optim import _report
-from topotune.optim._batch import Plan
-from topotune.optim._fields import field_dtype
-from topotune.optim._hyper import ADAM_ONLY, STEPS, check_group
-from topotune.optim._state import (
+from topotune.optim.fields import CURRENT, ENERGY, field_dtype
+from topotune.optim.measures import (
+    EnergyTrace,
+    FieldStates,
+    TraceRing,
+    common,
+    field_metrics,
+    materialised,
+    metrics,
+)
+from topotune.optim.state import (
+    ADAM_ONLY,
+    STEPS,
     check_gradient,
+    check_group,
     check_parameter,
     check_state,
     converted,
     label,
 )
-from topotune.optim._trace import EnergyTrace, TraceRing
+from topotune.optim.update import Plan
 
 PLANS_KEPT = 32
 """Sets of tensors with a gradient whose plans are kept, for models that change them by turns."""
@@ -128,28 +137,8 @@ class TopologicalAdam(Optimizer):
         fused: bool | None = None,
         trace_capacity: int = 4096,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "eta": eta,
-            "mu0": mu0,
-            "w_topo": w_topo,
-            "field_init_scale": field_init_scale,
-            "target_energy": target_energy,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "coupling": coupling,
-            "energy_control": energy_control,
-            "zero_gradient": zero_gradient,
-            "eps_inside_sqrt": eps_inside_sqrt,
-            "field_init": field_init,
-            "field_seed": field_seed,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "trace_capacity": trace_capacity,
-        }
+        given = dict(locals())
+        defaults = {k: v for k, v in given.items() if k not in ("self", "params", "__class__")}
         check_group(defaults)
         super().__init__(params, defaults)
         self._reset_caches()
@@ -234,11 +223,14 @@ class TopologicalAdam(Optimizer):
         count = 1 + max((group[STEPS] for group in self.param_groups), default=0)
         for group in self.param_groups:
             group[STEPS] = count
-        for group, plan, gradients in work:
-            for batch in plan.batches:
-                fields = batch.step([gradients[i] for i in batch.places], group)
-                if fields is not None:
-                    self._trace.record(count, fields)
+        moved = [
+            batch.step([gradients[i] for i in batch.places], group)
+            for group, plan, gradients in work
+            for batch in plan.batches
+        ]
+        fields = [each for each in moved if each is not None]
+        if fields:
+            self._trace.record(count, fields)
         return loss
 
     def _plan(
@@ -343,11 +335,11 @@ class TopologicalAdam(Optimizer):
 
     def energy(self) -> float:
         """Sum over tensors of the energy before control, at the last step; 0.0 without fields."""
-        return _report.total_energy(self._states())
+        return common(self._measured())[ENERGY].sum().item()
 
     def J_mean_abs(self) -> float:  # noqa: N802 - the name of the published package
         """Mean over tensors of ``|J|`` at the last step; 0.0 without fields."""
-        return _report.metrics(self._states(), [])["coupling_current"]
+        return common(self._measured())[CURRENT].mean().item()
 
     def field_metrics(self) -> dict[str, float]:
         """The field statistics of the published package, from the fields as they are.
@@ -357,7 +349,7 @@ class TopologicalAdam(Optimizer):
             ``beta_norm`` and ``alpha_beta_corr`` (the centred correlation of the fields). All 0.0
             without fields.
         """
-        return _report.field_metrics(self._states())
+        return field_metrics(self._measured())
 
     def metrics(self) -> dict[str, float]:
         """What the last step measured; the only place beside the trace that waits for the device.
@@ -374,13 +366,7 @@ class TopologicalAdam(Optimizer):
             ``skipped_nonfinite``: tensor steps skipped since the start.
             All 0.0 without fields.
         """
-        directions = [
-            (self.state[parameter], group)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if "scalars" in self.state.get(parameter, {})
-        ]
-        return _report.metrics(self._states(), directions)
+        return metrics(self._measured())
 
     def energy_trace(self) -> EnergyTrace:
         """Per-step values since the last call (one copy from each device), and forget them.
@@ -403,11 +389,14 @@ class TopologicalAdam(Optimizer):
                 f"no fields for this parameter of shape {tuple(parameter.shape)}: it is not in "
                 "the optimizer, had no step with a gradient, has no elements, or eta is 0"
             )
-        # Arithmetic of a 0-d tensor with a float64 scalar gives float64.
-        alpha, beta = _report.kind_of(state).materialise(state)
+        alpha, beta = materialised(state)
         return alpha.to(field_dtype(parameter)), beta.to(field_dtype(parameter))
 
-    def _states(self) -> list[dict[str, Any]]:
-        """The states that have fields, in the order of the parameters."""
-        found = (self.state.get(p, {}) for group in self.param_groups for p in group["params"])
-        return [state for state in found if "scalars" in state]
+    def _measured(self) -> FieldStates:
+        """The states that have fields, in the order of the parameters, with their groups."""
+        return [
+            (state, group)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if "scalars" in (state := self.state.get(parameter, {}))
+        ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from topotune import __version__
 from topotune.config.models import SearchConfig
-from topotune.config.remarks import remarks
-from topotune.config.rules import grid_size, planned_trials
+from topotune.config.rules import planned_trials, remarks
+from topotune.config.space import grid_size
 from topotune.errors import ConfigError, LeaseLostError, RunError, TopotuneError
 from topotune.files import make_folder
 from topotune.records import TrialSummary
@@ -20,30 +20,30 @@ from topotune.search.code.source import CODE_TAG, Source, changed, check_unchang
 from topotune.search.code.usercode import contents, hashes
 from topotune.search.doctor.preflight import (
     MOST_AT_ONCE,
-    check_stores,
     check_writable,
     fit_resources,
     preflight,
+    refuse_sqlite,
 )
-from topotune.search.drive.signals import Interrupts
+from topotune.search.drive.signals import Interrupts, what_is_kept
 from topotune.search.live import LiveFile
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.address import store_address
-from topotune.search.place.objects.hold import Hold
-from topotune.search.place.objects.hold import check_stores as check_beside_objects
+from topotune.search.place.objects.hold import Hold, check_stores
 from topotune.search.place.output import tidy_killed
 from topotune.search.place.shipping import check_addresses, look_first, remembered
 from topotune.search.ray.session import RaySession
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.search.status import is_finished
 from topotune.search.study.address import remembered_study, study_place
+from topotune.search.study.database import check_study
 from topotune.search.study.patience import Patience
-from topotune.search.study.storage import check_study
 from topotune.search.view import BEGUN, Listener, SafeListener
 from topotune.tracking.entries import RUNNING
 
 if TYPE_CHECKING:
     from topotune.search.drive.book import Book
+    from topotune.search.place.shipping import Shipping
     from topotune.search.ray.sharing import Sharing
 
 
@@ -96,11 +96,11 @@ def start(
     """
     listener = SafeListener(listener)
     with Interrupts() as interrupts:
-        interrupts.kept = "nothing is kept; the same command begins the search"
+        interrupts.kept = what_is_kept(config.name, begun=False)
         check_addresses(config, results_dir)
         config = remembered_study(remembered(config))
         if (store := store_address(results_dir)) is not None:
-            check_beside_objects(store, config)
+            check_stores(store, config)
         folder = SearchFolder.check_free(results_dir, config)
         check_writable(results_dir)
         look_first(folder, config, listener.note)
@@ -111,18 +111,15 @@ def start(
         listener.note("checking the search: task, model and method at the ends of every range")
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
-            check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
-            gpus, concurrency = fit_resources(config, ray_session.cluster())
+            workers = _workers(config, ray_session, own)
             make_folder(folder.root)
             with Hold(folder, config, listener) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
-                interrupts.kept = _on_disk(config)
+                interrupts.kept = what_is_kept(config.name, begun=True)
                 if code is not None:
                     keep_code(code, folder.code)
-                return _run(
-                    folder, config, listener, ray_session, gpus, concurrency, interrupts, lease, own
-                )
+                return _run(folder, config, listener, interrupts, lease, workers)
 
 
 def resume(
@@ -153,7 +150,7 @@ def resume(
     folder = SearchFolder.open(results_dir, name)
     with Interrupts() as interrupts, Hold(folder, folder.config(), listener) as lease:
         config = folder.config()
-        interrupts.kept = _on_disk(config)
+        interrupts.kept = what_is_kept(name, begun=True)
         check_addresses(config, results_dir)
         check_writable(results_dir)
         if extra_trials:
@@ -163,36 +160,57 @@ def resume(
         look_first(folder, config, listener.note)
         if not extra_trials and is_finished(folder):
             listener.note(f"{name}: finished, nothing is left to do")
-            return _run(folder, config, listener, None, 0, 1, interrupts, lease, None)
+            return _run(folder, config, listener, interrupts, lease, None)
         source = Source.here(config, code or code_of(folder))
         if not changed_code:
             check_unchanged(folder, source)
         preflight(config, listener.note)
         with RaySession(address, listener, interrupts) as ray_session:
-            check_stores(config, ray_session.hosts(), ray_session.cluster().grows)
-            gpus, concurrency = fit_resources(config, ray_session.cluster())
+            workers = _workers(config, ray_session, source)
             folder.save(config)
             if code is not None:
                 keep_code(code, folder.code)
-            return _run(
-                folder, config, listener, ray_session, gpus, concurrency, interrupts, lease, source
-            )
+            return _run(folder, config, listener, interrupts, lease, workers)
 
 
-def _on_disk(config: SearchConfig) -> str:
-    return f"every finished epoch is kept; 'topotune resume {config.name}' goes on"
+@dataclass(frozen=True)
+class _Workers:
+    """What a session trains with.
+
+    Attributes:
+        ray: the connection to Ray.
+        gpus: GPUs a trial.
+        concurrency: trials at once.
+        source: the code that they run.
+    """
+
+    ray: RaySession
+    gpus: float
+    concurrency: int
+    source: Source
+
+
+def _workers(config: SearchConfig, ray_session: RaySession, source: Source) -> _Workers:
+    """Fit a search to the cluster.
+
+    Raises:
+        UserError: its stores or resources do not fit there.
+    """
+    refuse_sqlite(config, ray_session.hosts(), ray_session.cluster().grows)
+    gpus, concurrency = fit_resources(config, ray_session.cluster())
+    return _Workers(ray_session, gpus, concurrency, source)
 
 
 def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: float) -> Sharing:
     """The search's part in sharing a cluster with others, its first share known if it came soon."""
     from topotune.search.ray.cluster import UNLIMITED, needs_of
     from topotune.search.ray.sharing import Sharing
-    from topotune.search.share import Claim
+    from topotune.search.share import Demand
 
     search, config = folder.search_id, book.config
     needs = needs_of(config, gpus)
 
-    def claim() -> Claim:
+    def demand() -> Demand:
         left = book.store.left
         open_trials = math.inf if left is None else left + len(book.live)
         # Nothing may fit now, where a node is gone: then it waits for one.
@@ -200,15 +218,46 @@ def _sharing(folder: SearchFolder, book: Book, ray_session: RaySession, gpus: fl
         limit = config.resources.concurrency
         wanted = int(min(fits if limit == "auto" else min(limit, fits), open_trials))
         held = len(book.holding)
-        return Claim(search, config.name, config.resources.priority, needs, wanted, held)
+        return Demand(search, config.name, config.resources.priority, needs, wanted, held)
 
     def capacity() -> dict[str, float]:
         cluster = ray_session.cluster()
         return {name: min(cluster.most(name), UNLIMITED) for name in needs}
 
-    sharing = Sharing(search, claim, capacity)
+    sharing = Sharing(search, demand, capacity)
     sharing.wait(FIRST_SHARE_SECONDS)
     return sharing
+
+
+def _train(
+    folder: SearchFolder,
+    book: Book,
+    listener: Listener,
+    lease: Hold,
+    shipping: Shipping,
+    live: LiveFile,
+    workers: _Workers,
+) -> TopotuneError | None:
+    """Let Ray run what the book hands out; the error that ended it early, if one did."""
+    from topotune.search.ray.execute import execute
+    from topotune.search.ray.pulse import Pulse
+
+    config, gpus, source, failure = book.config, workers.gpus, workers.source, None
+    sharing = None if workers.ray.local else _sharing(folder, book, workers.ray, gpus)
+    pulse = Pulse(book, listener, workers.ray, shipping, config, gpus, live, sharing)
+    note, files, most = listener.note, lease.files, workers.concurrency
+    try:
+        execute(folder, config, book, pulse, gpus, note, source, most, files)
+    except TopotuneError as error:
+        failure = error
+    if changes := changed(source.hashes, hashes(contents(source.files))):
+        listener.note(
+            f"warning: edited while the search ran: {', '.join(changes)}. Trials whose worker "
+            f"started after that ran the new code; the tag {CODE_TAG} tells them apart"
+        )
+    if sharing is not None:
+        sharing.close()  # other searches take the devices while this one saves and sends
+    return failure
 
 
 def extended(config: SearchConfig, trials: int) -> SearchConfig:
@@ -246,45 +295,49 @@ def _run(
     folder: SearchFolder,
     config: SearchConfig,
     listener: Listener,
-    ray_session: RaySession | None,
-    gpus: float,
-    concurrency: int,
     interrupts: Interrupts,
     lease: Hold,
-    source: Source | None,
+    workers: _Workers | None,
 ) -> SearchReport:
-    """One session of a search on a running Ray; without one, of a search that is finished: what an
-    earlier session did not come to record is recorded, and sent."""
+    """One session of a search; without workers, of one that is finished: what an earlier session
+    did not come to record is recorded, and sent.
+
+    The order of the steps is part of the guarantees; the comments say why.
+    """
     from topotune.search.drive.book import Book
     from topotune.search.drive.recorder import Recorder, objectives
     from topotune.search.drive.retention import Retention
+    from topotune.search.place.objects.places import Places
     from topotune.search.place.shipping import Shipping
-    from topotune.search.ray.execute import execute
-    from topotune.search.ray.pulse import Pulse
     from topotune.search.study.ledger import Ledger
     from topotune.search.study.store import StudyStore
 
-    ledger = Ledger(folder.ledger, gpus or 1.0, lease.check)
+    gpus = workers.gpus if workers else 0.0
+    # All that writes asks the lease before each change: a driver that was suspended while another
+    # took the search over finds that out before it damages anything.
     patience = Patience(study_place(folder, config), listener.note)
     store = StudyStore(folder, config, gpus, patience, lease.check)
-    recorder = Recorder(folder, config, lease.check, lease.files)
-    kept = [] if source is None else keep(folder, source)
+    ledger = Ledger(store.spent(), store.keep_spent, gpus or 1.0)
+    recorder = Recorder(folder, config, lease.check, lease.files, lambda: store.rows(ledger.trials))
+    # The code is on record before any of it runs.
+    kept = keep(folder, workers.source) if workers else []
     before = store.rows(ledger.trials)
-    if ray_session is not None:
-        listener.note(f"{config.name}: {BEGUN}, {concurrency} trials at once")
-    retention = Retention(folder, config, before, lease.files)
+    if workers:
+        listener.note(f"{config.name}: {BEGUN}, {workers.concurrency} trials at once")
 
     def ended(row: TrialSummary) -> None:
         recorder.ended(row)
         retention.ended(row)
         listener.ended(row)
 
-    book = Book(config, store, ledger, concurrency, ended, before)
-    lease.begin(lambda: {number: live.epoch for number, live in list(book.live.items())})
+    book = Book(config, store, ledger, workers.concurrency if workers else 1, ended, before)
+    book.record = recorder.progress
+    # What is here is safe elsewhere, too, before it changes; then a signal may drain the search.
+    lease.begin(lambda: list(book.live))
     interrupts.drain(book)
     patience.fence = lease.check
     patience.stopping = lambda: book.stopping
-    patience.waiting = lambda: ledger.tick(book.holding)  # workers hold their devices meanwhile
+    patience.waiting = lambda: ledger.charge(book.holding)  # workers hold devices meanwhile
     with Shipping(folder, config, listener) as shipping:
         recorder.start(
             {
@@ -292,33 +345,20 @@ def _run(
                 "topotune.task": config.task.name,
                 "topotune.method": config.method,
                 "topotune.folder": str(folder.root),
-                **({} if source is None else source.search_tags),
+                **(workers.source.search_tags if workers else {}),
             },
             kept,
         )
-        recorder.recover(before)
+        recorder.recover(before, Places(folder, lease.files).checkpoint)
+        # Checkpoints that are not kept go after what was recorded of their trials is made whole.
+        retention = Retention(folder, config, before, lease.files)
         del before  # of thousands of trials, for days
-        sharing = None
         live = LiveFile(folder.live, lease.check)
-        failure: TopotuneError | None = None
-        if ray_session is not None and source is not None:
-            if not ray_session.local:
-                sharing = _sharing(folder, book, ray_session, gpus)
-            pulse = Pulse(book, listener, ray_session, shipping, config, gpus, live, sharing)
-            try:
-                note, files = listener.note, lease.files
-                execute(folder, config, book, pulse, gpus, note, source, concurrency, files)
-            except TopotuneError as error:
-                failure = error
-            if changes := changed(source.hashes, hashes(contents(source.files))):
-                listener.note(
-                    f"warning: edited while the search ran: {', '.join(changes)}. Trials whose "
-                    f"worker started after that ran the new code; the tag {CODE_TAG} tells them "
-                    "apart"
-                )
-        if sharing is not None:
-            sharing.close()
+        failure = (
+            _train(folder, book, listener, lease, shipping, live, workers) if workers else None
+        )
         failure = book.fatal or failure
+        # The search is another driver's from here on: not one more byte is written.
         if isinstance(failure, LeaseLostError):
             recorder.drop()
             raise failure
@@ -328,6 +368,8 @@ def _run(
         done = not (failure or book.stopping or book.live or book.left_running)
         outcome = "COMPLETE" if done else ("FAILED" if failure else "INTERRUPTED")
         listener.tick(book.view("done", tracking=shipping.line()))
+        # The leaderboard is made of the study when nothing changes it any more, and closes the
+        # records; only then is there nothing left that a signal would have to wait for.
         try:
             ledger.save()
             rows = store.rows(ledger.trials)  # with the driver's patience, not a reader's
@@ -339,8 +381,7 @@ def _run(
             recorder.drop()
         interrupts.drain(None)  # all is saved; what is not sent now is sent by a sync
         hurry = bool(book.stopping or failure)
-        if unsaved := lease.gather(hurry):
-            listener.note(f"warning: {unsaved}")
+        # Files of killed workers are tidied before the last ones are saved elsewhere.
         tracking = shipping.close(hurry)
         untidy = {folder.trial(row.number) for row in rows if row.state == RUNNING}
         untidy |= {note.parent for note in folder.root.glob(f"trials/*/{GUARD_FILE}")}

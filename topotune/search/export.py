@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from topotune.records import (
     OverheadOptions,
     TrialResult,
     TrialSpec,
-    Value,
 )
 from topotune.repository import COMMIT_TAG, own_version
 from topotune.results.card import Provenance
@@ -34,11 +33,10 @@ from topotune.search.code.source import (
 )
 from topotune.search.drive.recorder import leaderboard, objectives
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.objects.pull import fetch_folder, fetch_trial
+from topotune.search.place.objects.pull import fetch_files, fetch_folder, fetch_trial
 from topotune.search.place.shipping import experiment, open_store
-from topotune.tracking.base import NullTracker
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.tracking.registry import register_model
-from topotune.tracking.spool import TRIAL_SPOOL
 from topotune.train.checkpoint import CHECKPOINT_FILE, CheckpointStore
 
 GPU_TOLERANCE = 5e-3
@@ -106,10 +104,11 @@ def export_top(
         )
     exported = []
     fetch_folder(folder.root.parent, folder.name, "sources")
+    fetch_files(folder.root.parent, folder.name, OUTBOX_FILE)
     now = Source.here(config, Path.cwd())
     for rank, row in enumerate(best, start=1):
         spec = parse_spec(row.spec, f"{folder.root}: trial {row.number}", {})
-        fetch_trial(folder.root.parent, folder.name, row.number, CHECKPOINT_FILE, TRIAL_SPOOL)
+        fetch_trial(folder.root.parent, folder.name, row.number, CHECKPOINT_FILE)
         starts = trial_starts(folder, row.number)
         differs = code_differences(folder, starts, now.hashes)
         if differs:
@@ -189,17 +188,6 @@ def _without_overhead(spec: TrialSpec) -> TrialSpec:
     return dataclasses.replace(spec, overhead=OverheadOptions(blocks=0))
 
 
-class _Tags(NullTracker):
-    """Remembers the tags that a training begins with."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, str] = {}
-
-    def start(self, params: Mapping[str, Value], tags: Mapping[str, str]) -> None:
-        """Remember them."""
-        self.found |= tags
-
-
 def _verify(
     spec: TrialSpec,
     recorded: dict[str, float],
@@ -208,11 +196,12 @@ def _verify(
     starts: list[dict[str, str]],
 ) -> Verification:
     from topotune.train.process import resolve_device
-    from topotune.train.trial import run_trial
+    from topotune.train.trial import open_trial
 
-    tags = _Tags()
-    again: TrialResult = run_trial(_without_overhead(spec), tags)
-    differs = [*differs, *(other_differences(starts[-1], tags.found) if starts else [])]
+    run = open_trial(_without_overhead(spec))
+    again: TrialResult = run.complete()
+    found = run.record.start.tags
+    differs = [*differs, *(other_differences(starts[-1], found) if starts else [])]
     # What ran on a GPU, as "auto" may have meant there, is not to be had bit for bit on a CPU.
     where = f"auto, {resolve_device('auto')}" if spec.device == "auto" else spec.device
     return verify(recorded, again.metrics, metric, where, tolerance=GPU_TOLERANCE, differs=differs)

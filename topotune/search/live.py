@@ -24,7 +24,7 @@ from topotune.search.view import SearchView
 
 WRITE_EVERY = 3.0
 MAX_BYTES = 1_000_000
-"""No driver writes a larger file."""
+"""A larger file is not one of ours."""
 _SHOWN = 8
 
 
@@ -69,7 +69,7 @@ class LiveFile:
 
     def remove(self) -> None:
         """The driver ends."""
-        with contextlib.suppress(OSError, TopotuneError):  # without its driver it is not read
+        with contextlib.suppress(OSError, TopotuneError):  # no reader takes it without its driver
             self._fence()
             self._path.unlink()
 
@@ -114,9 +114,9 @@ class Live:
         """For a person."""
         found = []
         if self.running:
-            trials = [f"trial {number} after epoch {epoch}" for number, epoch in self.running]
-            more = f" and {len(trials) - _SHOWN} more" if len(trials) > _SHOWN else ""
-            found.append(f"{clean(self.phase)}: {', '.join(trials[:_SHOWN])}{more}")
+            under_way = [f"trial {number} after epoch {epoch}" for number, epoch in self.running]
+            more = f" and {len(under_way) - _SHOWN} more" if len(under_way) > _SHOWN else ""
+            found.append(f"{clean(self.phase)}: {', '.join(under_way[:_SHOWN])}{more}")
         if self.waiting:
             found.append(clean(self.waiting))
         return found

@@ -1,11 +1,12 @@
 """How searches on one cluster share it: by weighted dominant-resource fairness.
 
-Every search has a claim: what one trial of it needs, how many it could run at once, and a priority.
+Every search has a demand: what one trial of it needs, how many it could run at once, and its
+priority.
 Trials are given out one by one, always to the search whose largest share of any resource would,
 with that trial and divided by its priority, be the smallest (progressive filling; Ghodsi et al.,
 NSDI 2011, "Dominant Resource Fairness"). What one search cannot use goes to the others, and
 priority 2 gets twice the trials of priority 1. Where there are more searches than trials at once,
-those of equal claim take turns.
+those of equal demand take turns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ TURN_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class Claim:
+class Demand:
     """What a search asks of a cluster.
 
     Attributes:
@@ -53,63 +54,63 @@ class Share:
     others: tuple[str, ...]
 
 
-def fair_slots(claims: Sequence[Claim], capacity: Mapping[str, float]) -> dict[str, int]:
-    """Trials at once for each claim, by its id; ties go to the claim that stands first.
+def fair_slots(demands: Sequence[Demand], capacity: Mapping[str, float]) -> dict[str, int]:
+    """Trials at once for each demand, by its id; ties go to the demand that stands first.
 
     Args:
-        claims: of all searches, the oldest first.
+        demands: of all searches, the oldest first.
         capacity: resource to amount of the whole cluster.
     """
-    slots = {claim.search: 0 for claim in claims}
-    left = {name: capacity.get(name, 0.0) for claim in claims for name in claim.needs}
-    open_claims = [claim for claim in claims if claim.wanted > 0]
-    while open_claims:
-        claim = min(open_claims, key=lambda one: (slots[one.search] + 1) * _weight(one, capacity))
-        if any(left[name] < amount - 1e-9 for name, amount in claim.needs.items()):
-            open_claims.remove(claim)
+    slots = {demand.search: 0 for demand in demands}
+    left = {name: capacity.get(name, 0.0) for demand in demands for name in demand.needs}
+    open_demands = [demand for demand in demands if demand.wanted > 0]
+    while open_demands:
+        demand = min(open_demands, key=lambda one: (slots[one.search] + 1) * _weight(one, capacity))
+        if any(left[name] < amount - 1e-9 for name, amount in demand.needs.items()):
+            open_demands.remove(demand)
             continue
-        for name, amount in claim.needs.items():
+        for name, amount in demand.needs.items():
             left[name] -= amount
-        slots[claim.search] += 1
-        if slots[claim.search] >= claim.wanted:
-            open_claims.remove(claim)
+        slots[demand.search] += 1
+        if slots[demand.search] >= demand.wanted:
+            open_demands.remove(demand)
     return slots
 
 
-def _weight(claim: Claim, capacity: Mapping[str, float]) -> float:
+def _weight(demand: Demand, capacity: Mapping[str, float]) -> float:
     """The dominant share of one trial, divided by the priority."""
-    shares = [amount / (capacity.get(name) or 1e-9) for name, amount in claim.needs.items()]
-    return max(shares) / claim.priority
+    shares = [amount / (capacity.get(name) or 1e-9) for name, amount in demand.needs.items()]
+    return max(shares) / demand.priority
 
 
-class Claims:
-    """The claims of all searches on a cluster, kept in one process of it.
+class Demands:
+    """The demands of all searches on a cluster, kept in one process of it.
 
-    A claim that is not repeated within ``expiry`` seconds is dropped: its driver has ended or died.
+    A demand that is not repeated within ``expiry`` seconds is dropped: its driver has ended.
     """
 
     def __init__(self, expiry: float = 20.0) -> None:
         self._expiry = expiry
-        self._claims: dict[str, tuple[float, Claim]] = {}
+        self._demands: dict[str, tuple[float, Demand]] = {}
 
-    def claim(self, claim: Claim, capacity: Mapping[str, float], now: float) -> Share:
-        """Take a claim down; its share of a cluster of this capacity."""
-        self._claims[claim.search] = (now, claim)  # a repeated one keeps its place in the order
-        self._claims = {
+    def register(self, demand: Demand, capacity: Mapping[str, float], now: float) -> Share:
+        """Note a demand; its share of a cluster of this capacity."""
+        self._demands[demand.search] = (now, demand)  # a repeated one keeps its place in the order
+        self._demands = {
             search: (at, one)
-            for search, (at, one) in self._claims.items()
+            for search, (at, one) in self._demands.items()
             if now - at < self._expiry
         }
-        claims = [one for _, one in self._claims.values()]
-        slots = fair_slots(claims, capacity)
-        if any(slots[one.search] == 0 < one.wanted for one in claims):
+        demands = [one for _, one in self._demands.values()]
+        slots = fair_slots(demands, capacity)
+        if any(slots[one.search] == 0 < one.wanted for one in demands):
             # More searches than trials at once: they take turns.
-            turn = int(now // TURN_SECONDS) % len(claims)
-            slots = fair_slots([*claims[turn:], *claims[:turn]], capacity)
-        others = [one for one in claims if one.search != claim.search]
+            turn = int(now // TURN_SECONDS) % len(demands)
+            slots = fair_slots([*demands[turn:], *demands[:turn]], capacity)
+        others = [one for one in demands if one.search != demand.search]
         starved = any(one.held < slots[one.search] for one in others)
-        return Share(slots[claim.search], starved, tuple(one.name for one in others))
+        return Share(slots[demand.search], starved, tuple(one.name for one in others))
 
     def leave(self, search: str) -> None:
-        """Drop a claim at once."""
-        self._claims.pop(search, None)
+        """Drop a demand at once."""
+        self._demands.pop(search, None)

@@ -20,7 +20,7 @@ from topotune.errors import (
     TopotuneError,
 )
 from topotune.results.leaderboard import Leaderboard, standing
-from topotune.search.drive.recorder import leaderboard
+from topotune.search.drive.recorder import objectives
 from topotune.search.figures import draw_search, draw_trial, send_figures
 from topotune.search.live import Live
 from topotune.search.place.folder import SearchFolder, searches
@@ -30,8 +30,7 @@ from topotune.search.place.objects.hold import holder as holder_of
 from topotune.search.place.objects.pull import fetch_trial
 from topotune.search.place.output import ERROR_FILE, OUTPUT_FILE, read
 from topotune.search.place.shipping import default_server, open_store
-from topotune.search.study.ledger import read_ledger
-from topotune.search.study.trialfile import TRIAL_FILE
+from topotune.search.study.rows import read_study, summaries
 from topotune.search.view import SilentListener
 from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.loopback import check_port
@@ -145,12 +144,13 @@ def is_finished(folder: SearchFolder) -> bool:
 def _status(folder: SearchFolder) -> SearchStatus:
     config = folder.config()
     holder = holder_of(folder, config)
+    rows, spent = read_study(folder, config)
     return SearchStatus(
         folder=folder,
         config=config,
-        board=leaderboard(folder, config),
+        board=Leaderboard.of(rows, config.name, objectives(config)),
         holder=holder,
-        wall_seconds=read_ledger(folder.ledger)["wall_seconds"],
+        wall_seconds=spent.wall_seconds,
         live=Live.read(folder.live, holder),
     )
 
@@ -169,15 +169,15 @@ def printed(results_dir: Path, name: str, number: int) -> str:
         ResourceError: the files cannot be read.
     """
     folder = SearchFolder.open(results_dir, name)
-    fetch_trial(results_dir, name, number, TRIAL_FILE, OUTPUT_FILE, ERROR_FILE)
+    fetch_trial(results_dir, name, number, OUTPUT_FILE, ERROR_FILE)
     home = folder.trial(number)
-    if not (home / TRIAL_FILE).is_file():
-        raise _no_trial(name, number)
     try:
         found = {file: read(home / file) for file in (OUTPUT_FILE, ERROR_FILE)}
     except OSError as error:
         raise ResourceError(f"{home}: cannot be read: {error.strerror}") from error
     if not any(found.values()):
+        if number not in [row.number for row in summaries(folder, folder.config())]:
+            raise _no_trial(name, number)
         return f"trial {number} of {name} has printed nothing\n"
     lines = [found[OUTPUT_FILE]]
     if found[ERROR_FILE]:
@@ -350,10 +350,9 @@ def _ship(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
     store, name = open_store(folder, folder.config()), folder.name
     shipper = Shipper(folder.root, store, folder.search_id, name)
     count = shipper.close(timeout)
-    status = shipper.status()
     text = f"{name}: {count.recorded} items recorded, {count.shipped} stored in {store.label}"
     if count.refused:
         text += f", {count.refused} refused (see refused.jsonl)"
     if count.pending:
-        text += f", {count.pending} wait: {status.last_error}"
+        text += f", {count.pending} wait: {count.last_error}"
     return text, count.complete

@@ -1,4 +1,4 @@
-"""What a search looks like from outside while it runs: records for what shows it."""
+"""What a search looks like from outside while it runs: records for its displays."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Listener(Protocol):
 
 class SafeListener:
     """Passes everything on until the other side is gone (a closed terminal or pipe), then is
-    silent: a search does not end because it is not watched."""
+    silent: a search does not end with its display."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener: Listener = listener

@@ -16,7 +16,7 @@ from pathlib import Path
 from topotune import __version__
 from topotune.errors import ResourceError, RunError, UserError
 from topotune.search.code.shipped import ship_env
-from topotune.service.cluster import Cluster, Job
+from topotune.service.jobs import Job, JobsApi
 
 _BEGUN = "Running entrypoint for job"
 _NONE_THERE = re.compile(
@@ -45,14 +45,14 @@ class RemoteError(RunError):
 
 
 def ask(
-    cluster: Cluster, arguments: Sequence[str], name: str = "all", env_file: Path | None = None
+    cluster: JobsApi, arguments: Sequence[str], name: str = "all", env_file: Path | None = None
 ) -> Answer:
     """Run ``topotune`` with these arguments on the cluster, and wait for it.
 
     Args:
         cluster: where.
         arguments: the command.
-        name: the search that it is about, for whoever looks at the cluster's jobs meanwhile.
+        name: the search that it is about, as the cluster's list of jobs shows it.
         env_file: variables that it needs besides the cluster's own.
 
     Raises:

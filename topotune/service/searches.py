@@ -16,8 +16,8 @@ from topotune.search.code.shipped import REPOSITORY_FILE, SEARCH_FILE, from_arch
 from topotune.search.place.shipping import EXPERIMENT
 from topotune.search.view import BEGUN
 from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
-from topotune.service.cluster import DRAIN_SECONDS, Cluster, Job
-from topotune.service.package import pack
+from topotune.service.jobs import DRAIN_SECONDS, Job, JobsApi
+from topotune.service.ship import pack
 
 BEGIN_SECONDS = 180.0
 """How long a command waits for the driver to have checked its search and begun."""
@@ -25,7 +25,7 @@ _LOOK_SECONDS = 0.5
 
 
 def submit(
-    cluster: Cluster,
+    cluster: JobsApi,
     config: SearchConfig,
     text: str,
     data: object,
@@ -40,7 +40,7 @@ def submit(
         config: the search.
         text, data: its file, as text and as plain data.
         options: of ``topotune search`` on the cluster.
-        include, env_file: as :func:`topotune.service.package.pack`.
+        include, env_file: as :func:`topotune.service.ship.pack`.
 
     Raises:
         ConfigError: something cannot be packed.
@@ -57,7 +57,7 @@ def submit(
 
 
 def again(
-    cluster: Cluster,
+    cluster: JobsApi,
     name: str,
     trials: int,
     env_file: Path | None = None,
@@ -116,49 +116,49 @@ def refusal(answer: Answer) -> RemoteError:
     return RemoteError(last_error(answer.notes) or answer.notes[-1000:], answer.code)
 
 
-def await_begin(cluster: Cluster, job_id: str, seconds: float = BEGIN_SECONDS) -> bool:
-    """Wait until a driver has checked its search and begun; whether it has, within ``seconds``.
+def await_begin(cluster: JobsApi, job_id: str, name: str) -> None:
+    """Wait until the driver of a search has checked it and begun.
 
     Raises:
         RemoteError: it has found something wrong, or another failure.
-        ResourceError: the cluster has no topotune of this version.
+        ResourceError: the cluster has no topotune of this version, or the driver is slow to begin.
     """
-    end = time.monotonic() + seconds
+    end = time.monotonic() + BEGIN_SECONDS
     while True:
         job = cluster.job(job_id)
         log = cluster.logs(job_id) if job.status != "PENDING" else ""
         if BEGUN in log or job.status == "SUCCEEDED":
-            return True
+            return
         if job.over:
             raise failure(job, log)
         if time.monotonic() > end:
-            return False
+            raise ResourceError(
+                f"search {name!r}: its driver has been checking it for {BEGIN_SECONDS:.0f} s and "
+                f"goes on; 'topotune logs {name} -f' follows it"
+            )
         time.sleep(_LOOK_SECONDS)
 
 
-def stop(cluster: Cluster, names: Sequence[str] | None, note: Callable[[str], None]) -> list[Job]:
-    """Drain searches: trials finish their epoch, all is saved, then their jobs end.
+def stop(cluster: JobsApi, name: str | None, note: Callable[[str], None]) -> list[Job]:
+    """Drain a search, or all that run: trials finish their epoch, all is saved, the job ends.
 
-    All are asked first and waited for then, so that they drain at the same time. None stands for
-    all that run.
+    All are asked first and waited for then, so that they drain at the same time.
 
     Raises:
-        SearchFolderError: no job drives one of them.
+        SearchFolderError: no job drives it.
         RunError: a job has not ended in time.
     """
-    jobs, running = [], {job.search: job for job in cluster.jobs() if not job.over}
-    for name in running if names is None else names:
-        job = running.get(name)
-        if job is None:
-            last = newest(cluster, name)
-            how = f"its last job is {last.status}" if last else "no job of that name is known"
-            raise SearchFolderError(
-                f"search {name!r}: nobody drives it on {cluster.address} ({how}). 'topotune list' "
-                "shows what runs there"
-            )
-        note(f"{name}: asked to stop; trials finish their epoch and are saved")
+    known = [job for job in cluster.jobs() if name in (None, job.search)]  # the newest first
+    jobs = [job for job in known if not job.over]
+    if name and not jobs:
+        how = f"its last job is {known[0].status}" if known else "no job of that name is known"
+        raise SearchFolderError(
+            f"search {name!r}: nobody drives it on {cluster.address} ({how}). 'topotune list' "
+            "shows what runs there"
+        )
+    for job in jobs:
+        note(f"{job.search}: asked to stop; trials finish their epoch and are saved")
         cluster.stop(job.id)
-        jobs.append(job)
     ended = [cluster.wait(job.id, DRAIN_SECONDS + 15.0) for job in jobs]
     for job in ended:
         if not job.over:
@@ -169,28 +169,18 @@ def stop(cluster: Cluster, names: Sequence[str] | None, note: Callable[[str], No
     return ended
 
 
-def has_begun(cluster: Cluster, job: Job) -> bool:
+def has_begun(cluster: JobsApi, job: Job) -> bool:
     """Whether a driver had checked its search, so that this is on disk."""
     return BEGUN in cluster.logs(job.id)
 
 
-def driving(cluster: Cluster, name: str) -> Job | None:
-    """The job that drives a search now."""
-    return next((job for job in cluster.jobs() if job.search == name and not job.over), None)
-
-
-def newest(cluster: Cluster, name: str) -> Job | None:
-    """The job that drove a search last, or drives it."""
-    return next((job for job in cluster.jobs() if job.search == name), None)
-
-
-def logs(cluster: Cluster, name: str, follow: bool, show: Callable[[str], None]) -> None:
+def logs(cluster: JobsApi, name: str, follow: bool, show: Callable[[str], None]) -> None:
     """Show what the newest driver of a search has printed, and go on until it ends.
 
     Raises:
         SearchFolderError: no job of that name is known.
     """
-    job = newest(cluster, name)
+    job = next((job for job in cluster.jobs() if job.search == name), None)
     if job is None:
         raise SearchFolderError(
             f"search {name!r}: no job of that name is known to {cluster.address} (Ray forgets its "
@@ -203,23 +193,9 @@ def logs(cluster: Cluster, name: str, follow: bool, show: Callable[[str], None])
         show(cluster.logs(job.id))
 
 
-def _refuse_driven(cluster: Cluster, name: str) -> None:
-    job = driving(cluster, name)
-    if job is not None:
+def _refuse_driven(cluster: JobsApi, name: str) -> None:
+    for job in (job for job in cluster.jobs() if job.search == name and not job.over):
         raise SearchFolderError(
             f"search {name!r}: is being driven on {cluster.address} by job {job.id} of "
             f"{job.user}. Wait for it or 'topotune stop {name}'; a new search needs another --name"
-        )
-
-
-def check_begun(begun: bool, name: str) -> None:
-    """Say so if a driver was not seen to begin.
-
-    Raises:
-        ResourceError: it was not.
-    """
-    if not begun:
-        raise ResourceError(
-            f"search {name!r}: its driver has been checking it for {BEGIN_SECONDS:.0f} s and goes "
-            f"on; 'topotune logs {name} -f' follows it"
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from topotune.data import Splits, TensorPair
 from topotune.errors import ConfigError, UnknownNameError
-from topotune.models.options import call_with_options, whole_number
+from topotune.plugins import call_with_options, whole_number
 from topotune.records import Value
 from topotune.tasks.base import DataOptions, Task
 

@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from topotune.errors import PluginError, UnknownNameError
-from topotune.models.options import call_with_options
-from topotune.plugins import is_import_path, load_class
+from topotune.errors import PluginError
+from topotune.plugins import call_with_options, find_class
 from topotune.tasks.analytic import AnalyticTask, Quadratic, Rosenbrock
 from topotune.tasks.base import Task
 from topotune.tasks.classification import ImageTask
@@ -68,16 +67,10 @@ def build_task(name: str, options: Mapping[str, object]) -> Task:
         PluginError: the import path does not lead to a complete subclass of ``Task``.
         ConfigError: the task does not take these options or values.
     """
-    found: type[Task]
-    if is_import_path(name):
-        found = load_class(name, Task)  # type: ignore[type-abstract]
-        if inspect.isabstract(found):
-            missing = ", ".join(sorted(found.__abstractmethods__))
-            raise PluginError(f"task {name!r} is incomplete: it does not define {missing}")
-    elif name in TASKS:
-        found = TASKS[name]
-    else:
-        raise UnknownNameError("task", name, TASKS, "or an import path, package.module:Class")
+    found: type[Task] = find_class("task", name, TASKS, Task)  # type: ignore[type-abstract]
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise PluginError(f"task {name!r} is incomplete: it does not define {missing}")
     return call_with_options(found, options, place="task.options", what=f"task {name!r}")
 
 

@@ -19,7 +19,7 @@ GROWTH = 2.0
 """An accelerated step is taken back where it leaves more than this multiple of the least norm."""
 
 REST = HISTORY
-"""Euler steps after a failure: so many that all older differences are forgotten."""
+"""Euler steps after a failure: enough to replace all older differences."""
 
 
 class Anderson(Stepper):
@@ -27,7 +27,7 @@ class Anderson(Stepper):
 
     Where its last step went along an expanding direction of the flow, there is a saddle of the
     energy nearby: acceleration would be drawn in, again and again, and only the plain flow leads
-    past it. And where an accelerated step made the flow much larger, or no number, the sample
+    past it. And where an accelerated step made the flow much larger, or NaN, the sample
     also goes back to where it was, and rests twice as long at every further time; a solve for
     the combination that failed shows in that way too. Neither happens where the flow contracts.
 

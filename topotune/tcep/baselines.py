@@ -6,42 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topotune.tcep.adjoint import integrate_adjoint, is_refusal
-from topotune.tcep.gradients import Contrast, Phase, orbit_cost, settled_rows
-from topotune.tcep.network import MINIMUM_STEPS, DrivenFlow, TCEPNetwork
-from topotune.tcep.relax import Noise, unroll
+from topotune.tcep.gradients import Contrast, Phase, mean_cost, settled_rows
+from topotune.tcep.network import DrivenFlow, TCEPNetwork
+from topotune.tcep.relax import Noise
 from topotune.tcep.stepping import DIVERGENCE
 
 ADAPTIVE_STEPS = 20
 """Steps of the adjoint method's solver at most, for each that the dynamics' solver may take; where
-it succeeds it takes 1 to 4."""
-ADJOINT_FAILED = "adjoint_failed"
-"""Name of the measured value that is 1 where the adjoint equation could not be integrated."""
+it succeeds it takes 1 to 4. Where a flow explodes no step is small enough, and the error control
+would divide forever."""
+
 FEWEST_STEPS = 100
 """And so many more."""
 
+ADJOINT_FAILED = "adjoint_failed"
+"""Name of the measured value that is 1 where the adjoint equation could not be integrated."""
 
-def _unrolled(
-    network: TCEPNetwork, drive: Tensor, noise: Noise | None = None
-) -> tuple[Tensor, int]:
-    """State (B, S), or orbit (T, B, S), after steps that automatic differentiation recorded."""
-    start = network.field.initial(drive)
-    state, steps, orbit = unroll(
-        network.free_flow(drive),
-        start,
-        network.dynamics.solver,
-        dt=network.time_step,
-        min_steps=MINIMUM_STEPS,
-        memory=network.memory(start),
-        noise=noise,
-    )
-    return (state if orbit is None else orbit), steps
-
-
-def unrolled_logits(network: TCEPNetwork, drive: Tensor) -> Tensor:
-    """Logits (B, classes) that plain backpropagation can go through."""
-    states, _ = _unrolled(network, drive)
-    return network.mean_logits(states)
+REFUSALS = ("max_num_steps exceeded", "underflow in dt", "non-finite values in state")
+"""How torchdiffeq begins to say that it cannot integrate this flow (and is not just broken)."""
 
 
 def bptt(
@@ -53,25 +35,16 @@ def bptt(
     the steps.
     """
     drive = network.drive(inputs)
-    states, steps = _unrolled(network, drive, noise)
-    cost = orbit_cost(network, states, targets)
+    states, steps = network.unroll(drive, noise)
+    cost = mean_cost(network, states, targets)
     cost.backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         final = states if states.ndim == 2 else states.mean(dim=0)
-        logits = network.mean_logits(states)
-        flow = network.flow(final, drive)
-        residual = flow.square().mean(dim=1).sqrt()
-        measured = {
-            "residual_free": residual.mean(),
-            "nfe_free": residual.new_tensor(float(steps)),
-            "diverged_share": (~(residual <= DIVERGENCE)).to(residual).mean(),
-        }
-        if network.recirculation.kind != "gain":
-            late = ~(residual <= 1.05 * network.dynamics.solver.tolerance)
-            measured["unconverged_share"] = late.to(residual).mean()
-        if network.conservative:
-            measured["energy_free"] = network.energy(final, drive).mean()
-    return Contrast(cost.detach(), logits, measured)
+        tolerance = 1.05 * network.dynamics.solver.tolerance
+        measured = _measure(network, final, drive, steps, tolerance)
+        if network.recirculation.kind == "gain":
+            del measured["unconverged_share"]  # of a point; this is an orbit
+        return Contrast(cost.detach(), network.mean_logits(states), measured)
 
 
 class _AdjointModule(nn.Module):
@@ -96,41 +69,58 @@ def adjoint(network: TCEPNetwork, inputs: Tensor, targets: Tensor) -> Contrast:
     The way back retraces a flow that contracts, so errors grow exponentially with the time: beyond
     some steps it fails, which ``adjoint_failed`` and gradients of NaN then say.
     """
+    from torchdiffeq import odeint_adjoint
+
     drive = network.drive(inputs)
     module = _AdjointModule(network.free_flow(drive))
     solver = network.dynamics.solver
-    state = None
+    start = network.field.initial(drive)
+    duration = solver.steps * network.time_step
+    times = torch.tensor([0.0, duration], dtype=start.dtype, device=start.device)
+    # The drive stands for the embedding: given both, its gradient would count twice.
+    parameters = (drive, *network.field.parameters())
+    state: Tensor | None = None
     try:
-        state = integrate_adjoint(
+        state = odeint_adjoint(
             module,
-            network.field.initial(drive),
-            duration=solver.steps * network.time_step,
-            tolerance=solver.tolerance,
-            most_steps=FEWEST_STEPS + ADAPTIVE_STEPS * solver.steps,
-            # The drive stands for the embedding: given both, its gradient would count twice.
-            parameters=(drive, *network.field.parameters()),
-        )
+            start,
+            times,
+            method="dopri5",
+            rtol=solver.tolerance / 3,
+            atol=solver.tolerance / 3,
+            options={"max_num_steps": FEWEST_STEPS + ADAPTIVE_STEPS * solver.steps},
+            adjoint_params=tuple(p for p in parameters if p.requires_grad),
+        )[-1]
+        assert state is not None
         forward = module.evaluations
         logits = network.logits(state)
         cost = F.cross_entropy(logits, targets)
         cost.backward()  # type: ignore[no-untyped-call]
     except AssertionError as error:
-        if not is_refusal(error):
+        if not str(error).startswith(REFUSALS):
             raise
         return _undefined(network, len(targets), module.evaluations, back=state is not None)
     with torch.no_grad():
-        residual = network.flow(state, drive).square().mean(dim=1).sqrt()
-        measured = {
-            "residual_free": residual.mean(),
-            "nfe_free": residual.new_tensor(float(forward)),
-            "nfe_nudged": residual.new_tensor(float(module.evaluations - forward)),
-            "unconverged_share": (~(residual <= solver.tolerance)).to(residual).mean(),
-            "diverged_share": (~(residual <= DIVERGENCE)).to(residual).mean(),
-            ADJOINT_FAILED: torch.zeros_like(residual[0]),
-        }
-        if network.conservative:
-            measured["energy_free"] = network.energy(state, drive).mean()
+        measured = _measure(network, state, drive, forward, solver.tolerance)
+        back = torch.tensor(module.evaluations - forward)
+        measured |= {"nfe_nudged": back.to(logits), ADJOINT_FAILED: torch.zeros_like(logits[0, 0])}
     return Contrast(cost.detach(), logits.detach(), measured)
+
+
+def _measure(
+    network: TCEPNetwork, state: Tensor, drive: Tensor, evaluations: int, tolerance: float
+) -> dict[str, Tensor]:
+    """Energy, residual, evaluations and shares of a free phase that ended at a state (B, S)."""
+    residual = network.flow(state, drive).square().mean(dim=1).sqrt()
+    measured = {
+        "residual_free": residual.mean(),
+        "nfe_free": residual.new_tensor(float(evaluations)),
+        "unconverged_share": (~(residual <= tolerance)).to(residual).mean(),
+        "diverged_share": (~(residual <= DIVERGENCE)).to(residual).mean(),
+    }
+    if network.conservative:
+        measured["energy_free"] = network.energy(state, drive).mean()
+    return measured
 
 
 def _undefined(network: TCEPNetwork, batch: int, evaluations: int, back: bool) -> Contrast:
@@ -157,5 +147,5 @@ def head_only(network: TCEPNetwork, phase: Phase) -> dict[str, Tensor]:
     rows = settled_rows(phase.free.settled)
     if rows is not None:
         states, targets = phase.free.states[..., rows, :], phase.targets[rows]
-        orbit_cost(network, states, targets).backward()  # type: ignore[no-untyped-call]
+        mean_cost(network, states, targets).backward()  # type: ignore[no-untyped-call]
     return {}

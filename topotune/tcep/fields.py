@@ -1,16 +1,26 @@
-"""What relaxes: the interface of a field, and how one is found by name."""
+"""What relaxes: the interface of a field, and how one is built and tried."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from topotune.errors import ConfigError, PluginError
+from topotune.plugins import accepted_names
+
+R = TypeVar("R")
+
+SAMPLES = 3
+"""A user's field is tried on so many random samples before anything is trained with it."""
+
+APART = 1e-3
+"""Relative difference that rounding in float32 does not explain."""
 
 
 class Capped(NamedTuple):
@@ -43,8 +53,8 @@ class Capped(NamedTuple):
             owner: the field's name, for the text.
 
         Raises:
-            PluginError: the weight is no matrix, kernel or stack of matrices, or the cap no number
-                from 0.
+            PluginError: the weight is not a matrix, kernel or stack of matrices, or the cap is
+                not a finite number from 0.
         """
         shape = tuple(self.weight.shape)
         if len(shape) != 3 if self.heads else len(shape) < 2:
@@ -179,18 +189,13 @@ def build_field(found: type[Field], facts: dict[str, object]) -> Field:
         ConfigError: it needs an argument that is not among them, or it refuses a value, or what
             it built does not have the tokens and the width that were asked for.
     """
-    parameters = inspect.signature(found).parameters.values()
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-    for parameter in parameters:
-        plain = parameter.kind in (
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.KEYWORD_ONLY,
-        )
-        if plain and parameter.default is inspect.Parameter.empty and parameter.name not in facts:
+    names, takes_any = accepted_names(found)
+    parameters = inspect.signature(found).parameters
+    for name in names:
+        if parameters[name].default is inspect.Parameter.empty and name not in facts:
             raise ConfigError(
                 "field",
-                f"the constructor of {found.__qualname__} needs {parameter.name!r}",
+                f"the constructor of {found.__qualname__} needs {name!r}",
                 f"A field can have {', '.join(sorted(facts))}; give others a default",
             )
     given = {name: value for name, value in facts.items() if takes_any or name in names}
@@ -217,3 +222,75 @@ def build_field(found: type[Field], facts: dict[str, object]) -> Field:
             f"expected {facts['tokens']} of {facts['width']}",
         )
     return field
+
+
+def vet_field(field: Field) -> None:
+    """Raise if a user's field does not keep what its interface promises.
+
+    Looks at shapes, at whether samples are independent of each other, and at whether a flow
+    written by hand is that of the energy. :class:`topotune.testing.EnergyContract` looks closer.
+
+    Raises:
+        PluginError: it does not, or its code fails; names the method and the rule.
+    """
+    kind = type(field).__name__
+
+    def attempt(method: str, call: Callable[[], R]) -> R:
+        try:
+            return call()
+        except PluginError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"field {kind}: {method}() fails on {SAMPLES} samples of {field.tokens} tokens of "
+                f"width {field.width}: {type(error).__name__}: {error}. A field needs energy(), or "
+                "conservative = False and a flow(); see topotune/tcep/README.md"
+            ) from error
+
+    def shaped(method: str, shape: tuple[int, ...], call: Callable[[], Tensor]) -> Tensor:
+        value = attempt(method, call)
+        found = attempt(method, lambda: tuple(value.shape))
+        if found != shape:
+            raise PluginError(
+                f"field {kind}: {method}() must give shape {shape} for {SAMPLES} samples, got "
+                f"{found}"
+            )
+        return value
+
+    generator = torch.Generator().manual_seed(0)
+    drive = torch.randn(SAMPLES, field.tokens, field.width, generator=generator)
+    drive = drive.to(torch.get_default_dtype())
+    whole = (SAMPLES, field.size)
+    with torch.no_grad():
+        state = shaped("initial", whole, lambda: field.initial(drive))
+        state = state + 0.1 * torch.randn(state.shape, generator=generator).to(state)
+        shaped("metric", whole, lambda: field.metric(state))
+        shaped("features", (SAMPLES, field.feature_size), lambda: field.features(state))
+        if field.conservative:
+            shaped("energy", (SAMPLES,), lambda: field.energy(state, drive))
+        flow = shaped("flow", whole, lambda: field.flow(state, drive))
+        if not attempt("flow", lambda: _close(flow[:1], field.flow(state[:1], drive[:1]))):
+            raise PluginError(
+                f"field {kind}: flow() of a sample changes with the others in its batch; "
+                "each sample must stand for itself"
+            )
+        if field.conservative and not attempt(
+            "flow", lambda: _close(flow, energy_flow(field, state, drive))
+        ):
+            raise PluginError(
+                f"field {kind}: flow() is not -(1/metric) times the gradient of energy(). "
+                "Mend one of them, or leave flow() to automatic differentiation"
+            )
+    for item in attempt("capped", lambda: list(field.capped())):
+        if not isinstance(item, Capped):
+            raise PluginError(
+                f"field {kind}: capped() must give Capped(weight, cap), got a {type(item).__name__}"
+            )
+        attempt("capped", lambda item=item: item.check(kind))  # type: ignore[misc]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal to rounding; numbers that are not finite are judged in training, with their cause."""
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return True
+    return bool((a - b).norm() <= APART * (a.norm() + b.norm()))

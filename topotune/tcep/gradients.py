@@ -9,6 +9,7 @@ is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,11 +60,7 @@ def free_phase(
 
 
 def settled_rows(settled: Tensor) -> Tensor | slice | None:
-    """The places of the samples that count, for indexing a batch; None if there are none.
-
-    Args:
-        settled: (B,) of bool.
-    """
+    """Indices of the samples that a mask (B,) of bool names; None if it names no sample."""
     count = int(settled.sum())
     if count == len(settled):
         return slice(None)
@@ -134,13 +131,20 @@ def eqprop(
     span = (1.0 - low) * beta * len(targets)
     measured = {}
     if network.conservative:
-        upper, lower = (orbit_energy(network, s, driven) for s in (high_state, low_state))
+        upper, lower = (
+            over_orbit(lambda s: network.energy(s, driven), s) for s in (high_state, low_state)
+        )
         total = (upper - lower).sum() / span
         measured["energy_nudged"] = (0.5 * (upper + lower)).mean().detach()
     else:
+
+        def pull(state: Tensor, moved: Tensor) -> Tensor:
+            weights = (network.field.metric(state) * moved).detach()
+            return (weights * network.flow(state, driven)).sum()
+
         centre = phase.free.states[..., rows, :]
-        total = -orbit_pull(network, centre, high_state - low_state, driven) / span
-    costs = [orbit_cost(network, s, targets) for s in (high_state, low_state)]
+        total = -over_orbit(pull, centre, high_state - low_state) / span
+    costs = [mean_cost(network, s, targets) for s in (high_state, low_state)]
     if counted is not None:
         (total + 0.5 * (costs[0] + costs[1])).backward()  # type: ignore[no-untyped-call]
     found = phases.found
@@ -170,27 +174,16 @@ def _shares(*phases: Equilibrium) -> dict[str, Tensor]:
     return {name: phase.any(dim=0).float().mean() for name, phase in bad.items()}
 
 
-def orbit_energy(network: TCEPNetwork, states: Tensor, drive: Tensor) -> Tensor:
-    """The energy (B,) at states (B, S), or its mean over an orbit (T, B, S)."""
-    if states.ndim == 2:
-        return network.energy(states, drive)
-    return torch.stack([network.energy(state, drive) for state in states]).mean(dim=0)
+def over_orbit(function: Callable[..., Tensor], *states: Tensor) -> Tensor:
+    """A function of states (B, S), or its mean over the states of an orbit (T, B, S)."""
+    if states[0].ndim == 2:
+        return function(*states)
+    return torch.stack([function(*each) for each in zip(*states, strict=True)]).mean(dim=0)
 
 
-def orbit_pull(network: TCEPNetwork, states: Tensor, moved: Tensor, drive: Tensor) -> Tensor:
-    """``<G moved, F>``, 0-d, at states (B, S), or its mean over an orbit (T, B, S)."""
-    if states.ndim == 2:
-        weights = (network.field.metric(states) * moved).detach()
-        return (weights * network.flow(states, drive)).sum()
-    pulls = [orbit_pull(network, s, m, drive) for s, m in zip(states, moved, strict=True)]
-    return torch.stack(pulls).mean()
-
-
-def orbit_cost(network: TCEPNetwork, states: Tensor, targets: Tensor) -> Tensor:
+def mean_cost(network: TCEPNetwork, states: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy, 0-d, at states (B, S) or over an orbit (T, B, S)."""
-    if states.ndim == 2:
-        return F.cross_entropy(network.logits(states), targets)
-    return torch.stack([orbit_cost(network, state, targets) for state in states]).mean()
+    return over_orbit(lambda state: F.cross_entropy(network.logits(state), targets), states)
 
 
 def second_difference(
@@ -212,7 +205,10 @@ def second_difference(
     if rows is None:
         return torch.full_like(beta, torch.nan)
     drive = network.drive(inputs[rows])
-    energies = [orbit_energy(network, s[..., rows, :], drive).sum() for s in phases.states]
+    energies = [
+        over_orbit(lambda s: network.energy(s, drive), states[..., rows, :]).sum()
+        for states in phases.states
+    ]
     total = (energies[0] + energies[1] - 2 * energies[2]) / (2 * beta * len(drive))
     inner = [p for name, p in network.named_parameters() if not name.startswith("head.")]
     apart = torch.autograd.grad(total, inner, allow_unused=True)

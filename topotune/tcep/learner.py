@@ -138,7 +138,7 @@ class EquilibriumLearner:
             self._beta = self._beta.to(phase.logits)
             adapt = learning.beta == LEARNED and self._steps % ADAPT_EVERY == 0
             found, phases = eqprop(
-                network, phase, learning, self._beta, third=adapt, noise=self._noise_again(noise)
+                network, phase, learning, self._beta, third=adapt, noise=noise and noise.again()
             )
             measured |= found
             if learning.beta == LEARNED:
@@ -175,7 +175,7 @@ class EquilibriumLearner:
         return probe.relaxation(network, inputs)
 
     def fault(self, columns: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
-        """The first step that cannot be learnt from, and why; None if there is none.
+        """The first step that training cannot go on from, and why; None if all steps are sound.
 
         Args:
             columns: what :meth:`gradients` measured, by name, one value a step.
@@ -260,12 +260,3 @@ class EquilibriumLearner:
         seed = int(torch.randint(2**62, ()))
         generator = torch.Generator(device).manual_seed(seed)
         return Noise(self.learning.noise, self.learning.noise_level, generator)
-
-    def _noise_again(self, noise: Noise | None) -> Noise | None:
-        """The same noise from its beginning, for the nudged phases."""
-        if noise is None:
-            return None
-        generator = torch.Generator(noise.generator.device).manual_seed(
-            noise.generator.initial_seed()
-        )
-        return Noise(noise.kind, noise.level, generator)

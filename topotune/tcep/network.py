@@ -7,24 +7,26 @@ import math
 import torch
 from torch import Tensor, nn
 
-from topotune.errors import ConfigError, UnknownNameError
-from topotune.plugins import is_import_path, load_class
+from topotune.errors import ConfigError
+from topotune.plugins import find_class, is_import_path
 from topotune.tcep.energy import EnergyField
-from topotune.tcep.fields import Field, build_field
-from topotune.tcep.margin import one_sided_lipschitz, stable_gamma
+from topotune.tcep.fields import Field, build_field, vet_field
 from topotune.tcep.options import Dynamics
 from topotune.tcep.precision import check_precision, full_precision
 from topotune.tcep.recirculation import Memory, build_recirculation
-from topotune.tcep.relax import Equilibrium, Noise, relax
-from topotune.tcep.spectral import SpectralCaps
+from topotune.tcep.relax import Equilibrium, Noise, relax, unroll
+from topotune.tcep.spectral import SpectralCaps, mu_at_caps, one_sided_lipschitz
 from topotune.tcep.tokens import Tokens
 from topotune.tcep.transformer import TransformerField
-from topotune.tcep.vetting import vet_field
 
 FIELDS: dict[str, type[Field]] = {"energy": EnergyField, "transformer": TransformerField}
 
 CHUNK = 512
 """Samples that are relaxed at once when no gradient is wanted."""
+
+REFERENCE_SAMPLES = 8
+DEFAULT_FRACTION = 0.3
+"""Share of the stable range that gamma takes where the options give neither."""
 
 MINIMUM_STEPS = 4
 """Steps of a phase at least: the drive must reach the hidden units, the nudge the tokens."""
@@ -114,7 +116,8 @@ class TCEPNetwork(nn.Module):
             "sharpness": self.dynamics.sharpness,
             "caps": self.dynamics.caps,
         }
-        self.field = build_field(_field_class(field), facts)
+        found: type[Field] = find_class("field", field, FIELDS, Field)  # type: ignore[type-abstract]
+        self.field = build_field(found, facts)
         if is_import_path(field):
             vet_field(self.field)
         self.embed = nn.Linear(self.tokens.size, width, bias=False)
@@ -131,10 +134,24 @@ class TCEPNetwork(nn.Module):
             gamma = 0.0
         self.reference_mu = math.nan
         if gamma is None:
-            gamma, self.reference_mu = stable_gamma(self)
+            gamma = self._stable_gamma()
         self.recirculation = build_recirculation(self.dynamics, self.field.tokens, gamma)
         if self.recirculation.timed:
             self.recirculation.time_step(self.time_step)  # refuses a T_time of too many steps
+
+    @full_precision
+    @torch.no_grad()
+    def _stable_gamma(self) -> float:
+        """A share of the range from 0 to lambda - mu, mu being that under random inputs of unit
+        variance; 0 if lambda leaves no range."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (REFERENCE_SAMPLES, self.tokens.count, self.tokens.size)
+        inputs = torch.randn(shape, generator=generator).to(self.position)
+        damping, fraction = self.dynamics.damping, self.dynamics.gamma_fraction
+        drive = self.embed(inputs) + self.position
+        self.reference_mu = mu_at_caps(self.field, drive, damping)
+        fraction = DEFAULT_FRACTION if fraction is None else fraction
+        return fraction * max(0.0, damping - self.reference_mu)
 
     @property
     def time_step(self) -> float:
@@ -233,14 +250,30 @@ class TCEPNetwork(nn.Module):
                 noise=noise,
             )
 
+    def unroll(self, drive: Tensor, noise: Noise | None = None) -> tuple[Tensor, int]:
+        """The free phase with its steps recorded by automatic differentiation.
+
+        Returns:
+            State (B, S), or orbit (T, B, S), and the number of steps.
+        """
+        start = self.field.initial(drive)
+        state, steps, orbit = unroll(
+            self.free_flow(drive),
+            start,
+            self.dynamics.solver,
+            dt=self.time_step,
+            min_steps=MINIMUM_STEPS,
+            memory=self.memory(start),
+            noise=noise,
+        )
+        return (state if orbit is None else orbit), steps
+
     @full_precision
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (B, C, side, side) to the logits at their equilibria, (B, classes)."""
         exporting = torch.compiler.is_exporting()
         if torch.is_grad_enabled() and not (torch.is_inference_mode_enabled() or exporting):
-            from topotune.tcep.baselines import unrolled_logits
-
-            return unrolled_logits(self, self.drive(inputs))
+            return self.mean_logits(self.unroll(self.drive(inputs))[0])
         parts = []
         for part in [inputs] if exporting else torch.split(inputs, CHUNK):
             found = self.relax(self.drive(part))
@@ -269,15 +302,5 @@ class TCEPNetwork(nn.Module):
         }
 
     def one_sided_lipschitz(self, drive: Tensor, state: Tensor) -> Tensor:
-        """mu of each sample at a state, (B,); see :mod:`topotune.tcep.margin`."""
+        """mu of each sample at a state, (B,); see :mod:`topotune.tcep.spectral`."""
         return one_sided_lipschitz(self.field, drive, state)
-
-
-def _field_class(name: str) -> type[Field]:
-    if isinstance(name, str) and is_import_path(name):
-        return load_class(name, Field)  # type: ignore[type-abstract]
-    if not isinstance(name, str) or name not in FIELDS:
-        raise UnknownNameError(
-            "field", str(name), FIELDS, "or an import path, package.module:Class"
-        )
-    return FIELDS[name]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topotune.tcep.jacobian import Jacobian
-from topotune.tcep.network import MINIMUM_STEPS, TCEPNetwork
+from topotune.tcep.network import MINIMUM_STEPS, DrivenFlow, TCEPNetwork
 from topotune.tcep.relax import Equilibrium, Noise, relax
+from topotune.tcep.spectral import Jacobian
 
 TOLERANCE_SHARE = 5e-4
 """The nudged phase's tolerance is at most this share of the nudge itself. What is left of the flow
@@ -39,59 +39,44 @@ class NudgedFlow:
     Jacobian there, so a small nudge moves the state along the exact gradient's direction.
 
     Args:
-        network: whose flow.
-        drive: (B, N, D).
+        free: the flow of the free phase, ``F``.
         targets: (B,) class numbers.
         beta: (B,) strength and sign of each sample's nudge.
         centre: (B, S) free equilibrium; None for no correction.
     """
 
     def __init__(
-        self,
-        network: TCEPNetwork,
-        drive: Tensor,
-        targets: Tensor,
-        beta: Tensor,
-        centre: Tensor | None,
+        self, free: DrivenFlow, targets: Tensor, beta: Tensor, centre: Tensor | None
     ) -> None:
-        self._network, self._drive, self._targets = network, drive, targets
-        self._beta, self._centre = beta, centre
+        self._free, self._targets, self._beta, self._centre = free, targets, beta, centre
         self._jacobian: Jacobian | None = None
         self._metric = beta
 
     def __call__(self, state: Tensor) -> Tensor:
         """``ds/dt``, (B, S)."""
-        network = self._network
-        recirculate = not network.recirculation.timed
-        flow = network.flow(state, self._drive, recirculate)
+        network = self._free.network
         slope = cost_slope(network, state, self._targets)
-        flow = flow - self._beta.unsqueeze(1) * network.field.nudge(state, slope)
+        pull = network.field.nudge(state, slope)
+        flow = self._free(state) - self._beta.unsqueeze(1) * pull
         if self._centre is not None:
-            flow = flow - self._asymmetry(state - self._centre)
+            flow = flow - self._asymmetry(state - self._centre, self._centre)
         return flow
 
     def rows(self, index: Tensor) -> NudgedFlow:
         """The flow of some samples."""
         centre = None if self._centre is None else self._centre[index]
-        return NudgedFlow(
-            self._network, self._drive[index], self._targets[index], self._beta[index], centre
-        )
+        return NudgedFlow(self._free.rows(index), self._targets[index], self._beta[index], centre)
 
-    def _asymmetry(self, away: Tensor) -> Tensor:
+    def _asymmetry(self, away: Tensor, centre: Tensor) -> Tensor:
         """``(J - J^+) away`` at the free equilibrium, (B, S)."""
-        network, field = self._network, self._network.field
-        assert self._centre is not None
+        network, field = self._free.network, self._free.network.field
         if field.conservative:  # what is asymmetric is linear and known
             h, _ = field.split(away)
             term = network.recirculation.term(h) - network.recirculation.adjoint_term(h)
             return field.widen(term)
-
         if self._jacobian is None:
-            recirculate = not network.recirculation.timed
-            self._jacobian = Jacobian(
-                lambda state: network.flow(state, self._drive, recirculate), self._centre
-            )
-            self._metric = field.metric(self._centre).detach()
+            self._jacobian = Jacobian(self._free, centre)
+            self._metric = field.metric(centre).detach()
         against = self._jacobian.transposed_times(self._metric * away) / self._metric
         return self._jacobian.times(away) - against
 
@@ -148,7 +133,7 @@ def relax_nudged(
     phases, batch = len(betas), len(drive)
     with torch.no_grad():
         state, solver = free.state, network.dynamics.solver
-        followed = free.settled | ~free.settled.any()  # if none has settled, there is none to spoil
+        followed = free.settled | ~free.settled.any()  # all, where no sample has settled
         pull = network.field.nudge(state, cost_slope(network, state, targets))
         force = _root_mean_square(pull, followed)
         typical = _root_mean_square(network.dynamics.damping * state, followed).clamp_min(1.0)
@@ -158,8 +143,7 @@ def relax_nudged(
         start = state.repeat(phases, 1)
         centre = start if correct and not network.conservative else None
         flow = NudgedFlow(
-            network,
-            drive.repeat(phases, 1, 1),
+            network.free_flow(drive.repeat(phases, 1, 1)),
             targets.repeat(phases),
             betas.to(state.dtype).repeat_interleave(batch),
             centre,

@@ -34,17 +34,24 @@ class Dopri5(Stepper):
         self.time_step = UNITS * dt
         self._dt, self._left = dt, steps
         self._accuracy = ACCURACY * tolerance
-        self._first: float | None = None
+        self._longest: float | None = None
 
     def step(
         self, flow: Flow, state: Tensor, force: Tensor, norm: Tensor, live: Tensor | None
     ) -> tuple[Tensor, int]:
         """One chunk of time, the last one as long as is left."""
+        from torchdiffeq import odeint
+
         span = self._dt * min(UNITS, self._left)
         self._left -= UNITS
         clock = _Clock(flow, state, force, live)
-        new = _integrate(clock, state, span, self._accuracy, SMALLEST * self._dt, self._first)
-        self._first = clock.longest
+        times = torch.tensor([0.0, span], dtype=torch.float64, device=state.device)
+        options = {"norm": _worst, "min_step": SMALLEST * self._dt, "step_t": times[1:]}
+        if self._longest is not None:  # of the chunk before
+            options["first_step"] = min(self._longest, span)
+        error = {"rtol": self._accuracy, "atol": self._accuracy}
+        new: Tensor = odeint(clock, state, times, method="dopri5", options=options, **error)[-1]
+        self._longest = clock.longest
         if live is not None:
             new = torch.where(live.unsqueeze(1), new, state)
         return new, clock.evaluations
@@ -78,26 +85,6 @@ class _Clock:
     def callback_accept_step(self, time: Tensor, state: Tensor, dt: Tensor) -> None:
         """Called by torchdiffeq."""
         self.longest = max(self.longest or 0.0, float(dt))
-
-
-def _integrate(
-    clock: _Clock,
-    state: Tensor,
-    span: float,
-    accuracy: float,
-    smallest: float,
-    first: float | None,
-) -> Tensor:
-    from torchdiffeq import odeint
-
-    times = torch.tensor([0.0, span], dtype=torch.float64, device=state.device)
-    options = {"norm": _worst, "min_step": smallest, "step_t": times[1:]}
-    if first is not None:
-        options["first_step"] = min(first, span)
-    states: Tensor = odeint(
-        clock, state, times, rtol=accuracy, atol=accuracy, method="dopri5", options=options
-    )
-    return states[-1]
 
 
 def _worst(errors: Tensor) -> Tensor:

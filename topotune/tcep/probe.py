@@ -1,4 +1,4 @@
-"""What a fixed batch tells, without changing the network: margins, a relaxation, a cosine."""
+"""Measures on a fixed batch that leave the network as it is: margins, a relaxation, a cosine."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def relaxation(network: TCEPNetwork, inputs: Tensor) -> dict[str, np.ndarray]:
 
 
 def flat_gradient(network: TCEPNetwork) -> Tensor:
-    """All of ``.grad`` in one float64 row, zeros where there is none."""
+    """All of ``.grad`` in one float64 row; zeros for a parameter without a gradient."""
     return torch.cat(
         [
             (torch.zeros_like(p) if p.grad is None else p.grad).double().flatten()

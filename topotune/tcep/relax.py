@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from topotune.tcep.anderson import Anderson
-from topotune.tcep.batch import Batch, Orbit, check_batch
-from topotune.tcep.memory import Memory
 from topotune.tcep.ode import Dopri5
 from topotune.tcep.options import Solver
 from topotune.tcep.precision import full_precision
+from topotune.tcep.recirculation import Memory
+from topotune.tcep.samples import Orbit, Samples
 from topotune.tcep.stepping import DIVERGENCE, Explicit, Flow, Noise, Stepper, row_norm
 
 __all__ = ["Equilibrium", "Flow", "Noise", "Status", "relax", "unroll"]
@@ -35,7 +35,7 @@ class Equilibrium:
 
     Attributes:
         state: (B, S); of a diverged sample, the state at which it was seen to.
-        residual: (B,), root mean square of the flow at the state, infinite where it is no number.
+        residual: (B,), root mean square of the flow at the state, infinite where it is NaN.
             With a past: of the flow once the past has become the state. On an orbit: of
             ``(s(t) - s(t - T)) / T``.
         status: (B,) of int8, values of :class:`Status`.
@@ -122,26 +122,23 @@ def relax(
         ValueError: the start is not (B, S), the tolerance does not fit it, or the solver cannot
             step a memory.
     """
-    check_batch(start)
-    chosen = _stepper(solver, dt, start, tolerance, memory, noise)
-    orbit = Orbit(memory) if memory is not None and memory.periodic else None
-    limit = _limit(solver, chosen, orbit)
-    forced = noise is not None or solver.fixed
-    least = limit if forced else min(limit, math.ceil(min_steps / chosen.units))
     with torch.no_grad():
-        batch = Batch(flow, start, solver.tolerance if tolerance is None else tolerance)
+        bound = solver.tolerance if tolerance is None else tolerance
+        samples = Samples(flow, start, bound)
+        stepper = _stepper(solver, dt, start, bound, memory, noise)
+        orbit, limit, least = _extent(solver, stepper, min_steps, memory, noise)
         path = None if energy is None else [energy(start)]
 
         def after_step() -> None:
             if path is not None and energy is not None:
-                path.append(energy(batch.state()))
+                path.append(energy(samples.state()))
 
         compact = noise is None and not torch.compiler.is_exporting()
-        steps = _walk(batch, chosen, orbit, limit, least, compact, after_step)
-        state, norm, nfe, bound = batch.finish(chosen)
+        steps = _walk(samples, stepper, orbit, limit, least, compact, after_step)
+        state, norm, nfe, ceiling = samples.finish(stepper)
         scale = math.sqrt(start.shape[1])
         sound = torch.isfinite(state).all(dim=1) & (norm <= DIVERGENCE * scale)
-        status = torch.where(norm <= bound, int(Status.CONVERGED), int(Status.UNCONVERGED))
+        status = torch.where(norm <= ceiling, int(Status.CONVERGED), int(Status.UNCONVERGED))
         status = torch.where(sound, status, int(Status.DIVERGED)).to(torch.int8)
         return Equilibrium(
             state,
@@ -149,10 +146,10 @@ def relax(
             status,
             nfe,
             steps,
-            chosen.time_step,
+            stepper.time_step,
             None if path is None else torch.stack(path),
-            None if orbit is None else orbit.result(batch.rows.state),
-            forced,
+            None if orbit is None else orbit.result(samples.rows.state),
+            forced=noise is not None or solver.fixed,
         )
 
 
@@ -179,14 +176,12 @@ def unroll(
     Raises:
         ValueError: as :func:`relax`.
     """
-    batch = Batch(flow, start, solver.tolerance)
+    samples = Samples(flow, start, solver.tolerance)
     heun = solver.name == "heun" and noise is None
     stepper = Explicit("heun" if heun else "euler", dt, memory, noise)
-    orbit = Orbit(memory) if memory is not None and memory.periodic else None
-    limit = _limit(solver, stepper, orbit)
-    least = limit if noise is not None or solver.fixed else min(limit, min_steps)
-    steps = _walk(batch, stepper, orbit, limit, least)
-    state = batch.rows.state
+    orbit, limit, least = _extent(solver, stepper, min_steps, memory, noise)
+    steps = _walk(samples, stepper, orbit, limit, least)
+    state = samples.rows.state
     return state, steps, None if orbit is None else orbit.result(state)
 
 
@@ -194,7 +189,7 @@ def _stepper(
     solver: Solver,
     dt: float,
     start: Tensor,
-    tolerance: float | Tensor | None,
+    tolerance: float | Tensor,
     memory: Memory | None,
     noise: Noise | None,
 ) -> Stepper:
@@ -203,24 +198,27 @@ def _stepper(
         name = "anderson" if memory is None else "euler"
     if memory is not None and name in ("anderson", "dopri5"):
         raise ValueError(f"solver {name!r} cannot step a past; choose euler, heun or auto")
-    if noise is not None or name == "euler":
-        return Explicit("euler", dt, memory, noise)
-    if name == "heun":
-        return Explicit("heun", dt, memory)
+    if noise is not None or name in ("euler", "heun"):
+        return Explicit("euler" if noise is not None else name, dt, memory, noise)
     if name == "anderson":
         return Anderson(dt, start)
-    tightest = solver.tolerance if tolerance is None else float(torch.as_tensor(tolerance).min())
-    return Dopri5(dt, solver.steps, tightest)
+    return Dopri5(dt, solver.steps, float(torch.as_tensor(tolerance).min()))
 
 
-def _limit(solver: Solver, stepper: Stepper, orbit: Orbit | None) -> int:
+def _extent(
+    solver: Solver, stepper: Stepper, min_steps: int, memory: Memory | None, noise: Noise | None
+) -> tuple[Orbit | None, int, int]:
+    """The orbit to record, if there is one, and the most and fewest steps to take."""
+    orbit = Orbit(memory) if memory is not None and memory.periodic else None
+    limit = math.ceil(solver.steps / stepper.units)
     if orbit is not None:
-        return orbit.limit(solver.steps)
-    return math.ceil(solver.steps / stepper.units)
+        limit = orbit.limit(solver.steps)
+    forced = noise is not None or solver.fixed
+    return orbit, limit, limit if forced else min(limit, math.ceil(min_steps / stepper.units))
 
 
 def _walk(
-    batch: Batch,
+    samples: Samples,
     stepper: Stepper,
     orbit: Orbit | None,
     limit: int,
@@ -235,21 +233,21 @@ def _walk(
     for step in range(limit + 1):
         if step == limit and after_step is None:
             return step
-        force, vanishing = batch.evaluate(stepper)
+        force, vanishing = samples.evaluate(stepper)
         norm = row_norm(vanishing.detach())
-        drift = norm if orbit is None else orbit.drift(step, batch.rows.state)
-        batch.judge(norm, drift, step >= least, stepper.excused())
-        if step == limit or not batch.look(step):
+        drift = norm if orbit is None else orbit.drift(step, samples.rows.state)
+        samples.judge(norm, drift, step >= least, stepper.excused())
+        if step == limit or not samples.look(step):
             return step
         if orbit is not None:
-            orbit.record(step, batch.rows.state, batch.mask)
-        if compact and batch.sparse:
-            kept = batch.compact()
+            orbit.record(step, samples.rows.state, samples.mask)
+        if compact and samples.sparse:
+            kept = samples.compact()
             stepper.keep(kept)
             if orbit is not None:
                 orbit.keep(kept)
             force, norm = force[kept], norm[kept]
-        batch.advance(stepper, force, norm)
+        samples.advance(stepper, force, norm)
         if after_step is not None:
             after_step()
     raise AssertionError("unreachable: the last turn returns")

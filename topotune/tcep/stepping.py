@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,12 +17,12 @@ from torch.nn import functional
 
 from topotune.errors import UnknownNameError
 from topotune.tcep.functions import smooth_relu
-from topotune.tcep.memory import Memory
+from topotune.tcep.recirculation import Memory
 
 NOISE_KINDS = ("gaussian", "poisson")
 
 DIVERGENCE = 1e6
-"""A sample has diverged when the root mean square of its flow is above this, or no number."""
+"""A sample has diverged when the root mean square of its flow is above this, or NaN."""
 
 
 class Flow(Protocol):
@@ -59,6 +59,12 @@ class Noise:
         if self.kind not in NOISE_KINDS:
             raise UnknownNameError("noise", self.kind, NOISE_KINDS)
 
+    def again(self) -> Noise:
+        """The same noise from its beginning."""
+        seed = self.generator.initial_seed()
+        generator = torch.Generator(self.generator.device).manual_seed(seed)
+        return replace(self, generator=generator)
+
     def kick(self, state: Tensor, dt: float) -> Tensor:
         """One draw, (B, S); a constant for automatic differentiation, as its mean is zero."""
         size = self.level * math.sqrt(dt)
@@ -69,7 +75,7 @@ class Noise:
             )
             return size * drawn.repeat(self.copies, 1)
         with torch.no_grad():
-            # A diverged sample's rate may be no number, which the sampler would refuse.
+            # A diverged sample's rate may be NaN, which the sampler would refuse.
             rate = smooth_relu(state).nan_to_num(nan=0.0, posinf=0.0)
             if self.copies == 1:
                 counts = torch.poisson(rate, generator=self.generator)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from topotune.errors import PluginError
 from topotune.tcep.fields import Field
-from topotune.tcep.reference import jacobian
 from topotune.testing.check import check
-from topotune.testing.damped import damped_energy, damped_flow, energy_slope, rest
+from topotune.testing.rest import damped_energy, damped_flow, energy_slope, jacobian, rest
 
 _SAMPLES = 3
 _MOST_ENTRIES = 200

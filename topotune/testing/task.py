@@ -110,7 +110,7 @@ class TaskContract:
             check(torch.equal(p, q), f"{name} differs between two models of the same seed")
 
     def test_unknown_models_are_refused(self) -> None:
-        """A model name or option that nobody knows raises the error that a user can read."""
+        """An unknown model name or option raises the error that a user can read."""
         task = self.make_task()
         for name, options, expected in (
             ("no_such_model", {}, UnknownNameError),

@@ -1,1 +1,1 @@
-"""The write-ahead spool and the MLflow adapter."""
+"""The outbox of a search and the MLflow adapter."""

@@ -1,4 +1,4 @@
-"""Sends a piece of one spool to the store, in batches; a run is made when it is first needed."""
+"""Sends records of one run to the store, in batches; a run is made when it is first needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from topotune.tracking.entries import (
     Item,
     Start,
     items,
-    size,
 )
 from topotune.tracking.labels import TASK, Labels, short, trial_name
 from topotune.tracking.naming import clean_text
@@ -35,7 +34,7 @@ from topotune.tracking.pages import (
     run_page,
     search_view,
 )
-from topotune.tracking.progress import Ended, Progress, Refused
+from topotune.tracking.progress import Progress, Refused
 from topotune.tracking.store import NewRun, Store, StoreRefusedError
 
 MAX_BATCH = 1000
@@ -58,14 +57,14 @@ shows a green tick, which a trial that was given up has not earned; the name and
 
 @dataclass(frozen=True)
 class Source:
-    """An item and the spool offset that it came from."""
+    """An item and the offset in the outbox that it came from."""
 
     offset: int
     item: Item
 
 
 class Delivery:
-    """Knows the runs of one search in one store and fills them from its spools."""
+    """Knows the runs of one search in one store and fills them from its outbox."""
 
     def __init__(
         self,
@@ -86,8 +85,8 @@ class Delivery:
         self._data: set[str] = set()
         self._page_tries = _PAGE_TRIES
 
-    def send(self, spool: str, entries: Sequence[tuple[int, Entry]], by_driver: bool) -> int:
-        """Send (offset, record) pairs of one spool; returns how many items the store took.
+    def send(self, entries: Sequence[tuple[int, Entry]]) -> None:
+        """Send (offset, record) pairs of one run, in their order.
 
         Raises:
             StoreOfflineError, RunMissingError: nothing may be assumed about what has arrived;
@@ -95,39 +94,30 @@ class Delivery:
             SpoolError: what was refused cannot be written down.
         """
         newest = {
-            (entry.trial, entry.body.path, entry.body.folder): offset
+            (entry.body.path, entry.body.folder): offset
             for offset, entry in entries
             if isinstance(entry.body, Artifact)
         }
-        taken = 0
+        trial = entries[0][1].trial
+        run_id = self.run(trial, entries[0][1].at)
         batch: list[Source] = []
-        target: int | None = None
         for offset, entry in entries:
             body = entry.body
-            if entry.trial != target:
-                taken -= self._flush(spool, target, batch)
-                batch, target = [], entry.trial
-            run_id = self._run(entry.trial, entry.at)
             if isinstance(body, Start):
-                self._reopen(entry.trial, run_id, body)
+                self._reopen(trial, run_id, body)
                 self._say_data(run_id, body)
-            ignored = isinstance(body, End) and not by_driver and self._outranked(entry.trial)
-            taken += size(entry)
-            if ignored:
-                continue
             batch += [Source(offset, item) for item in self._items(entry)]
             if isinstance(body, Artifact):
-                if newest[entry.trial, body.path, body.folder] == offset:
-                    taken -= self._upload(spool, offset, run_id, body)
+                if newest[body.path, body.folder] == offset:
+                    self._upload(offset, run_id, body)
             elif isinstance(body, End):
-                taken -= self._flush(spool, target, batch)
+                self._flush(run_id, batch)
                 batch = []
-                taken -= self._end(spool, offset, run_id, body)
-                self._progress.ended[_key(entry.trial)] = Ended(body.at, by_driver)
-        taken -= self._flush(spool, target, batch)
-        if by_driver and self._page_tries:
+                self._end(offset, run_id, body)
+                self._progress.ended[_key(trial)] = body.at
+        self._flush(run_id, batch)
+        if trial is None and self._page_tries:
             self._renew_page()
-        return taken
 
     def _items(self, entry: Entry) -> Iterator[Item]:
         """The items of a record, with what only the store's side knows."""
@@ -165,7 +155,7 @@ class Delivery:
         try:
             known = self._store.experiment_tags()
             tags = page_tags(known, time.time_ns() // 1_000_000)
-            view = search_view(self._known_labels(), self._run(None, 0))
+            view = search_view(self._known_labels(), self.run(None, 0))
             if known.get(VIEW_TAG + self._search_id) != view:
                 tags[VIEW_TAG + self._search_id] = view
             if tags:
@@ -174,7 +164,7 @@ class Delivery:
         except (RunError, TrackingError, SpoolError) as error:
             _log.info("the page of the experiment is not renewed: %s", error)
 
-    def _run(self, trial: int | None, at: int) -> str:
+    def run(self, trial: int | None, at: int) -> str:
         """The run of a trial or of the search: remembered, else found by its tags, else made."""
         runs = self._progress.runs
         key = _key(trial)
@@ -188,18 +178,14 @@ class Delivery:
             else:
                 labels = self._known_labels()
                 name = self._name if trial is None else trial_name(trial, RUNNING)
-                parent = None if trial is None else self._run(None, at)
+                parent = None if trial is None else self.run(None, labels.began or at)
                 new = NewRun(self._search_id, trial, name, at, parent, labels.tags)
                 runs[key] = self._store.create_run(new)
         return runs[key]
 
-    def _outranked(self, trial: int | None) -> bool:
-        ended = self._progress.ended.get(_key(trial))
-        return ended is not None and ended.by_driver
-
     def _reopen(self, trial: int | None, run_id: str, start: Start) -> None:
         ended = self._progress.ended.get(_key(trial))
-        if ended is not None and start.at > ended.at:
+        if ended is not None and start.at > ended:
             with suppress(StoreRefusedError):  # deleted by hand: its items are refused as well
                 self._store.reopen(run_id)
             del self._progress.ended[_key(trial)]
@@ -210,53 +196,44 @@ class Delivery:
         if digest is None:
             return
         name = short(self._known_labels().tags.get(TASK, "")) or "data"
-        runs = [run_id] if digest in self._data else [run_id, self._run(None, start.at)]
+        runs = [run_id] if digest in self._data else [run_id, self.run(None, start.at)]
         for one in runs:
             with suppress(StoreRefusedError):  # the tags say it, too
                 self._store.log_data(one, name, digest, start.tags.get(ROWS_TAG, ""))
         self._data.add(digest)
 
-    def _upload(self, spool: str, offset: int, run_id: str, artifact: Artifact) -> int:
-        """Upload a file; returns 1 if it was refused."""
+    def _upload(self, offset: int, run_id: str, artifact: Artifact) -> None:
         item = Item("artifact", artifact.path, artifact.folder)
         path = (self._folder / artifact.path).resolve()
         if not path.is_relative_to(self._folder) or not path.is_file():
-            self._refused.add(spool, offset, item, "no such file inside the search folder")
-            return 1
+            self._refused.add(offset, item, "no such file inside the search folder")
+            return
         try:
             self._store.log_artifact(run_id, path, artifact.folder)
         except StoreRefusedError as error:
-            self._refused.add(spool, offset, item, str(error))
-            return 1
-        return 0
+            self._refused.add(offset, item, str(error))
 
-    def _end(self, spool: str, offset: int, run_id: str, end: End) -> int:
-        """Set a run's final status; returns 1 if that was refused."""
+    def _end(self, offset: int, run_id: str, end: End) -> None:
         try:
             self._store.terminate(run_id, _STATUS[end.outcome], end.at)
         except StoreRefusedError as error:
-            self._refused.add(spool, offset, Item("end", end.outcome, ""), str(error))
-            return 1
-        return 0
+            self._refused.add(offset, Item("end", end.outcome, ""), str(error))
 
-    def _flush(self, spool: str, trial: int | None, sources: list[Source]) -> int:
-        """Send what has gathered; returns how many items were refused."""
-        refused = 0
+    def _flush(self, run_id: str, sources: list[Source]) -> None:
         for batch in _batches(_newest_texts(sources)):
-            refused += self._log(spool, self._progress.runs[_key(trial)], batch)
-        return refused
+            self._log(run_id, batch)
 
-    def _log(self, spool: str, run_id: str, batch: Sequence[Source]) -> int:
+    def _log(self, run_id: str, batch: Sequence[Source]) -> None:
         """Send one batch; where it is refused, halve it until the items to blame stand alone."""
         try:
             self._store.log(run_id, [source.item for source in batch])
         except StoreRefusedError as error:
             if len(batch) == 1:
-                self._refused.add(spool, batch[0].offset, batch[0].item, str(error))
-                return 1
+                self._refused.add(batch[0].offset, batch[0].item, str(error))
+                return
             half = len(batch) // 2
-            return self._log(spool, run_id, batch[:half]) + self._log(spool, run_id, batch[half:])
-        return 0
+            self._log(run_id, batch[:half])
+            self._log(run_id, batch[half:])
 
 
 def _key(trial: int | None) -> str:

@@ -1,6 +1,7 @@
-"""What a spool says: typed records, and the metric points, parameters and tags they stand for.
+"""What is recorded for MLflow: typed records, and the metric points, parameters and tags they
+stand for. Workers send them to the driver, and the outbox holds them.
 
-Reading is strict: a spool may come from another machine or from other people, so every field is
+Reading is strict: an outbox may come from another machine or from other people, so every field is
 checked and a record that breaks a rule raises SpoolError, never anything else.
 """
 
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
@@ -21,7 +23,8 @@ from topotune.records import (
     pack_metrics,
     unpack_number,
 )
-from topotune.tracking.naming import clean_name, clean_tag, clean_text
+from topotune.redaction import redact
+from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text
 
 OUTCOME_TAG = "topotune.outcome"
 RUNNING = "RUNNING"
@@ -48,6 +51,11 @@ class Epoch:
     """An epoch is finished."""
 
     report: EpochReport
+
+    @property
+    def at(self) -> int:
+        """When, by the worker's clock."""
+        return self.report.timestamp_ms
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ Body: TypeAlias = Start | Epoch | Metrics | Tags | Artifact | End
 
 @dataclass(frozen=True)
 class Entry:
-    """One record of a spool: what happened to which trial (None: to the search itself)."""
+    """One record of the outbox: what happened to which trial (None: to the search itself)."""
 
     trial: int | None
     body: Body
@@ -99,7 +107,7 @@ class Entry:
     @property
     def at(self) -> int:
         """When it happened, Unix milliseconds."""
-        return self.body.report.timestamp_ms if isinstance(self.body, Epoch) else self.body.at
+        return self.body.at
 
 
 @dataclass(frozen=True)
@@ -120,9 +128,21 @@ class Item:
     at: int = 0
 
 
-def value_text(value: Value) -> str:
-    """A parameter as MLflow shows it."""
-    return clean_text(value if isinstance(value, str) else str(value), _MAX_PARAM)
+def begun(params: Mapping[str, Value], tags: Mapping[str, str], at: int) -> Start:
+    """The beginning of a run, its texts clean and without secrets."""
+    texts = {name: clean_text(str(value), _MAX_PARAM) for name, value in params.items()}
+    texts |= {name: redact(text) for name, text in texts.items() if isinstance(params[name], str)}
+    return Start(texts, {**safe_tags(tags), OUTCOME_TAG: RUNNING}, at)
+
+
+def safe_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags in the length that MLflow takes, without secrets."""
+    return {name: clean_tag(redact(str(text)[: 4 * MAX_TAG])) for name, text in tags.items()}
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
 
 
 def items(entry: Entry) -> Iterator[Item]:
@@ -157,7 +177,20 @@ def items(entry: Entry) -> Iterator[Item]:
 
 def size(entry: Entry) -> int:
     """How much a record counts: its items, and one for an artifact or an end."""
-    return sum(1 for _ in items(entry)) + isinstance(entry.body, Artifact | End)
+    match entry.body:
+        case Start(params, tags):
+            return len(params) + len(tags)
+        case Tags(tags):
+            return len(tags)
+        case Epoch(report):
+            own = {"optimizer_step", "epoch_seconds"}
+            return len(own | report.metrics.keys())
+        case Metrics(values):
+            return len(values)
+        case Artifact():
+            return 1
+        case End():
+            return 3
 
 
 def _tag_items(tags: Mapping[str, str]) -> Iterator[Item]:
@@ -175,12 +208,12 @@ def _points(values: Mapping[str, float], step: int, at: int) -> Iterator[Item]:
 
 
 def to_payload(entry: Entry) -> dict[str, Any]:
-    """A record as a spool line's JSON object."""
+    """A record as a line's JSON object."""
     body = entry.body
     payload: dict[str, Any] = {"kind": type(body).__name__.lower(), "trial": entry.trial}
     if isinstance(body, Epoch):
         return payload | {"report": body.report.to_dict()}
-    payload |= asdict(body)
+    payload |= vars(body)
     if isinstance(body, Metrics):
         payload["values"] = pack_metrics(body.values)
     return payload

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from topotune.tracking.entries import Start
 from topotune.tracking.naming import clean_text
-from topotune.tracking.spool import DRIVER_SPOOL
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import read_all
 
 SEARCH, METHOD, TASK = "topotune.search", "topotune.method", "topotune.task"
 MODEL, USER, VERSION = "topotune.model", "topotune.user", "topotune.version"
@@ -27,21 +26,23 @@ class Labels:
         metrics: its objectives' metrics, the first one first.
         maximize: whether the highest value of the first is the best.
         searched: the parameters that it varies.
+        began: when it began, in Unix milliseconds; 0 where that is not known.
     """
 
     tags: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     maximize: bool = True
     searched: tuple[str, ...] = ()
+    began: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> Labels:
         """Those of a search's folder; empty ones where it has no record of its own yet.
 
         Raises:
-            SpoolError: the driver's spool cannot be read.
+            SpoolError: the outbox cannot be read.
         """
-        for _, entry in read_all(folder, DRIVER_SPOOL):
+        for _, entry in read_all(folder):
             if entry.trial is None and isinstance(entry.body, Start):
                 return cls.of(entry.body)
         return cls()
@@ -61,6 +62,7 @@ class Labels:
             metrics=tuple(metric for _, _, metric in goals),
             maximize=not goals or goals[0][0] == "maximize",
             searched=_words(start.params.get("searched", "")),
+            began=start.at,
         )
 
 

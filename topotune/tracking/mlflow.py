@@ -325,18 +325,6 @@ class MlflowStore:
         with translated():
             client.update_run(run_id, status="RUNNING")
 
-    def delete_run(self, run_id: str) -> None:
-        """Put a run into MLflow's bin."""
-        client, _ = self._connect()
-        with translated():
-            client.delete_run(run_id)
-
-    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
-        """All points of a metric as (step, Unix milliseconds, value)."""
-        client, _ = self._connect()
-        with translated():
-            return [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, key)]
-
     def client(self) -> MlflowClient:
         """MLflow's own client, connected."""
         return self._connect()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 
@@ -13,6 +14,7 @@ _FOREIGN = re.compile(r"[^A-Za-z0-9_.\- :/]")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
+@functools.lru_cache(4096)  # a search has few names, in many records
 def clean_name(name: str) -> str:
     """A metric, parameter or tag name in the characters and the form that MLflow allows.
 

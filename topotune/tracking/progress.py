@@ -1,6 +1,6 @@
-"""What the shipper remembers across restarts: how far it sent each spool, and what was refused.
+"""What the shipper remembers across restarts: how far it sent the outbox, and what was refused.
 
-Losing this file costs only time: everything is sent again, and the store keeps each thing once.
+Losing these files costs only time: everything is sent again, and the store keeps each thing once.
 """
 
 from __future__ import annotations
@@ -9,59 +9,23 @@ import json
 import logging
 import os
 import zlib
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from topotune.errors import SpoolError
 from topotune.redaction import redact
 from topotune.tracking.entries import Item
+from topotune.tracking.outbox import OUTBOX_FILE
 
 PROGRESS_FILE = "shipped.json"
 REFUSED_FILE = "refused.jsonl"
+_CHECKED = 4096
+"""Bytes before the offset by which an outbox that was replaced is noticed."""
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError),
 )
 """What a damaged file of this shape can raise while it is taken apart."""
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SpoolProgress:
-    """How far one spool is sent.
-
-    Attributes:
-        offset: bytes of it that are dealt with.
-        shipped: items of it that the store took.
-        last: where the last line before ``offset`` starts.
-        crc: the CRC-32 of that line, by which a file that was replaced is noticed.
-    """
-
-    offset: int = 0
-    shipped: int = 0
-    last: int = 0
-    crc: int = 0
-
-    def fits(self, path: Path) -> bool:
-        """Whether the spool still holds what was sent of it."""
-        if self.offset == 0:
-            return True
-        try:
-            with path.open("rb") as file:
-                if file.seek(0, os.SEEK_END) < self.offset:
-                    return False
-                file.seek(self.last)
-                return zlib.crc32(file.read(self.offset - self.last)) == self.crc
-        except (OSError, ValueError):
-            return False
-
-
-@dataclass(frozen=True)
-class Ended:
-    """When a run was ended, and whether the driver said so."""
-
-    at: int
-    by_driver: bool
 
 
 class Progress:
@@ -70,77 +34,69 @@ class Progress:
     Args:
         folder: the search folder.
         store: label of the store. What was saved about another store is not used.
+
+    Attributes:
+        offset: all records before it are dealt with.
+        runs: MLflow's run id by trial number; "search" for the parent.
+        ended: when the runs that are ended did so, Unix milliseconds, by the same keys.
     """
 
     def __init__(self, folder: Path, store: str) -> None:
-        self._folder = folder
-        self._path = folder / PROGRESS_FILE
+        self._outbox, self._path = folder / OUTBOX_FILE, folder / PROGRESS_FILE
         self._store = store
         self._seen: tuple[int, int] | None = None
-        self._spools: dict[str, SpoolProgress] = {}
+        self.offset = 0
         self.runs: dict[str, str] = {}
-        """MLflow's run id by trial number; "search" for the parent."""
-        self.ended: dict[str, Ended] = {}
-        """The runs that are ended, by the same keys."""
+        self.ended: dict[str, int] = {}
         self.refresh()
 
-    def refresh(self) -> None:
-        """Take over what another shipper saved since; keep what is known where nobody did."""
+    def refresh(self) -> bool:
+        """Take over what another shipper saved since, if one did; whether one did."""
         try:
             stat = self._path.stat()
             if self._seen == (stat.st_ino, stat.st_mtime_ns):
-                return
+                return False
             self._seen = (stat.st_ino, stat.st_mtime_ns)
             data: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
-            store = str(data["store"])
-            spools = {str(k): _spool_progress(v) for k, v in data["spools"].items()}
+            store, offset, crc = str(data["store"]), int(data["offset"]), int(data["crc"])
             runs = {str(k): str(v) for k, v in data["runs"].items()}
-            ended = {str(k): Ended(int(v[0]), bool(v[1])) for k, v in data["ended"].items()}
+            ended = {str(k): int(v) for k, v in data["ended"].items()}
+            if offset < 0:
+                raise ValueError(f"offset {offset}")
         except FileNotFoundError:
-            return
+            return False
         except _UNREADABLE as e:
             _log.warning("%s: damaged (%s: %s)", self._path, type(e).__name__, e)
-            return
+            return False
         if store != self._store:
             _log.warning("%s: is about %s; %s gets everything", self._path, store, self._store)
-            return
-        self._spools, self.runs, self.ended = spools, runs, ended
-        for name, spool in list(spools.items()):
-            if not spool.fits(self._folder / name):
-                _log.warning("%s: is not what was sent of it; it is sent again", name)
-                self.restart(name)
+            return False
+        self.runs, self.ended, self.offset = runs, ended, offset
+        if self._crc() != crc:
+            _log.warning("%s: is not what was sent of it; it is sent again", self._outbox)
+            self.offset = 0
+        return True
 
-    def of(self, spool: str) -> SpoolProgress:
-        """How far a spool is sent."""
-        return self._spools.setdefault(spool, SpoolProgress())
-
-    def restart(self, spool: str) -> None:
-        """Send a spool from its beginning."""
-        self._spools[spool] = SpoolProgress()
-
-    def advance(self, spool: str, last: int, end: int, taken: int) -> None:
-        """A piece of a spool is dealt with: its last line is ``[last, end)``."""
-        with (self._folder / spool).open("rb") as file:
-            file.seek(last)
-            crc = zlib.crc32(file.read(end - last))
-        self._spools[spool] = SpoolProgress(end, self.of(spool).shipped + taken, last, crc)
+    def _crc(self) -> int | None:
+        """The CRC-32 of what stands before the offset; None where the file is shorter."""
+        try:
+            with self._outbox.open("rb") as file:
+                first = max(0, self.offset - _CHECKED)
+                file.seek(first)
+                found = file.read(self.offset - first)
+        except FileNotFoundError:
+            found = b""
+        except (OSError, ValueError, OverflowError) as error:
+            _log.warning("%s: cannot be read: %s", self._outbox, error)
+            return None
+        return zlib.crc32(found) if len(found) == min(self.offset, _CHECKED) else None
 
     def clear(self) -> None:
         """Forget everything, so that everything is sent again."""
-        self._spools.clear()
+        self.offset = 0
         self.runs.clear()
         self.ended.clear()
         self._path.unlink(missing_ok=True)
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing was sent yet."""
-        return not any(spool.offset for spool in list(self._spools.values()))
-
-    @property
-    def shipped(self) -> int:
-        """Items that the store took."""
-        return sum(spool.shipped for spool in list(self._spools.values()))
 
     def save(self) -> None:
         """Replace the saved state as a whole. It is not forced to disk: losing it is harmless.
@@ -150,9 +106,10 @@ class Progress:
         """
         data = {
             "store": self._store,
-            "spools": {name: astuple(spool) for name, spool in self._spools.items()},
+            "offset": self.offset,
+            "crc": self._crc(),
             "runs": self.runs,
-            "ended": {key: astuple(ended) for key, ended in self.ended.items()},
+            "ended": self.ended,
         }
         partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
@@ -164,23 +121,16 @@ class Progress:
         self._seen = (stat.st_ino, stat.st_mtime_ns)
 
 
-def _spool_progress(data: list[Any]) -> SpoolProgress:
-    offset, shipped, last, crc = (int(value) for value in data)
-    if not 0 <= last <= offset:
-        raise ValueError(f"offset {offset} before its last line at {last}")
-    return SpoolProgress(offset, shipped, last, crc)
-
-
 class Refused:
     """The items that the store will never take, each once, with the reason.
 
-    A line of ``refused.jsonl`` names the spool, the byte offset of the record in it, the item and
-    the store's answer.
+    A line of ``refused.jsonl`` names the byte offset of the record in the outbox, the item and the
+    store's answer.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / REFUSED_FILE
-        self._known: set[tuple[str, int, str, str]] = set()
+        self._known: set[tuple[int, str, str]] = set()
         try:
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
@@ -190,27 +140,26 @@ class Refused:
         for line in lines:
             try:
                 old = json.loads(line)
-                self._known.add((old["spool"], old["offset"], old["kind"], old["key"]))
+                self._known.add((old["offset"], old["kind"], old["key"]))
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a torn line: its item is refused, and written, once more
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def __contains__(self, identity: tuple[str, int, str, str]) -> bool:
+    def __contains__(self, identity: tuple[int, str, str]) -> bool:
         return identity in self._known
 
-    def add(self, spool: str, offset: int, item: Item, reason: str) -> None:
+    def add(self, offset: int, item: Item, reason: str) -> None:
         """Set an item aside.
 
         Raises:
             SpoolError: the folder cannot be written.
         """
-        identity = (spool, offset, item.kind, item.key)
+        identity = (offset, item.kind, item.key)
         if identity in self._known:
             return
         line = {
-            "spool": spool,
             "offset": offset,
             "kind": item.kind,
             "key": item.key,
@@ -224,7 +173,7 @@ class Refused:
         except OSError as error:
             raise SpoolError(f"{self._path}: cannot be written: {error.strerror}") from error
         self._known.add(identity)
-        _log.warning("%s: %s %r was refused: %s", spool, item.kind, item.key, line["reason"])
+        _log.warning("%s %r was refused: %s", item.kind, item.key, line["reason"])
 
     def clear(self) -> None:
         """Forget all, because everything is offered again."""

@@ -1,4 +1,4 @@
-"""Sends what the spools hold to the tracking store, in the background and however long it takes."""
+"""Sends what the outbox holds to the tracking store, in the background, however long it takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,15 @@ from pathlib import Path
 from topotune.errors import SpoolError, TopotuneError
 from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
+from topotune.tracking.entries import Entry, size
+from topotune.tracking.outbox import Piece, outbox_size, read_piece
 from topotune.tracking.progress import Progress, Refused
-from topotune.tracking.reconcile import StoredCheck, check_stored, drop_duplicates
-from topotune.tracking.spool import DRIVER_SPOOL
 from topotune.tracking.store import RunMissingError, Store, StoreOfflineError, StoreRefusedError
-from topotune.tracking.tails import Tails, read_piece
 
 _FIRST_DELAY = 1.0
+_MOST_FAILURES = 2
+"""In a round: one record that makes a server fail must not hold up the other runs, but a server
+that is down must not be asked once a run."""
 _log = logging.getLogger(__name__)
 
 
@@ -30,11 +33,11 @@ class ShipStatus:
     """How shipping stands. An item is one metric point, parameter, tag, artifact or end.
 
     Attributes:
-        recorded: items in the spools.
+        recorded: items in the outbox.
         shipped: items that the store took.
         refused: items that it will never take; see ``refused.jsonl``.
-        pending: items that wait.
-        damaged: spool lines that could not be read.
+        pending: items that wait; recorded is the sum of the three.
+        damaged: lines of the outbox that could not be read.
         last_error: why nothing moves, in one line without secrets; empty if all is well.
         offline_since: Unix time of the first failure in a row; None if all is well.
     """
@@ -47,35 +50,36 @@ class ShipStatus:
     last_error: str
     offline_since: float | None
 
-
-@dataclass(frozen=True)
-class Reconciliation:
-    """The final count, in items as in :class:`ShipStatus`: recorded is the sum of the others."""
-
-    recorded: int
-    shipped: int
-    refused: int
-    pending: int
-
     @property
     def complete(self) -> bool:
         """Whether the store took everything that was recorded."""
         return self.recorded == self.shipped
 
 
+@dataclass
+class _Held:
+    """A run whose records are not sent from an offset on, and how many items those are."""
+
+    offset: int
+    items: int
+
+
 class Shipper:
-    """Tails all spools of a search and sends what is new.
+    """Follows the outbox of a search and sends what is new.
 
     Nothing here can stop a search: without a store it counts, waits (1 s, doubling to 30 s) and
-    tries again; the spools keep everything meanwhile. Sent twice is stored once. Only one process
+    tries again; the outbox keeps everything meanwhile. Sent twice is stored once. Only one process
     ships a search at a time; a second one waits for the first.
+
+    The records of a run are sent in their order. A run whose records the store fails on is held
+    back while the others go on; what is saved as sent ends before the first record that is not.
 
     Args:
         search_folder: the search's folder.
         store: where to.
         search_id: the search's unique id, by which its runs are found again.
         name: the search's name, its run's name in MLflow.
-        interval: seconds between two looks at the spools.
+        interval: seconds between two looks at the outbox.
         longest_delay: seconds between two tries, at most, while the store cannot be reached.
 
     Raises:
@@ -93,7 +97,6 @@ class Shipper:
     ) -> None:
         self._folder = search_folder
         self._store = store
-        self._search_id = search_id
         self._interval = interval
         self._longest_delay = longest_delay
         self._progress = Progress(search_folder, store.label)
@@ -101,14 +104,25 @@ class Shipper:
         self._delivery = Delivery(
             search_folder, store, search_id, name, self._progress, self._refused
         )
-        self._tails = Tails(search_folder)
+        self._piece: tuple[int, Piece] | None = None
         self._last_error = ""
         self._offline_since: float | None = None
         self._working = threading.Lock()
+        self._counting = threading.RLock()
         self._stop = threading.Event()
         self._deadline = math.inf
-        self._turn = 0
         self._thread: threading.Thread | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Go on from what is saved as sent; the outbox is counted anew."""
+        self._counted = self._recorded = self._damaged = 0
+        self._ahead = self._progress.offset  # what lies before is sent, but for what is held back
+        self._passed = 0  # items before that
+        self._held: dict[int | None, _Held] = {}
+        self._failures: Counter[int | None] = Counter()
+        self._turn = 0
+        self._piece = None
 
     def start(self) -> None:
         """Ship in a daemon thread until :meth:`close`."""
@@ -130,7 +144,7 @@ class Shipper:
                 break
             time.sleep(min(_FIRST_DELAY, left))
 
-    def close(self, timeout: float = 30.0) -> Reconciliation:
+    def close(self, timeout: float = 30.0) -> ShipStatus:
         """Send what is left for at most ``timeout`` seconds, stop the thread, and count.
 
         The thread does it, so that no server, however slow, can hold the caller for longer. A
@@ -144,40 +158,40 @@ class Shipper:
         if self._thread is not None:
             self._thread.join(timeout)
         try:
-            self._tails.count()
+            self._look()
         except SpoolError as error:
             self._failed(str(error))
-        status = self.status()
-        return Reconciliation(status.recorded, status.shipped, status.refused, status.pending)
+        return self.status()
 
     def status(self) -> ShipStatus:
         """How it stands, from memory: cheap, and never waits for the store."""
-        recorded, shipped, refused = self._tails.items, self._progress.shipped, len(self._refused)
-        return ShipStatus(
-            recorded=recorded,
-            shipped=shipped,
-            refused=refused,
-            pending=max(0, recorded - shipped - refused),
-            damaged=self._tails.damaged,
-            last_error=self._last_error,
-            offline_since=self._offline_since,
-        )
+        with self._counting:
+            recorded, refused = self._recorded, len(self._refused)
+            waiting = sum(held.items for held in self._held.values())
+            shipped = max(0, self._passed - waiting - refused)
+            return ShipStatus(
+                recorded=recorded,
+                shipped=shipped,
+                refused=refused,
+                pending=max(0, recorded - shipped - refused),
+                damaged=self._damaged,
+                last_error=self._last_error,
+                offline_since=self._offline_since,
+            )
 
     def ship_once(self) -> bool:
-        """Send everything that the spools hold now; True if that succeeded.
+        """Send everything that the outbox holds now; True if that succeeded.
 
-        Rounds take about a megabyte of each spool in turn, so that no trial's backlog holds up
-        the others. Where it fails, :meth:`status` says why.
+        Where it fails, :meth:`status` says why.
         """
         with self._working:
             try:
-                self._count()
+                self._look()
                 with self._only_shipper():
-                    self._count()
-                    if self._progress.fresh:  # what another store refused is offered anew
+                    self._look()
+                    if self._ahead == 0:  # what another store refused is offered anew
                         self._refused.clear()
-                    while self._round():
-                        self._count()
+                    self._send()
             except (StoreOfflineError, SpoolError, OSError) as error:
                 self._failed(str(error))
                 return False
@@ -192,88 +206,142 @@ class Shipper:
     def rewind(self) -> None:
         """Forget what was sent, so that everything is sent again (which stores it once)."""
         with self._working:
-            self._progress.clear()
-            self._refused.clear()
+            self._forget()
 
-    def reconcile(self) -> StoredCheck:
-        """Compare every metric point in the spools with the store's own history of it.
-
-        One request a run and metric name. Empty second runs of a trial, which a time-out during
-        their creation can leave, are put into MLflow's bin first.
-
-        Raises:
-            StoreOfflineError: the store cannot be asked now.
-            SpoolError: a spool cannot be read.
-        """
-        with self._working:
-            drop_duplicates(self._store, self._search_id, self._progress.runs)
-            return check_stored(
-                self._folder, self._store, self._search_id, self._progress.runs, self._refused
-            )
+    def _forget(self) -> None:
+        self._progress.clear()
+        self._refused.clear()
+        with self._counting:
+            self._begin()
 
     def _failed(self, reason: str) -> None:
         reason = " ".join(redact(reason).split())[:300]
         if not self._last_error:
             self._offline_since = time.time()
-            _log.warning("tracking store %s: %s; spooling goes on", self._store.label, reason)
+            _log.warning("tracking store %s: %s; recording goes on", self._store.label, reason)
         self._last_error = reason
 
-    def _count(self) -> None:
-        """Count what the spools hold, and see what another shipper sent meanwhile."""
-        self._progress.refresh()
-        for name in self._tails.count():
-            _log.warning("%s: was cut; it is sent again", self._folder / name)
-            self._progress.restart(name)
+    def _look(self) -> None:
+        """Count what the outbox holds, and see what another shipper sent meanwhile."""
+        with self._counting:
+            if self._progress.refresh():
+                self._begin()
+            if outbox_size(self._folder) < max(self._counted, self._ahead):
+                _log.warning("%s: the outbox was cut; it is sent again", self._folder)
+                self._progress.offset = 0
+                self._begin()
+            while (piece := self._read(self._counted)).end > self._counted:
+                for start, reason in piece.damaged:
+                    _log.warning(
+                        "%s: record at byte %d skipped: %s", self._folder.name, start, reason
+                    )
+                self._damaged += len(piece.damaged)
+                for offset, entry in piece.entries:
+                    items = size(entry)
+                    self._recorded += items
+                    self._passed += items if offset < self._ahead else 0
+                self._counted = piece.end
 
-    def _round(self) -> bool:
-        """One piece of every spool that has news; True if there was any.
+    def _read(self, offset: int) -> Piece:
+        """A piece of the outbox; what was counted last is mostly what is sent next."""
+        if outbox_size(self._folder) <= offset:
+            return Piece((), (), offset, offset)
+        cached = self._piece
+        if cached is None or cached[0] != offset:
+            cached = (offset, read_piece(self._folder, offset))
+        self._piece = None if cached[1].end == offset else cached  # a line may not be whole yet
+        return cached[1]
 
-        Trials come before the driver, so that a run begins when its trial began. Begins where the
-        last round broke off, so that neither a slow server nor two records that
-        make it fail keep the same spools waiting for ever.
-        """
-        moved = False
-        failure: StoreOfflineError | None = None
-        ends = sorted(self._tails.ends(), key=lambda end: end[0] == DRIVER_SPOOL)
-        turn = self._turn % len(ends) if ends else 0
-        for index, (name, counted) in enumerate(ends[turn:] + ends[:turn]):
-            if self._progress.of(name).offset >= counted:
-                continue
-            self._turn = turn + index
-            if time.monotonic() > self._deadline:
-                failure = failure or StoreOfflineError(self._last_error or "out of time")
-                break
-            try:
-                self._ship(name)
-                moved = True
-            except RunMissingError as error:
-                self._progress.clear()
-                self._refused.clear()
-                raise StoreOfflineError(f"{error}; everything is sent again") from None
-            except StoreOfflineError as error:
-                # One record that makes a server fail must not hold up the other spools, but a
-                # server that is down must not be asked once a trial.
-                if failure is not None:
-                    break
-                failure = error
-        if moved:
-            self._progress.save()
-        if failure is not None:
-            raise failure
-        self._turn = 0
-        return moved
-
-    def _ship(self, name: str) -> None:
-        piece = read_piece(self._folder, name, self._progress.of(name).offset)
+    def _send(self) -> None:
+        """What is new comes first, then what was held back."""
+        failures: list[StoreOfflineError] = []
         try:
-            taken = self._delivery.send(name, piece.entries, by_driver=name == DRIVER_SPOOL)
-        except StoreRefusedError as error:  # a run could not be made: no single item's fault
-            raise StoreOfflineError(str(error)) from None
+            while self._ahead < self._counted:
+                self._pass_on(failures)
+            self._retry(failures)
+        finally:
+            offset = min((held.offset for held in self._held.values()), default=self._ahead)
+            if offset != self._progress.offset:
+                self._progress.offset = offset
+                self._progress.save()
+        if failures:
+            raise failures[0]
+
+    def _pass_on(self, failures: list[StoreOfflineError]) -> None:
+        """Send the next piece, or hold it back where the store has failed too often."""
+        piece = self._read(self._ahead)
+        for trial, entries in self._groups(piece, None).items():
+            items = sum(size(entry) for _, entry in entries)
+            sent = trial not in self._held and self._try(entries, failures)
+            with self._counting:
+                self._passed += items
+                if not sent:
+                    held = self._held.setdefault(trial, _Held(entries[0][0], 0))
+                    held.items += items
+        self._ahead = piece.end
+
+    def _retry(self, failures: list[StoreOfflineError]) -> None:
+        """Offer again what is held back, from where the last round broke off."""
+        first = min((held.offset for held in self._held.values()), default=self._ahead)
+        for start in dict.fromkeys(
+            (self._turn if first < self._turn < self._ahead else first, first)
+        ):
+            offset, known = start, {t: h.offset for t, h in self._held.items() if h.offset >= start}
+            while offset < self._ahead and len(failures) < _MOST_FAILURES:
+                piece = self._read(offset)
+                for trial, entries in self._groups(piece, known).items():
+                    if not self._try(entries, failures):
+                        known.pop(trial)
+                        continue
+                    with self._counting:
+                        held = self._held[trial]
+                        held.offset = piece.end
+                        held.items -= sum(size(entry) for _, entry in entries)
+                offset = self._turn = piece.end
+        with self._counting:
+            self._held = {trial: held for trial, held in self._held.items() if held.items > 0}
+
+    def _groups(
+        self, piece: Piece, known: Mapping[int | None, int] | None
+    ) -> dict[int | None, list[tuple[int, Entry]]]:
+        """A piece's records by their runs: those that the store fails on come last, and before
+        them the search itself, whose page links to the trials' runs.
+
+        Args:
+            piece: the piece.
+            known: only runs that are held back, and from where on; None for all of the piece.
+        """
+        groups: dict[int | None, list[tuple[int, Entry]]] = {}
+        for offset, entry in piece.entries:
+            if known is None or known.get(entry.trial, self._ahead) <= offset < self._ahead:
+                groups.setdefault(entry.trial, []).append((offset, entry))
+        order = sorted(groups, key=lambda trial: (self._failures[trial], trial is None))
+        return {trial: groups[trial] for trial in order}
+
+    def _try(self, entries: list[tuple[int, Entry]], failures: list[StoreOfflineError]) -> bool:
+        """Send records of one run; False, and one more failure, where the store fails on them."""
+        if len(failures) >= _MOST_FAILURES:
+            return False
+        trial = entries[0][1].trial
+        try:
+            if time.monotonic() > self._deadline:
+                raise StoreOfflineError(self._last_error or "out of time")
+            self._delivery.send(entries)
+        except RunMissingError as error:
+            self._forget()
+            raise StoreOfflineError(f"{error}; everything is sent again") from None
+        except (StoreOfflineError, StoreRefusedError) as error:
+            # Refused is a run that could not be made: no single item's fault.
+            failures.append(StoreOfflineError(str(error)))
         except (TopotuneError, OSError):
             raise
-        except Exception as error:  # it must not hold up the other spools either
-            raise StoreOfflineError(f"{type(error).__name__}: {error}") from error
-        self._progress.advance(name, piece.last, piece.end, taken)
+        except Exception as error:  # noqa: BLE001 - it must not hold up the other runs either
+            failures.append(StoreOfflineError(f"{type(error).__name__}: {error}"))
+        else:
+            del self._failures[trial]
+            return True
+        self._failures[trial] += 1
+        return False
 
     @contextmanager
     def _only_shipper(self) -> Iterator[None]:

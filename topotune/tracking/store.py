@@ -130,12 +130,6 @@ class Store(Protocol):
     def reopen(self, run_id: str) -> None:
         """Set a run back to RUNNING."""
 
-    def delete_run(self, run_id: str) -> None:
-        """Put a run into MLflow's bin."""
-
-    def history(self, run_id: str, key: str) -> list[tuple[int, int, float]]:
-        """All points of a metric as (step, Unix milliseconds, value)."""
-
 
 def embedded_store_uri(results_dir: Path) -> str:
     """The address of the SQLite store that all searches of a results folder share.

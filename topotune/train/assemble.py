@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from topotune.data.splits import TensorPair
-from topotune.errors import ConfigError, TopotuneError, told
-from topotune.records import TrialSpec, Value
+from topotune.errors import ConfigError, TopotuneError, in_one_line
+from topotune.records import TrialSpec
 from topotune.seeding import seed_everything
 from topotune.tasks import build_task
 from topotune.tasks.base import DataOptions, Task
@@ -128,7 +127,7 @@ def probe_rows(task: Task, train: TensorPair) -> TensorPair:
 
 
 def make_model(method: Method, task: Task) -> nn.Module:
-    """The method's model on the CPU, initialised from the spec's seed whatever ran before."""
+    """The method's model on the CPU, initialised from the spec's seed alone."""
     seed_everything(method.spec.seed)
     return _model(method, task)
 
@@ -137,7 +136,7 @@ def _model(method: Method, task: Task) -> nn.Module:
     """The method's model for a task, whose code may be a user's.
 
     Raises:
-        UserError: it is none, or it cannot be built.
+        UserError: it is no module, or it cannot be built.
     """
     place = f"task {method.spec.task!r}: its model"
     try:
@@ -145,30 +144,7 @@ def _model(method: Method, task: Task) -> nn.Module:
     except TopotuneError:
         raise
     except (Exception, SystemExit) as error:
-        raise ConfigError(place, f"cannot be built: {told(error)}") from error
+        raise ConfigError(place, f"cannot be built: {in_one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(place, f"must be a torch.nn.Module (got {model!r:.80})")
     return model
-
-
-def resolved_params(spec: TrialSpec, found: Mapping[str, Value]) -> dict[str, Value]:
-    """A spec as one flat table: the method's own parameters by name, the rest with its place.
-
-    Args:
-        spec: the spec.
-        found: rows that only the built method knows, see :meth:`Method.resolved`.
-    """
-    table: dict[str, Value] = dict(spec.params)
-    table |= {
-        "task": spec.task,
-        "method": spec.method,
-        "model": spec.model,
-        "epochs": spec.epochs,
-        "split_seed": spec.split_seed,
-        "train.batch_size": spec.train.batch_size,
-        "train.schedule": spec.train.schedule,
-        "train.grad_clip": spec.train.grad_clip,
-    }
-    table |= {f"task.{name}": value for name, value in spec.task_options.items()}
-    table |= {f"model.{name}": value for name, value in spec.model_options.items()}
-    return {**table, **found}

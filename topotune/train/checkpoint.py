@@ -1,15 +1,18 @@
-"""Checkpoints that are whole, checked, and of the right trial, or are refused."""
+"""Checkpoints that are whole, checked, and of the right trial, or are refused.
+
+torch is imported where a state is written or read: commands that only look at a search know its
+files by the names here, and start without it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from topotune.errors import CheckpointError
 from topotune.files import write_atomically
@@ -19,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.pt"
 PREVIOUS_FILE = "checkpoint.previous.pt"
-_MAGIC = b"topotune checkpoint 1 sha256 "
+_MAGIC = b"topotune checkpoint 2 sha256 "
 _HEADER_BYTES = len(_MAGIC) + 64 + 1  # magic, hexadecimal digest, newline
 
 _WHERE_AND_HOW = ("overhead", "device", "threads", "data_dir", "download")
@@ -41,9 +44,11 @@ class _DamagedError(Exception):
 class CheckpointStore:
     """The newest checkpoint of one trial and the one before it, in one folder.
 
-    A file is one line (format and SHA-256 of the rest) followed by what ``torch.save`` wrote, so
-    that truncation and bit rot are found before anything is read from it. The state must hold
-    tensors, numbers, text and plain containers only: it is read with ``weights_only=True``.
+    A file is one line (format and SHA-256 of the rest), a line of JSON (whose trial it is, and its
+    record), and what ``torch.save`` wrote of the state. Truncation and bit rot are found before
+    anything is read from it, and the record is read without the state, which may be large. The
+    state must hold tensors, numbers, text and plain containers only: it is read with
+    ``weights_only=True``.
     """
 
     def __init__(self, folder: Path, spec: TrialSpec) -> None:
@@ -51,14 +56,22 @@ class CheckpointStore:
         self._previous = folder / PREVIOUS_FILE
         self._identity = identity(spec)
 
-    def save(self, state: Mapping[str, Any]) -> None:
+    def save(self, state: Mapping[str, Any], record: Mapping[str, Any] | None = None) -> None:
         """Make this state the newest checkpoint; the present one becomes the previous.
+
+        Args:
+            state: what training goes on from.
+            record: strict JSON; :meth:`load` gives its items beside those of the state.
 
         Raises:
             CheckpointError: it cannot be written; the last one stays readable.
         """
+        import torch
+
+        head = {"identity": self._identity, "record": dict(record or {})}
         buffer = io.BytesIO()
-        torch.save({"identity": self._identity, "state": dict(state)}, buffer)
+        buffer.write(json.dumps(head, allow_nan=False).encode() + b"\n")
+        torch.save(dict(state), buffer)
         payload = buffer.getvalue()
         digest = hashlib.sha256(payload).hexdigest().encode()
         try:
@@ -78,7 +91,7 @@ class CheckpointStore:
             CheckpointError: every file there is damaged, one cannot be read now though it may be
                 whole, or it belongs to another spec.
         """
-        state, faults = self._newest_whole()
+        state, faults = self._newest_whole(_state)
         if state is None and faults:
             raise CheckpointError(
                 f"checkpoint {'; '.join(faults)}. No earlier one is left: delete the folder "
@@ -93,30 +106,47 @@ class CheckpointStore:
         Raises:
             CheckpointError: one cannot be read now, or it belongs to another spec.
         """
-        state, faults = self._newest_whole()
+        state, faults = self._newest_whole(_state)
         if state is None and faults:
             _log.warning("no earlier checkpoint is left; the trial starts from its beginning")
         return state
 
-    def _newest_whole(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """The state of the newest whole file, and what is wrong with those before it."""
+    def load_record(self) -> dict[str, Any] | None:
+        """The record of the newest readable checkpoint; None where there is none.
+
+        Raises:
+            CheckpointError: as :meth:`load_or_restart`.
+        """
+        return self._newest_whole(lambda head, payload: _object(head, "record"))[0]
+
+    def _newest_whole(
+        self, taken: Callable[[dict[str, Any], bytes], dict[str, Any]]
+    ) -> tuple[dict[str, Any] | None, list[str]]:
+        """What is taken of the newest whole file, and what is wrong with those before it.
+
+        Args:
+            taken: makes it of a file's head and the rest; raises OSError or MemoryError where
+                that may succeed later.
+        """
         faults: list[str] = []
         for path in (self._newest, self._previous):
             try:
-                content = _read(path)
+                head, payload = _read(path)
+                content = taken(head, payload)
             except FileNotFoundError:
                 continue
+            except (OSError, MemoryError) as error:
+                raise _unread(path, error) from error
             except _DamagedError as fault:
                 faults.append(f"{path}: {fault}")
                 _log.warning(
                     "checkpoint %s is damaged (%s); looking for the one before", path, fault
                 )
                 continue
-            self._check_identity(path, content["identity"])
+            self._check_identity(path, _object(head, "identity"))
             if faults:
                 _log.warning("continuing from the previous checkpoint %s", path)
-            state: dict[str, Any] = content["state"]
-            return state, faults
+            return content, faults
         return None, faults
 
     def _check_identity(self, path: Path, found: Mapping[str, Any]) -> None:
@@ -143,26 +173,44 @@ def _unread(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except (OSError, MemoryError) as error:
-        raise _unread(path, error) from error
-    header, payload = content[:_HEADER_BYTES], content[_HEADER_BYTES:]
-    if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
+def _read(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A whole file's head, and what follows it."""
+    content = path.read_bytes()
+    magic, rest = content[:_HEADER_BYTES], memoryview(content)[_HEADER_BYTES:]
+    if not magic.startswith(_MAGIC) or len(magic) < _HEADER_BYTES:
         raise _DamagedError("does not begin like a checkpoint of this version")
-    if hashlib.sha256(payload).hexdigest().encode() != header[len(_MAGIC) : -1]:
+    if hashlib.sha256(rest).hexdigest().encode() != magic[len(_MAGIC) : -1]:
         raise _DamagedError(f"its {len(content)} bytes do not match their checksum")
+    line, _, payload = bytes(rest).partition(b"\n")
+    try:
+        head = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"its content cannot be decoded: {error}") from error
+    if not isinstance(head, dict):
+        raise _DamagedError("its content is not a trial's state")
+    return head, payload
+
+
+def _object(head: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = head.get(name)
+    if not isinstance(found, dict):
+        raise _DamagedError("its content is not a trial's state")
+    return found
+
+
+def _state(head: Mapping[str, Any], payload: bytes) -> dict[str, Any]:
+    """The state with the record's items."""
+    import torch
+
+    _object(head, "identity")
     try:
         loaded = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything on what others have written
-        if isinstance(error, OSError | MemoryError) or "can't allocate memory" in str(error):
-            raise _unread(path, error) from error
+        if isinstance(error, OSError | MemoryError):
+            raise
+        if "can't allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
         raise _DamagedError(f"its content cannot be decoded: {error}") from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(loaded.get(name), dict) for name in ("identity", "state")
-    ):
+    if not isinstance(loaded, dict):
         raise _DamagedError("its content is not a trial's state")
-    return loaded
+    return {**loaded, **_object(head, "record")}

@@ -48,8 +48,7 @@ def cap_memory(share: float) -> None:
 def check_gpus(gpus: float) -> None:
     """Refuse to train on the CPU, at a fraction of the speed, while a GPU is held and idle.
 
-    A GPU that a cluster only declares, on a machine that has none, is none: its trials train on
-    the CPU.
+    A GPU that Ray advertises but the machine lacks does not count: such trials train on the CPU.
 
     Raises:
         ResourceError: the machine has a GPU, and torch sees none in this process.

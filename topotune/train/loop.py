@@ -98,7 +98,7 @@ class TrainingLoop:
         self._options = options
         self._epochs = epochs
         self._seed = seed
-        # On the CPU whatever the device, so that the order of examples is the same everywhere.
+        # Always on the CPU, so that the order of examples is the same everywhere.
         self._order = torch.Generator().manual_seed(derive_seed(seed, 1))
         self._augment = torch.Generator(parts.device).manual_seed(derive_seed(seed, 2))
         self._spikes = SpikeCounter()

@@ -87,7 +87,7 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MB (2**20 bytes).
 
     On a GPU: the most that torch's tensors took since the last reset of its counter. On the CPU:
-    the largest resident set of the whole process so far, whatever else ran in it.
+    the largest resident set of the whole process so far, earlier trials included.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

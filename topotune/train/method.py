@@ -20,7 +20,7 @@ from topotune.train.learner import Backprop, Learner, check_optimizer
 
 ADAM_RATE = 1e-3
 """Learning rate of the Adam contenders: their cost does not depend on it, and torch's default
-keeps them away from overflow whatever the trial's own rate is."""
+keeps them away from overflow where the trial's own rate does not."""
 
 OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -41,8 +41,8 @@ class Contender:
 class Method(ABC):
     """A way to train, with the parameters of one spec.
 
-    Whoever needs a part of a trial asks this; :data:`topotune.train.methods.METHODS` and the
-    optimizers are all there are.
+    It makes every part of a trial; :data:`topotune.train.methods.METHODS` and the optimizers are
+    all there are.
 
     Attributes:
         spec: what the parts are built from.

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -17,13 +14,10 @@ import torch
 from torch import nn
 
 from topotune.data.splits import TensorPair
-from topotune.files import write_atomically
 from topotune.records import OverheadOptions, pack_metrics, unpack_metrics
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.method import Contender
 from topotune.train.process import synchronise
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,22 +40,6 @@ class Overhead:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of :meth:`to_dict`."""
         return cls(unpack_metrics(data["metrics"]), int(data["timestamp_ms"]))
-
-
-def write_overhead(path: Path, overhead: Overhead) -> None:
-    """Keep a measurement as a JSON file, atomically."""
-    write_atomically(path, json.dumps(overhead.to_dict(), allow_nan=False).encode())
-
-
-def read_overhead(path: Path) -> Overhead | None:
-    """The measurement kept in a file; None if there is none or it is damaged (then logged)."""
-    if not path.exists():
-        return None
-    try:
-        return Overhead.from_dict(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _log.warning("%s is damaged (%r): the overhead is measured again", path, error)
-        return None
 
 
 class _Runner:

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from topotune.data.splits import TensorPair
-from topotune.errors import DivergedError, PluginError, TopotuneError, told
+from topotune.errors import DivergedError, PluginError, TopotuneError, in_one_line
 from topotune.records import OverheadOptions, TrialSpec
 from topotune.train.assemble import assemble, probe_rows
 from topotune.train.generators import capture_generators, restore_generators
@@ -39,7 +39,7 @@ def metric_names(spec: TrialSpec) -> list[str]:
     except Exception as error:
         raise PluginError(
             f"task {spec.task!r} with method {spec.method!r} fails when it trains on {ROWS} rows "
-            f"with {dict(spec.params)}: {told(error)}"
+            f"with {dict(spec.params)}: {in_one_line(error)}"
         ) from error
     finally:
         restore_generators(states, cpu)

@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 
 from topotune.data.splits import TensorPair
 from topotune.errors import ConfigError, StoppedError, UnknownNameError, did_you_mean
-from topotune.models.options import accepted_names
 from topotune.optim import OPTIMIZERS, build_optimizer, optimizer_class, optimizer_options
-from topotune.plugins import is_import_path
+from topotune.plugins import accepted_names, is_import_path
 from topotune.records import TrialSpec, Value
 from topotune.tasks.base import Task
 from topotune.tasks.classification import ClassificationTask
@@ -168,12 +167,10 @@ class TcepMethod(Method):
 
 
 def _optimizer_name(name: Value) -> str:
-    known = isinstance(name, str) and (is_import_path(name) or name in OPTIMIZERS)
-    if not known:
+    if not (isinstance(name, str) and (is_import_path(name) or name in OPTIMIZERS)):
         raise UnknownNameError(
             OPTIMIZER, str(name), OPTIMIZERS, "or an import path, package.module:Class"
         )
-    assert isinstance(name, str)
     return name
 
 

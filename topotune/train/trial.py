@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from topotune.data.splits import TensorPair, data_tags
-from topotune.errors import CheckpointError, DivergedError, StoppedError
+from topotune.errors import CheckpointError, DivergedError, SpoolError, StoppedError
 from topotune.files import make_folder
 from topotune.records import (
     EpochReport,
@@ -19,21 +18,21 @@ from topotune.records import (
     TrialResult,
     TrialSpec,
 )
-from topotune.tracking.base import NullTracker, Tracker
+from topotune.tracking.entries import Start, begun, now_ms
 from topotune.train.assemble import (
     assemble,
     check_spec,
     preflight,
     probe_rows,
-    resolved_params,
 )
 from topotune.train.checkpoint import CheckpointStore
 from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.loop import TIMING_METRICS, TrainingLoop
 from topotune.train.method import Contender
 from topotune.train.methods import build_method
-from topotune.train.overhead import Overhead, measure_overhead, read_overhead, write_overhead
+from topotune.train.overhead import Overhead, measure_overhead
 from topotune.train.process import provenance, reset_process_state, resolve_device
+from topotune.train.record import TrialRecord
 from topotune.train.trace import EpochRecord
 
 __all__ = [
@@ -43,8 +42,6 @@ __all__ = [
     "preflight",
     "run_trial",
 ]
-
-OVERHEAD_FILE = "overhead.json"
 
 
 class TrialRun:
@@ -62,20 +59,18 @@ class TrialRun:
     def __init__(
         self,
         spec: TrialSpec,
-        tracker: Tracker,
         folder: Path | None,
         beat: Callable[[], None],
         tags: Mapping[str, str],
     ) -> None:
-        self.spec, self._more_tags = spec, tags
+        self.spec = spec
         self._beat = beat
-        self._tracker = tracker
         self._folder = folder
         self._device = resolve_device(spec.device)
         reset_process_state(spec.seed, spec.threads, self._device)
         self._method = build_method(spec)
         self._parts = assemble(self._method, self._device)
-        self._resolved = self._method.resolved(self._parts.model)
+        self._start = self._begin(tags)
         if folder is not None:
             make_folder(folder)
         self._loop = TrainingLoop(self._parts, spec.train, spec.epochs, spec.seed, beat)
@@ -90,6 +85,22 @@ class TrialRun:
         self._generators = capture_generators(self._device)
         self.restored = len(self._history)
 
+    def _begin(self, tags: Mapping[str, str]) -> Start:
+        found = {
+            "seed": str(self.spec.seed),
+            **provenance(self._device),
+            **data_tags(self._parts.train, self._parts.val),
+            **tags,
+        }
+        resolved = self._method.resolved(self._parts.model)
+        return begun({**self.spec.table(), **resolved}, found, now_ms())
+
+    @property
+    def record(self) -> TrialRecord:
+        """What is known of the trial by now; its overhead once :meth:`reports` has begun."""
+        overhead = self._overhead or Overhead({}, 0)
+        return TrialRecord(self._start, overhead, tuple(self._history))
+
     @property
     def history(self) -> tuple[EpochReport, ...]:
         """The reports of all finished epochs, restored ones included."""
@@ -99,11 +110,10 @@ class TrialRun:
         """Yield every epoch's report: first those already known, then each as it is trained.
 
         A new epoch is trained and evaluated, its step trace and its learner's curves written, its
-        checkpoint written with the report in its history, then given to the tracker, then
-        yielded. So an epoch that was checkpointed is never trained again, and one that was
-        checkpointed but perhaps not reported is reported again with the same values. What the
-        consumer does to the global random generators between epochs has no effect on the
-        training.
+        checkpoint written with the report in its history, then yielded. So an epoch that was
+        checkpointed is never trained again, and one that was checkpointed but perhaps not reported
+        is reported again with the same values. What the consumer does to the global random
+        generators between epochs has no effect on the training.
 
         Raises:
             DivergedError: training left the finite numbers or its energy bound; call
@@ -112,10 +122,9 @@ class TrialRun:
                 ``finish(Outcome.PRUNED, str(error))``.
             CheckpointError: a checkpoint cannot be written.
         """
-        self._begin()
-        for report in tuple(self._history):
-            self._tracker.epoch(report)
-            yield report
+        if self._overhead is None:
+            self._overhead = Overhead(self._measure(), now_ms())
+        yield from tuple(self._history)
         restore_generators(self._generators, self._device)
         try:
             for trained in self._loop.run():
@@ -123,7 +132,6 @@ class TrialRun:
                 self._generators = capture_generators(self._device)
                 self._save(report)
                 self._history.append(report)
-                self._tracker.epoch(report)
                 yield report
                 restore_generators(self._generators, self._device)
         except DivergedError:
@@ -136,17 +144,30 @@ class TrialRun:
         before = self._history[-1].timestamp_ms if self._history else 0
         return replace(report, timestamp_ms=max(report.timestamp_ms, before))
 
+    def complete(self, on_epoch: Callable[[EpochReport], bool] | None = None) -> TrialResult:
+        """Train to the end, as :func:`run_trial` says."""
+        epochs = self.spec.epochs
+        try:
+            for report in self.reports():
+                go_on = on_epoch is None or on_epoch(report)
+                if not go_on and report.epoch < epochs:
+                    reason = f"stopped after epoch {report.epoch} of {epochs} on request"
+                    return self.finish(Outcome.PRUNED, reason)
+        except DivergedError as cause:
+            return self.finish(Outcome.DIVERGED, str(cause))
+        except StoppedError as cause:
+            return self.finish(Outcome.PRUNED, str(cause))
+        return self.finish(Outcome.COMPLETE)
+
     def finish(self, outcome: Outcome, reason: str = "") -> TrialResult:
-        """Hand the trial's files and the outcome to the tracker. Later calls change nothing.
+        """Join the trial's files an epoch. Later calls change nothing.
 
         Returns:
             The result, its metrics being the last epoch's and the overhead's.
         """
         if self._result is None:
             if self._record is not None:
-                for path in self._record.join(len(self._history)):
-                    self._tracker.artifact(path)
-            self._tracker.end(outcome, reason)
+                self._record.join(len(self._history))
             metrics = dict(self._history[-1].metrics) if self._history else {}
             self._result = TrialResult(
                 outcome, reason, self.history, metrics | self.overhead_metrics()
@@ -162,31 +183,12 @@ class TrialRun:
         state = self._parts.model.state_dict()
         return {name: value.detach().cpu().clone() for name, value in state.items()}
 
-    def _begin(self) -> None:
-        self._tracker.start(resolved_params(self.spec, self._resolved), self._tags())
-        if self._overhead is None:
-            self._overhead = self._find_overhead()
-        if self._overhead.metrics:
-            self._tracker.metrics(self._overhead.metrics, 0, self._overhead.timestamp_ms)
-
-    def _tags(self) -> dict[str, str]:
-        return {
-            "seed": str(self.spec.seed),
-            **provenance(self._device),
-            **data_tags(self._parts.train, self._parts.val),
-            **self._more_tags,
-        }
-
-    def _find_overhead(self) -> Overhead:
-        """Measured once a trial: kept before it is reported, so that a resume repeats it."""
-        path = None if self._folder is None else self._folder / OVERHEAD_FILE
-        known = None if path is None else read_overhead(path)
-        if known is not None:
-            return known
+    def _measure(self) -> dict[str, float]:
+        """Once a trial: the first checkpoint keeps it, so that a resume repeats it."""
         parts, spec, method = self._parts, self.spec, self._method
         probe = probe_rows(parts.task, parts.train)
         rows = parts.train.rows(0, spec.train.batch_size)
-        metrics = measure_overhead(
+        return measure_overhead(
             parts.model,
             TensorPair(parts.task.prepare(rows.inputs), rows.targets),
             Contender(method.optimizer, lambda: method.learner(parts.task, probe)),
@@ -194,17 +196,11 @@ class TrialRun:
             spec.overhead,
             self._beat,
         )
-        measured = Overhead(metrics, time.time_ns() // 1_000_000)
-        if path is not None:
-            write_overhead(path, measured)
-        return measured
 
     def _save(self, report: EpochReport) -> None:
         if self._record is not None:
             self._record.write_steps(report.epoch, self._loop.trace)
             self._record.write_curves(report.epoch, self._parts.learner.curves(self._parts.model))
-        overhead = self._overhead
-        assert overhead is not None  # reports() measures or reads it before the first epoch
         if self._store is not None:
             self._store.save(
                 {
@@ -213,9 +209,8 @@ class TrialRun:
                     "learner": self._parts.learner.state_dict(),
                     "loop": self._loop.state_dict(),
                     "generators": self._generators,
-                    "history": [known.to_json() for known in (*self._history, report)],
-                    "overhead": overhead.to_dict(),
-                }
+                },
+                replace(self.record, history=(*self._history, report)).to_dict(),
             )
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -224,10 +219,10 @@ class TrialRun:
             self._parts.optimizer.load_state_dict(state["optimizer"])
             self._parts.learner.load_state_dict(state["learner"])
             self._loop.load_state_dict(state["loop"])
-            self._history = [EpochReport.from_json(text) for text in state["history"]]
-            self._overhead = Overhead.from_dict(state["overhead"])
+            known = TrialRecord.from_dict(state)
+            self._history, self._overhead = list(known.history), known.overhead
             restore_generators(state["generators"], self._device)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, SpoolError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"checkpoint in {self._folder}: does not fit the model, optimizer or learner that "
                 f"this spec builds now: {error}. Their code has changed since: use another folder"
@@ -236,7 +231,6 @@ class TrialRun:
 
 def open_trial(
     spec: TrialSpec,
-    tracker: Tracker | None = None,
     folder: Path | None = None,
     beat: Callable[[], None] = lambda: None,
     tags: Mapping[str, str] | None = None,
@@ -248,23 +242,20 @@ def open_trial(
 
     Args:
         spec: what to train.
-        tracker: where reports go; None keeps nothing.
         folder: the trial's own folder, for checkpoints and the step trace; None writes nothing.
         beat: called at every sign of progress, many times an epoch.
-        tags: what the tracker is given besides device, versions and data, such as whose code it is.
+        tags: what is recorded besides device, versions and data, such as whose code it is.
 
     Raises:
         UserError: the spec names something that does not exist or breaks a rule.
         CheckpointError: the folder's checkpoints belong to another spec.
     """
     check_spec(spec)
-    tracker = NullTracker() if tracker is None else tracker
-    return TrialRun(spec, tracker, folder, beat, tags or {})
+    return TrialRun(spec, folder, beat, tags or {})
 
 
 def run_trial(
     spec: TrialSpec,
-    tracker: Tracker | None = None,
     folder: Path | None = None,
     on_epoch: Callable[[EpochReport], bool] | None = None,
 ) -> TrialResult:
@@ -272,7 +263,6 @@ def run_trial(
 
     Args:
         spec: what to train.
-        tracker: where reports go; None keeps nothing.
         folder: the trial's own folder; with one, a trial that was interrupted goes on from its
             last finished epoch, and its result is what it would have been without interruption.
         on_epoch: called with every report, replayed ones included; returning False stops the
@@ -280,21 +270,10 @@ def run_trial(
 
     Returns:
         COMPLETE; PRUNED if ``on_epoch`` or the learner stopped it; DIVERGED with the cause. Any
-        other exception is the caller's to judge and passes through, the tracker not told of an end.
+        other exception is the caller's to judge and passes through.
 
     Raises:
         UserError: as :func:`open_trial`.
         CheckpointError: as :func:`open_trial`, or a checkpoint cannot be written.
     """
-    run = open_trial(spec, tracker, folder)
-    try:
-        for report in run.reports():
-            go_on = on_epoch is None or on_epoch(report)
-            if not go_on and report.epoch < spec.epochs:
-                reason = f"stopped after epoch {report.epoch} of {spec.epochs} on request"
-                return run.finish(Outcome.PRUNED, reason)
-    except DivergedError as cause:
-        return run.finish(Outcome.DIVERGED, str(cause))
-    except StoppedError as cause:
-        return run.finish(Outcome.PRUNED, str(cause))
-    return run.finish(Outcome.COMPLETE)
+    return open_trial(spec, folder).complete(on_epoch)

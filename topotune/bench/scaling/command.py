@@ -3,7 +3,7 @@ spends on each, and how many slots one driver can feed.
 
 The trials sleep instead of computing, so that a few cores can play many slots and what is measured
 is the driver's part. Everything else is real: a Ray cluster of two nodes with a token, ``topotune
-search`` as a process of its own, the study, the spools and MLflow.
+search`` as a process of its own, the study, the outbox and MLflow.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from topotune.bench.console import wide_console
-from topotune.bench.faults.postgres import Postgres
-from topotune.bench.faults.scenario import BrokenPromiseError
 from topotune.bench.scaling.numbers import Cost, Spread, fit
-from topotune.bench.scaling.run import Plan, Run, measure
+from topotune.bench.scaling.run import PARTS, Plan, Run, measure
+from topotune.bench.shared import Columns, table
 from topotune.errors import RunError
 from topotune.search.drive.signals import Interrupts
 from topotune.search.study.address import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 LENGTHS = ((10.0, 5), (60.0, 20), (600.0, 50), (3600.0, 100))
 """Seconds and epochs of the trials that the slots are projected for."""
@@ -52,7 +51,6 @@ class Options:
         trials_a_slot: trials of a paced search for each of its slots.
         saturating_trials: trials of a saturating search, of one epoch each; more where it has
             many slots.
-        postgres: keep the study in a PostgreSQL server in place of SQLite.
     """
 
     slots: tuple[int, ...] = (1, 2, 4)
@@ -63,7 +61,6 @@ class Options:
     sleep: float = SLEEP
     trials_a_slot: int = TRIALS_A_SLOT
     saturating_trials: int = SATURATING_TRIALS
-    postgres: bool = False
 
     def plans(self) -> list[Plan]:
         """The searches in their order."""
@@ -115,13 +112,13 @@ class Report:
         """Slots that one driver can feed with trials of this length."""
         return self.cost.slots(seconds, epochs, self.full)
 
-    def groups(self, saturating: bool) -> list[tuple[Plan, list[Run]]]:
+    def groups(self, saturating: bool) -> list[list[Run]]:
         """The runs of each plan."""
         found: dict[Plan, list[Run]] = {}
         for run in self.runs:
             if saturating != bool(run.plan.sleep):
                 found.setdefault(run.plan, []).append(run)
-        return list(found.items())
+        return list(found.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON, with what follows from the measurements."""
@@ -161,114 +158,96 @@ def run(options: Options, say: Callable[[str], None]) -> Report:
         stack.enter_context(Interrupts())
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="topotune-scaling-")))
         try:
-            environment = {}
-            if options.postgres:
-                environment[ENVIRONMENT] = stack.enter_context(Postgres()).uri
             for number, plan in enumerate(plans, start=1):
                 kind = f"{plan.epochs} x {plan.sleep:g} s" if plan.sleep else "as fast as it can"
                 say(f"{number}/{len(plans)} {plan.slots} slots, {plan.trials} trials, {kind}")
-                runs.append(measure(plan, scratch / str(number), environment))
-        except (BrokenPromiseError, ValueError) as error:
+                runs.append(measure(plan, scratch / str(number)))
+        except (RunError, ValueError) as error:
             raise RunError(f"bench scaling: {error}") from error
     return Report(options, os.cpu_count() or 1, tuple(runs))
 
 
-def print_report(report: Report) -> None:
+def tables(report: Report) -> Iterator[Table]:
     """The measurements as tables."""
-    out = wide_console()
-    out.print(_paced(report))
+    options, cpu = report.options, _cpu_columns(report)
+    study = f"the database of {ENVIRONMENT}" if ENVIRONMENT in os.environ else "its own file"
+    yield table(
+        f"Trials of {options.epochs} epochs that sleep {options.sleep:g} s each; study in {study}; "
+        f"{report.cores} cores; medians of {options.rounds} rounds, [least to largest], "
+        "(quartiles)",
+        {
+            "slots": lambda runs: str(runs[0].plan.slots),
+            "trials/h": lambda runs: _range([run.hourly for run in runs], 0),
+            "ideal": lambda runs: f"{runs[0].plan.ideal:.0f}",
+            "of ideal, %": lambda runs: _range([100 * r.hourly / r.plan.ideal for r in runs], 1),
+            "between trials, ms": lambda runs: _quartiles([run.between_trials for run in runs]),
+            "between epochs, ms": lambda runs: _quartiles(
+                [run.between_epochs for run in runs if run.between_epochs]
+            ),
+            **cpu,
+            "trials/h, all told": lambda runs: _range(
+                [3600 * run.plan.trials / run.whole for run in runs], 0
+            ),
+            "start, s": lambda runs: _range([run.start for run in runs], 0),
+            "close, s": lambda runs: _range([run.close for run in runs], 0),
+            "machine's load": lambda runs: _range([run.load for run in runs], 1),
+        },
+        report.groups(saturating=False),
+        words=0,
+    )
     if report.ceiling:
-        out.print(_saturating(report))
-    out.print(_projection(report))
+        yield table(
+            "Trials of one epoch that does not sleep: all that driver and machine can do",
+            {
+                "slots": lambda runs: str(runs[0].plan.slots),
+                "trials/s": lambda runs: _range([run.window.rate for run in runs], 2),
+                "driver's cores": lambda runs: _range([run.cores for run in runs], 2),
+                "all cores": lambda runs: _range(
+                    [sum(run.cpu.values()) / run.window.seconds for run in runs], 2
+                ),
+                "between trials, ms": lambda runs: _quartiles([run.between_trials for run in runs]),
+                **cpu,
+                "machine's load": lambda runs: _range([run.load for run in runs], 1),
+            },
+            report.groups(saturating=True),
+            words=0,
+        )
+    yield table(
+        "Slots that one driver can feed, by what all runs cost it",
+        {
+            "trial, s": lambda length: f"{length[0]:.0f}",
+            "its epochs": lambda length: str(length[1]),
+            "slots": lambda length: f"{report.slots(*length):.0f}",
+        },
+        LENGTHS,
+        words=0,
+    )
+
+
+def summary(report: Report) -> str:
+    """What the driver's time goes on, in words."""
     cost = report.cost
     measured = f"; measured: {report.ceiling:.1f}" if report.ceiling else ""
-    out.print(
+    text = (
         f"The driver's CPU time by all runs: {1e3 * cost.second:.0f} ms a second, "
         f"{1e3 * cost.trial:.0f} ms a trial, {1e3 * cost.epoch:.1f} ms an epoch. It can do no more "
         f"at {report.full:.2f} cores: {report.slots(1.0, 1):.1f} trials of one epoch a second"
         f"{measured}."
     )
     if len(report.runs) < _RUNS_TO_TRUST:
-        out.print(
-            f"These are {len(report.runs)} runs, too few to tell the three parts of the cost apart "
-            "but roughly: take no figure from them."
+        text += (
+            f" These are {len(report.runs)} runs, too few to tell the three parts of the cost "
+            "apart but roughly: take no figure from them."
         )
+    return text
 
 
-def _table(title: str, headings: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+def _cpu_columns(report: Report) -> Columns[list[Run]]:
+    def cell(part: str) -> Callable[[list[Run]], str]:
+        return lambda runs: _range([1e3 * run.cpu[part] / run.window.trials for run in runs], 0)
 
-
-def _paced(report: Report) -> Table:
-    options = report.options
-    study = "PostgreSQL" if options.postgres else "SQLite"
-    table = _table(
-        f"Trials of {options.epochs} epochs that sleep {options.sleep:g} s each; study in {study}; "
-        f"{report.cores} cores; medians of {options.rounds} rounds, [least to largest], "
-        "(quartiles)",
-        (
-            *("slots", "trials/h", "ideal", "of ideal, %", "between trials, ms"),
-            *("between epochs, ms", "driver CPU, ms a trial", "Ray", "its helpers"),
-            "workers",
-            *("trials/h, all told", "start, s", "close, s", "machine's load"),
-        ),
-    )
-    for plan, runs in report.groups(saturating=False):
-        table.add_row(
-            str(plan.slots),
-            _range([run.hourly for run in runs], 0),
-            f"{plan.ideal:.0f}",
-            _range([100 * run.hourly / plan.ideal for run in runs], 1),
-            _quartiles([run.between_trials for run in runs]),
-            _quartiles([run.between_epochs for run in runs if run.between_epochs]),
-            *_cpu(runs),
-            _range([3600 * plan.trials / run.whole for run in runs], 0),
-            _range([run.start for run in runs], 0),
-            _range([run.close for run in runs], 0),
-            _range([run.load for run in runs], 1),
-        )
-    return table
-
-
-def _saturating(report: Report) -> Table:
-    table = _table(
-        "Trials of one epoch that does not sleep: all that driver and machine can do",
-        (
-            *("slots", "trials/s", "driver's cores", "all cores", "between trials, ms"),
-            *("driver CPU, ms a trial", "Ray", "its helpers", "workers"),
-            "machine's load",
-        ),
-    )
-    for plan, runs in report.groups(saturating=True):
-        table.add_row(
-            str(plan.slots),
-            _range([run.window.rate for run in runs], 2),
-            _range([run.cores for run in runs], 2),
-            _range([sum(run.cpu.values()) / run.window.seconds for run in runs], 2),
-            _quartiles([run.between_trials for run in runs]),
-            *_cpu(runs),
-            _range([run.load for run in runs], 1),
-        )
-    return table
-
-
-def _projection(report: Report) -> Table:
-    table = _table(
-        "Slots that one driver can feed, by what all runs cost it",
-        ("trial, s", "its epochs", "slots"),
-    )
-    for seconds, epochs in LENGTHS:
-        table.add_row(f"{seconds:.0f}", str(epochs), f"{report.slots(seconds, epochs):.0f}")
-    return table
-
-
-def _cpu(runs: Sequence[Run]) -> list[str]:
-    return [
-        _range([1e3 * run.cpu[part] / run.window.trials for run in runs], 0) for part in runs[0].cpu
-    ]
+    names = ("driver CPU, ms a trial", "Ray", "its helpers", "workers")
+    return {name: cell(part) for name, part in zip(names, PARTS, strict=True)}
 
 
 def _range(values: Sequence[float], digits: int) -> str:

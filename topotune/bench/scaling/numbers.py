@@ -23,14 +23,6 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class SlotTrial:
-    """When a trial's last sleep ended, and on which worker."""
-
-    worker: int
-    end: float
-
-
-@dataclass(frozen=True)
 class Sample:
     """CPU seconds that processes had used by a moment (monotonic seconds), by part."""
 
@@ -113,8 +105,8 @@ class Cost:
         return (full - self.second) * trial_seconds / (self.trial + epochs * self.epoch)
 
 
-def slot_trials(epochs: Sequence[Epoch], per_trial: int) -> list[SlotTrial]:
-    """The trials on each slot, of ``per_trial`` epochs each, one after another.
+def slot_trials(epochs: Sequence[Epoch], per_trial: int) -> list[Epoch]:
+    """The last epoch of each trial, of ``per_trial`` epochs each, in the order that they ended.
 
     Raises:
         ValueError: a worker's epochs are no whole number of trials.
@@ -123,7 +115,7 @@ def slot_trials(epochs: Sequence[Epoch], per_trial: int) -> list[SlotTrial]:
     for worker, own in _by_worker(epochs).items():
         if len(own) % per_trial:
             raise ValueError(f"worker {worker} slept {len(own)} epochs, of {per_trial} a trial")
-        found += [SlotTrial(worker, last.end) for last in own[per_trial - 1 :: per_trial]]
+        found += own[per_trial - 1 :: per_trial]
     return sorted(found, key=lambda trial: trial.end)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 
-from topotune.bench.faults.nodes import Node, start_head, with_token
-from topotune.bench.faults.scenario import expect
-from topotune.bench.faults.site import Driver, Site
 from topotune.bench.scaling.numbers import (
     Epoch,
     Load,
@@ -25,15 +26,18 @@ from topotune.bench.scaling.numbers import (
     spent,
     steady,
 )
+from topotune.bench.scaling.processes import Command, Node, Processes, start_head, with_token
 from topotune.bench.scaling.task import IMPORT_PATH, POINTS, SLEPT
+from topotune.errors import RunError
 from topotune.records import Outcome
-from topotune.search.study.trialfile import read_copies
 
+NAME = "scaling"
 SAMPLE_SECONDS = 0.25
 LIMIT_SECONDS = 600.0
 PARTS = ("driver", "ray", "helpers", "workers")
 """Processes whose CPU time is counted: the driver with all its threads; gcs_server and the raylets
 of both nodes; what else serves Ray's nodes; the workers, those that only stand by included."""
+_TOPOTUNE = (sys.executable, "-m", "topotune")
 _SERVICES = ("gcs_server", "raylet")
 _MEMORY = ("--object-store-memory", str(100 * 2**20))
 
@@ -107,46 +111,59 @@ class Run:
         return Load(window.seconds, window.trials, window.epochs, self.cpu["driver"])
 
 
-def measure(plan: Plan, folder: Path, environment: dict[str, str]) -> Run:
+def measure(plan: Plan, folder: Path) -> Run:
     """Run the search on a cluster of its own: a head without slots and one node with all of them.
 
     Args:
         plan: the search.
         folder: an empty one, for all that it writes.
-        environment: changes of the driver's.
 
     Raises:
-        BrokenPromiseError: the search does not end well, or not all of its trials do.
+        RunError: the search does not end well, or not all of its trials do.
         ValueError: the run was too short for a steady state.
     """
     load = os.getloadavg()[0]
-    log = folder / "slept.txt"
-    with Site(folder, folder / "shared") as site:
-        changes = {**with_token(), SLEPT: str(log)}
-        head, address = start_head(site, site.environment(changes))
+    log, results = folder / "slept.txt", ["--results-dir", str(folder / "results")]
+    with Processes(folder) as site:
+        environment = site.environment({**with_token(), SLEPT: str(log)})
+        head, address = start_head(site, environment)
         slots = (f"--address={address}", f"--num-cpus={plan.slots}", *_MEMORY)
-        node = Node(site, site.environment(changes), *slots)
+        node = Node(site, environment, *slots)
         services = [*head.processes(), *node.processes()]
-        file = site.search_file(
-            task={"name": IMPORT_PATH, "options": {"sleep": plan.sleep}},
-            budget={"trials": plan.trials, "epochs": plan.epochs},
-            train={"batch_size": POINTS},
-            resources={"concurrency": plan.slots},
-        )
+        file = folder / f"{NAME}.yaml"
+        file.write_text(yaml.safe_dump(_search(plan), sort_keys=False), encoding="utf-8")
         began = time.monotonic()
-        driver = site.start(
-            "search", file, "--ray-address", address, env={**changes, **environment}
-        )
+        command = [*_TOPOTUNE, "search", str(file), "--ray-address", address, *results]
+        driver = Command(*site.spawn(command, environment))
         samples = _watch(driver, node, services)
         ended = time.monotonic()
-        driver.finish()
-        copies = read_copies(site.search.root)
-    outcomes = Counter(copy.trial.user_attrs["end"]["outcome"] for copy in copies.values())
-    expect(
-        outcomes == {Outcome.COMPLETE: plan.trials},
-        f"{plan.trials} trials were asked for, these came out: {dict(outcomes)}",
-    )
+        if driver.process.returncode:
+            raise RunError(f"exit code {driver.process.returncode}: {driver.output()[-1500:]}")
+        status = subprocess.run(
+            [*_TOPOTUNE, "status", NAME, "--json", *results], stdout=subprocess.PIPE, check=True
+        )
+    counts = json.loads(status.stdout)["counts"]
+    if counts != {Outcome.COMPLETE: plan.trials}:
+        raise RunError(f"{plan.trials} trials were asked for, these came out: {counts}")
     return _run(plan, read_log(log), samples, began, ended, load)
+
+
+def _search(plan: Plan) -> dict[str, Any]:
+    return {
+        "name": NAME,
+        "task": {"name": IMPORT_PATH, "options": {"sleep": plan.sleep}},
+        "method": "topological_adam",
+        "space": {
+            "lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True},
+            "coupling": {"type": "categorical", "choices": ["uniform", "exchange"]},
+        },
+        "objective": {"metric": "val_accuracy", "direction": "maximize"},
+        "budget": {"trials": plan.trials, "epochs": plan.epochs},
+        "pruner": "none",
+        "train": {"batch_size": POINTS},
+        "overhead": {"blocks": 0},
+        "resources": {"concurrency": plan.slots},
+    }
 
 
 def read_log(path: Path) -> list[Epoch]:
@@ -155,7 +172,7 @@ def read_log(path: Path) -> list[Epoch]:
     return [Epoch(int(w), float(b), float(e)) for w, b, e in map(str.split, lines)]
 
 
-def _watch(driver: Driver, node: Node, services: list[psutil.Process]) -> list[Sample]:
+def _watch(driver: Command, node: Node, services: list[psutil.Process]) -> list[Sample]:
     """Samples of what all parts use, until the driver ends."""
     parts: dict[str, list[psutil.Process]] = {
         "driver": [psutil.Process(driver.pid)],
@@ -170,7 +187,8 @@ def _watch(driver: Driver, node: Node, services: list[psutil.Process]) -> list[S
     look = 0.0
     while driver.process.poll() is None:
         now = time.monotonic()
-        expect(now < deadline, f"the search runs for {LIMIT_SECONDS:.0f} s: {driver.output()}")
+        if now > deadline:
+            raise RunError(f"the search runs for {LIMIT_SECONDS:.0f} s: {driver.output()}")
         if now >= look:  # costs more than all samples together
             look = now + 2.0
             fresh = [one for one in node.processes() if one.pid not in known]

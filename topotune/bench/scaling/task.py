@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from topotune.bench.faults.task import PacedRings, in_worker
+from topotune.data import SplitPlan, Splits, TensorPair, stratified_splits
+from topotune.models import build_model
+from topotune.tasks import ClassificationTask, DataOptions
 
 IMPORT_PATH = "topotune.bench.scaling.task:SleepingRings"
 POINTS = 160
@@ -19,7 +23,12 @@ SLEPT = "TOPOTUNE_SCALING_SLEPT"
 seconds at which its sleep began and ended."""
 
 
-class SleepingRings(PacedRings):
+def in_worker() -> bool:
+    """Whether this process is Ray's worker, and not the driver, which tries a search out first."""
+    return sys.argv[0].endswith("default_worker.py")
+
+
+class SleepingRings(ClassificationTask):
     """Two noisy rings, learnt in one step an epoch, which sleeps first.
 
     Args:
@@ -27,8 +36,22 @@ class SleepingRings(PacedRings):
     """
 
     def __init__(self, sleep: float = 0.0) -> None:
-        super().__init__()
         self._sleep = sleep
+
+    def splits(self, options: DataOptions) -> Splits:
+        """200 points (200, 2) and the number of their ring, of which ``POINTS`` train."""
+        generator = torch.Generator().manual_seed(0)
+        ring = torch.arange(POINTS * 5 // 4) % 2
+        angle = 2 * torch.pi * torch.rand(len(ring), generator=generator)
+        radius = 1 + ring + 0.3 * torch.randn(len(ring), generator=generator)
+        points = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+        return stratified_splits(
+            TensorPair(points, ring), SplitPlan(0.1, 0.1, seed=options.split_seed)
+        )
+
+    def model(self, name: str | None, options: Mapping[str, object]) -> nn.Module:
+        """An MLP with 16 hidden units, where nothing else is asked for."""
+        return build_model(name or "mlp", {"hidden": 16, **options}, in_features=2, classes=2)
 
     def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
         """The points as they are, after the sleep."""

@@ -12,11 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from topotune.errors import ConfigError, UnknownNameError
+from topotune.bench.shared import at_least, number, table
+from topotune.errors import UnknownNameError
 from topotune.records import Outcome, OverheadOptions, TrainOptions, TrialSpec, Value
 from topotune.train.trial import run_trial
 from topotune.train.weights import evaluate_test, load_weights
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EPOCHS: Mapping[str, int] = {"digits_rolled": 20, "mnist5k": 8}
 """The tasks, and how long each trains."""
@@ -35,6 +40,7 @@ NETWORK: Mapping[str, Mapping[str, Value]] = {
 MLP: Mapping[str, Value] = {"hidden": 256}
 
 SEEDS = 3
+SHARE = "unconverged_share"
 
 ROWS: Mapping[str, Mapping[str, Value] | None] = {
     "eqprop": {"gradient": "eqprop"},
@@ -108,93 +114,81 @@ def run(
         if row not in ROWS:
             raise UnknownNameError("benchmark row", row, ROWS)
     count = EPOCHS[task] if epochs is None else epochs
-    for option, value in (("seeds", seeds), ("epochs", count)):
-        if value < 1:
-            raise ConfigError(f"bench tcep: {option}", f"must be >= 1 (got {value})")
+    at_least("bench tcep", [("seeds", seeds, 1), ("epochs", count, 1)])
     options = NETWORK[task] if network is None else network
     found = []
     for row in rows:
-        trials = []
-        for seed in range(seeds):
-            progress(f"accuracy: {row}, seed {seed}")
-            trials.append(_train(_spec(task, row, seed, count, options, threads, device)))
-        found.append(_gather(task, row, count, trials))
+        own = ROWS[row]
+        specs = [
+            TrialSpec(
+                task=task,
+                method="adam" if own is None else "tcep",
+                epochs=count,
+                seed=seed,
+                params={"lr": RATE[task], **(own or {})},
+                model="mlp" if own is None else "tcep",
+                model_options=MLP if own is None else options,
+                train=TrainOptions(batch_size=BATCH, schedule=SCHEDULE),
+                overhead=OverheadOptions(blocks=0),
+                device=device,
+                threads=threads,
+            )
+            for seed in range(seeds)
+        ]
+        found.append(_train(row, specs, progress))
     return found
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """What one trial came to."""
-
-    spec: TrialSpec
-    outcome: Outcome
-    val: float
-    test: float
-    seconds: tuple[float, ...]
-    unconverged: float | None
-
-
-def _spec(
-    task: str,
-    row: str,
-    seed: int,
-    epochs: int,
-    network: Mapping[str, Value],
-    threads: int,
-    device: str,
-) -> TrialSpec:
-    own = ROWS[row]
-    method: str = "adam" if own is None else "tcep"
-    params: dict[str, Value] = {"lr": RATE[task], **(own or {})}
-    return TrialSpec(
-        task=task,
-        method=method,
-        epochs=epochs,
-        seed=seed,
-        params=params,
-        model="mlp" if own is None else "tcep",
-        model_options=MLP if own is None else network,
-        train=TrainOptions(batch_size=BATCH, schedule=SCHEDULE),
-        overhead=OverheadOptions(blocks=0),
-        device=device,
-        threads=threads,
-    )
-
-
-def _train(spec: TrialSpec) -> _Trial:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        result = run_trial(spec, folder=folder)
-        complete = result.outcome is Outcome.COMPLETE
-        test = evaluate_test(spec, load_weights(spec, folder))["test_accuracy"] if complete else nan
-    last = result.history[-1].metrics if result.history else {}
-    return _Trial(
-        spec=spec,
-        outcome=result.outcome,
-        val=last.get("val_accuracy", nan),
-        test=test,
-        seconds=tuple(report.seconds for report in result.history),
-        unconverged=last.get("unconverged_share"),
-    )
-
-
-def _gather(task: str, row: str, epochs: int, trials: Sequence[_Trial]) -> Accuracy:
-    done = [trial for trial in trials if trial.outcome is Outcome.COMPLETE]
-    val = tuple(trial.val for trial in done)
-    test = tuple(trial.test for trial in done)
-    seconds = [value for trial in trials for value in trial.seconds]
-    shares = [trial.unconverged for trial in done if trial.unconverged is not None]
+def _train(row: str, specs: Sequence[TrialSpec], tell: Callable[[str], None]) -> Accuracy:
+    outcomes, seconds = [], []
+    val, test, shares = [], [], []
+    for spec in specs:
+        tell(f"accuracy: {row}, seed {spec.seed}")
+        with tempfile.TemporaryDirectory() as name:
+            result = run_trial(spec, folder=Path(name))
+            outcomes.append(result.outcome.value)
+            seconds += [report.seconds for report in result.history]
+            if result.outcome is Outcome.COMPLETE:
+                last = result.history[-1].metrics
+                val.append(last.get("val_accuracy", nan))
+                shares += [last[SHARE]] if SHARE in last else []
+                weights = load_weights(spec, Path(name))
+                test.append(evaluate_test(spec, weights)["test_accuracy"])
     return Accuracy(
-        task=task,
+        task=specs[0].task,
         row=row,
-        epochs=epochs,
-        seeds=tuple(trial.spec.seed for trial in trials),
-        outcomes=tuple(trial.outcome.value for trial in trials),
-        val=val,
-        test=test,
+        epochs=specs[0].epochs,
+        seeds=tuple(spec.seed for spec in specs),
+        outcomes=tuple(outcomes),
+        val=tuple(val),
+        test=tuple(test),
         val_mean=statistics.fmean(val) if val else None,
         test_mean=statistics.fmean(test) if test else None,
         seconds_per_epoch=statistics.fmean(seconds) if seconds else 0.0,
         unconverged_share=statistics.fmean(shares) if shares else None,
-        parameters=dict(trials[0].spec.params),
+        parameters=dict(specs[0].params),
     )
+
+
+def accuracy_table(records: Sequence[Accuracy]) -> Table:
+    """Accuracy after the last epoch: mean, and from the lowest to the highest seed."""
+    first = records[0]
+    return table(
+        f"Accuracy on {first.task} after {first.epochs} epochs, {len(first.seeds)} seed(s): "
+        "mean (lowest to highest)",
+        {
+            "trained by": lambda one: one.row,
+            "validation": lambda one: _range(one.val_mean, one.val),
+            "test": lambda one: _range(one.test_mean, one.test),
+            "s an epoch": lambda one: f"{one.seconds_per_epoch:.2f}",
+            "unconverged": lambda one: number(one.unconverged_share, "{:.2%}"),
+            "completed": lambda one: f"{one.outcomes.count('COMPLETE')}/{len(one.outcomes)}",
+        },
+        records,
+    )
+
+
+def _range(mean: float | None, values: Sequence[float]) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.2%} ({min(values):.2%} to {max(values):.2%})"

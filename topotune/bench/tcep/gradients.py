@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from topotune.bench.shared import Columns, table
 from topotune.bench.tcep.setup import TRAIN_STEPS, Data, Training, build, train
 from topotune.data.splits import TensorPair
 from topotune.tcep import probe
@@ -21,6 +23,9 @@ from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import NUDGES, Dynamics, Learning, Solver
 from topotune.tcep.probe import resolve
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BETAS = (0.01, 0.05, 0.1, 0.22, 0.5, 1.0)
 
@@ -31,6 +36,9 @@ STEPS = 1000
 """Most steps of a phase. Far above what the tolerances take, so that these alone decide."""
 
 ORBIT_TOLERANCE = 1e-10
+
+DETAIL = 0.1
+"""The beta whose relative error and worst tensor are shown; ``--json`` has those of all."""
 
 
 @dataclass(frozen=True)
@@ -198,4 +206,38 @@ def _measure(
         smallest_name=names[int(cosines.argmin())],
         zero_tensors=sum(not bool(mine.any()) for mine, _ in pairs),
         unconverged_share=float(contrast.measured["unconverged_share"]),
+    )
+
+
+def _cosine(beta: float) -> Callable[[dict[float, GradientError]], str]:
+    return lambda line: f"{line[beta].cosine:.7f}"
+
+
+def error_table(errors: Sequence[GradientError], net: str) -> Table:
+    """Cosines with the exact gradient on one of the two nets, one line a flow, dtype and nudge."""
+    lines: dict[tuple[str, str, float, str], dict[float, GradientError]] = {}
+    for one in errors:
+        if one.net == net:
+            key = (one.case, one.dtype, one.tolerance, one.nudge)
+            lines.setdefault(key, {})[one.beta] = one
+    betas = sorted({one.beta for one in errors})
+    detail = DETAIL if DETAIL in betas else betas[0]
+    columns: Columns[dict[float, GradientError]] = {
+        "flow": lambda line: line[detail].case,
+        "dtype": lambda line: line[detail].dtype,
+        "tolerance": lambda line: f"{line[detail].tolerance:.0e}",
+        "nudge": lambda line: line[detail].nudge,
+        **{f"{beta:g}": _cosine(beta) for beta in betas},
+        "rel. error": lambda line: f"{line[detail].relative_error:.1e}",
+        "least": lambda line: f"{line[detail].smallest_cosine:.6f}",
+        "zero": lambda line: str(max(one.zero_tensors for one in line.values())),
+        "unconv.": lambda line: f"{max(one.unconverged_share for one in line.values()):.0%}",
+    }
+    return table(
+        f"Cosine of the learner's gradient with the exact one, {net} net, by beta. At beta "
+        f"{detail:g}: relative error and least cosine of a parameter tensor. Over all beta: most "
+        "tensors with zero gradient, largest unconverged share",
+        columns,
+        lines.values(),
+        words=4,
     )

@@ -9,27 +9,30 @@ flow that contracts explodes; where that ends it, the record says so.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from topotune.bench.machine import device_name
-from topotune.bench.tcep.setup import (
-    BATCH,
-    Data,
+from topotune.bench.shared import (
+    Columns,
     alternate,
-    build,
     median_and_spread,
+    number,
+    ratio,
+    table,
 )
+from topotune.bench.tcep.setup import Data, build
 from topotune.data.splits import TensorPair
 from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics, Learning, Solver
 from topotune.tcep.probe import resolve
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 GRADIENTS = ("eqprop", "implicit", "adjoint", "bptt")
 STEPS = (10, 30, 100, 300, 1000)
@@ -55,15 +58,10 @@ class GradientCost:
             the CPU.
         milliseconds, spread: median time of one gradient, and the distance of the quartiles.
         vs_bptt: median over the rounds of the ratio to bptt at as many steps; None without bptt.
-        batch, device, threads, rounds: under which conditions.
     """
 
     gradient: str
     steps: int
-    batch: int
-    device: str
-    threads: int
-    rounds: int
     failure: str = ""
     evaluations_free: float | None = None
     evaluations_second: float | None = None
@@ -178,72 +176,37 @@ class _Contender:
 def _measure(
     network: TCEPNetwork, batch: TensorPair, gradients: Sequence[str], steps: int, rounds: int
 ) -> list[GradientCost]:
-    device = batch.inputs.device
-    contenders: dict[str, _Contender] = {}
-    taken: dict[str, _Taken] = {}
-    failed: set[str] = set()
-    for name in gradients:
-        contender = _Contender(network, batch, name, steps)
-        first = _take(contender, batch)
-        if first is None:
-            failed.add(name)
-        else:
-            taken[name], contenders[name] = first, contender
-    seconds = alternate(contenders, rounds, device)
+    contenders = {name: _Contender(network, batch, name, steps) for name in gradients}
+    taken = {name: _take(contender, batch) for name, contender in contenders.items()}
+    seconds = alternate(
+        {name: contenders[name] for name in gradients if taken[name]}, rounds, batch.inputs.device
+    )
     found = []
     for name in gradients:
-        cost = GradientCost(
-            gradient=name,
-            steps=steps,
-            batch=BATCH,
-            device=device_name(device),
-            threads=torch.get_num_threads(),
-            rounds=rounds,
-        )
-        if name in failed:
+        cost = GradientCost(gradient=name, steps=steps)
+        if name not in seconds:
             found.append(replace(cost, failure=DIVERGED))
             continue
         middle, spread = median_and_spread(seconds[name])
-        ratio = None
+        cost = replace(cost, **taken[name], milliseconds=1e3 * middle, spread=1e3 * spread)
         if "bptt" in seconds:
-            pairs = zip(seconds[name], seconds["bptt"], strict=True)
-            ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-        found.append(
-            replace(
-                cost,
-                evaluations_free=taken[name].free,
-                evaluations_second=taken[name].second,
-                saved_bytes=taken[name].saved,
-                peak_bytes=taken[name].peak,
-                milliseconds=1e3 * middle,
-                spread=1e3 * spread,
-                vs_bptt=ratio,
-            )
-        )
+            cost = replace(cost, vs_bptt=ratio(seconds[name], seconds["bptt"])[0])
+        found.append(cost)
     return found
 
 
-class _Taken(NamedTuple):
-    """Evaluations of both phases, bytes saved for backward, bytes taken on a GPU."""
-
-    free: float
-    second: float | None
-    saved: int
-    peak: int | None
-
-
-def _take(contender: _Contender, batch: TensorPair) -> _Taken | None:
+def _take(contender: _Contender, batch: TensorPair) -> dict[str, Any]:
     """Take the gradient to see what is saved, and on a GPU again to see its memory.
 
     Returns:
-        None where samples diverged, so that there is no gradient.
+        Fields of :class:`GradientCost`; empty where samples diverged, so that there is no gradient.
     """
     device = batch.inputs.device
     apart = [*contender.network.parameters(), *contender.network.buffers()]
     with SavedBytes([*apart, batch.inputs, batch.targets]) as saved:
         measured = contender()
     if not float(measured["diverged_share"]) <= 0:  # not a number is a divergence too
-        return None
+        return {}
     peak = None
     if device.type == "cuda":
         # What is made once, such as a kernel or a workspace, was made by the call before.
@@ -255,9 +218,32 @@ def _take(contender: _Contender, batch: TensorPair) -> _Taken | None:
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     second = measured.get("nfe_nudged")
-    return _Taken(
-        free=float(measured["nfe_free"]),
-        second=None if second is None else float(second),
-        saved=saved.peak,
-        peak=peak,
+    return {
+        "evaluations_free": float(measured["nfe_free"]),
+        "evaluations_second": None if second is None else float(second),
+        "saved_bytes": saved.peak,
+        "peak_bytes": peak,
+    }
+
+
+def cost_table(costs: Sequence[GradientCost]) -> Table:
+    """Memory and time of one gradient, the gradients beneath one another."""
+    columns: Columns[GradientCost] = {
+        "gradient": lambda cost: cost.gradient,
+        "steps": lambda cost: str(cost.steps),
+        "evaluations": lambda cost: cost.failure or number(cost.evaluations_free, "{:.0f}"),
+        "+ second phase": lambda cost: number(cost.evaluations_second, "{:.0f}"),
+        "saved for backward, MB": lambda cost: number(cost.saved_bytes, "{:.3f}", 1e-6),
+        "GPU peak, MB": lambda cost: number(cost.peak_bytes, "{:.2f}", 1e-6),
+        "ms": lambda cost: number(cost.milliseconds, "{:.1f}"),
+        "IQR": lambda cost: number(cost.spread, "{:.1f}"),
+        "vs bptt": lambda cost: number(cost.vs_bptt, "{:.2f}"),
+    }
+    if all(cost.peak_bytes is None for cost in costs):
+        columns = {name: cell for name, cell in columns.items() if name != "GPU peak, MB"}
+    order = list(dict.fromkeys(cost.gradient for cost in costs))
+    return table(
+        "One gradient, median of alternating rounds",
+        columns,
+        sorted(costs, key=lambda cost: order.index(cost.gradient)),
     )

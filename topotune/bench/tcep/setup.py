@@ -1,18 +1,19 @@
-"""What the benchmarks of TCEP share: small networks, data, a short training, fair timing."""
+"""What the benchmarks of TCEP share: small networks, data, a short training."""
 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from topotune.bench.shared import table
 from topotune.data.splits import TensorPair
-from topotune.errors import ConfigError, UnknownNameError
+from topotune.errors import UnknownNameError
 from topotune.tasks.base import DataOptions
 from topotune.tasks.builtin import TASKS, build_task
 from topotune.tasks.classification import ImageTask
@@ -20,6 +21,9 @@ from topotune.tcep.learner import EquilibriumLearner
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics, Learning
 from topotune.train.process import synchronise
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BATCH = 32
 """Samples that every gradient and every relaxation is measured on."""
@@ -169,35 +173,20 @@ def _mean(values: Sequence[Tensor]) -> float:
     return float(torch.stack(list(values)).mean())
 
 
-def alternate(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each contender in every round, in an order that rotates, after one uncounted run.
-
-    Whatever slows the machine down in a round slows all contenders alike.
-    """
-    for contender in contenders.values():
-        contender()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    for _ in range(rounds):
-        for name in order:
-            synchronise(device)
-            begin = time.perf_counter()
-            contenders[name]()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - begin)
-        order = order[1:] + order[:1]
-    return seconds
-
-
-def median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """The median and the distance between the quartiles.
-
-    Raises:
-        ConfigError: fewer than two values.
-    """
-    if len(values) < 2:
-        raise ConfigError("bench tcep: rounds", f"must be >= 2 (got {len(values)})")
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, high - low
+def training_table(trainings: Sequence[Training]) -> Table:
+    """How the trained networks were trained."""
+    return table(
+        "The trained networks: eqprop with its defaults, Adam, float32",
+        {
+            "network": lambda one: one.network,
+            "steps": lambda one: str(one.steps),
+            "batch": lambda one: str(one.batch),
+            "s": lambda one: f"{one.seconds:.1f}",
+            "loss, first": lambda one: f"{one.loss_first:.3f}",
+            "last": lambda one: f"{one.loss_last:.3f}",
+            "accuracy": lambda one: f"{one.accuracy:.1%}",
+            "unconverged": lambda one: f"{one.unconverged_share:.1%}",
+            "tensors moved": lambda one: f"{one.parameters_moved}/{one.parameters}",
+        },
+        trainings,
+    )

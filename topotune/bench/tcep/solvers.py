@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from topotune.bench.machine import device_name
-from topotune.bench.tcep.setup import (
-    BATCH,
-    TRAIN_STEPS,
-    Data,
-    Training,
-    alternate,
-    build,
-    median_and_spread,
-    train,
-)
+from topotune.bench.shared import alternate, median_and_spread, table
+from topotune.bench.tcep.setup import TRAIN_STEPS, Data, Training, build, train
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import Dynamics
 from topotune.tcep.probe import resolve
 from topotune.tcep.relax import Equilibrium
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SOLVERS = ("anderson", "euler", "heun", "dopri5")
 TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6)
@@ -46,7 +41,6 @@ class SolverCost:
         evaluations_mean, evaluations_max: flow evaluations a sample.
         converged_share: samples that reached the tolerance.
         milliseconds, spread: median time of the batch, and the distance of the quartiles.
-        batch, device, threads, rounds: under which conditions.
     """
 
     net: str
@@ -59,10 +53,6 @@ class SolverCost:
     converged_share: float
     milliseconds: float
     spread: float
-    batch: int
-    device: str
-    threads: int
-    rounds: int
 
 
 def run(
@@ -125,10 +115,26 @@ def _measure(
                 converged_share=float(ended.converged.float().mean()),
                 milliseconds=1e3 * middle,
                 spread=1e3 * spread,
-                batch=BATCH,
-                device=device_name(drive.device),
-                threads=torch.get_num_threads(),
-                rounds=rounds,
             )
         )
     return costs
+
+
+def cost_table(costs: Sequence[SolverCost], net: str) -> Table:
+    """Evaluations and time to a residual on one of the two nets."""
+    return table(
+        f"One free phase, {net} net, float32, median of alternating rounds",
+        {
+            "lambda": lambda cost: f"{cost.damping:g}",
+            "gamma": lambda cost: f"{cost.gamma:.3f}",
+            "residual": lambda cost: f"{cost.tolerance:.0e}",
+            "solver": lambda cost: cost.solver,
+            "evaluations, mean": lambda cost: f"{cost.evaluations_mean:.1f}",
+            "max": lambda cost: f"{cost.evaluations_max:.0f}",
+            "converged": lambda cost: f"{cost.converged_share:.0%}",
+            "ms": lambda cost: f"{cost.milliseconds:.1f}",
+            "IQR": lambda cost: f"{cost.spread:.1f}",
+        },
+        [cost for cost in costs if cost.net == net],
+        words=4,
+    )

@@ -33,8 +33,7 @@ from topotune.search.code.shipped import REPOSITORY_FILE
 from topotune.search.code.usercode import code_digest, contents, hashes, module_paths, user_files
 from topotune.search.place.folder import SearchFolder, write_bytes, write_text
 from topotune.tracking.entries import Start
-from topotune.tracking.spool import TRIAL_SPOOL
-from topotune.tracking.tails import read_all
+from topotune.tracking.outbox import bodies_of
 
 CODE_TAG, COMMAND_TAG = "topotune.code", "topotune.command"
 RECORD_FILE, DIFF_FILE = "source.json", "git.diff"
@@ -91,7 +90,7 @@ class Source:
 
     @property
     def code(self) -> str:
-        """One short name for all the modules; empty where there are none."""
+        """One short name for all the modules; empty without modules."""
         return code_digest(self.hashes)
 
     @property
@@ -223,14 +222,14 @@ def code_of(folder: SearchFolder) -> Path:
 
 
 def trial_starts(folder: SearchFolder, number: int) -> list[dict[str, str]]:
-    """The tags of each start of a trial by its own record, the oldest first; empty where that
-    cannot be read."""
-    spool = folder.trial(number) / TRIAL_SPOOL
+    """The tags of each start of a trial by its workers' records, the oldest first; empty where
+    these cannot be read."""
     try:
-        found = read_all(folder.root, spool.relative_to(folder.root).as_posix())
-        return [dict(entry.body.tags) for _, entry in found if isinstance(entry.body, Start)]
+        found = bodies_of(folder.root, number)
     except (SpoolError, OSError):
         return []
+    # What the driver records when it hands a trial out says nothing of its code.
+    return [dict(b.tags) for b in found if isinstance(b, Start) and CODE_TAG in b.tags]
 
 
 def code_differences(

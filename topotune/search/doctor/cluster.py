@@ -18,31 +18,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
-
-from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
 
 from topotune.errors import TopotuneError
 from topotune.redaction import brief
 from topotune.requirements import install_command
-from topotune.search.doctor.findings import MIN_FREE_BYTES, Finding
+from topotune.search.doctor.machine import MIN_FREE_BYTES, Finding, disk, tried, write_probe
 from topotune.search.doctor.preflight import check_writable, sqlite_refusals
 from topotune.search.place.objects.address import StoreAddress, is_address
-from topotune.search.place.objects.hold import check_store
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.ray.cluster import Cluster
 from topotune.search.ray.session import CONNECT_SECONDS, RaySession
 from topotune.search.study.address import ENVIRONMENT as STUDY
-from topotune.search.study.address import with_driver
+from topotune.search.study.address import try_database
 from topotune.search.view import SilentListener
-from topotune.tracking.mlflow import MlflowStore
 
 MAX_SKEW_SECONDS = 5.0
 NODE_SECONDS = 120.0
@@ -76,9 +69,9 @@ def examine_cluster(stores: Stores, address: str = "auto") -> list[Finding]:
             cluster, hosts = session.cluster(), session.hosts()
             findings.append(_cluster(cluster, hosts))
             for error in sqlite_refusals(stores.study, stores.tracking, hosts, cluster.grows):
-                text_ = f"{error.place} {error.problem}"
-                findings.append(Finding("sqlite", False, text_, error.fix, "driver"))
-            findings += _examine_nodes(stores)
+                text = f"{error.place} {error.problem}"
+                findings.append(Finding("sqlite", False, text, error.fix, "driver"))
+            findings += _examine_nodes(session, stores)
     except (TopotuneError, RuntimeError, OSError) as error:
         findings.append(Finding("ray", False, brief(str(error), 300), "Is it still up?", "driver"))
     return findings
@@ -92,19 +85,18 @@ def examine_here(stores: Stores, expected: dict[str, str], probe: str = "") -> l
         expected: the driver's versions; empty on the driver.
         probe: a file of the storage that the driver has written; empty on the driver.
     """
+    if expected:
+        used = _reached(stores)
+    else:
+        used = [
+            tried("study", lambda: _study(stores.study), f"Set {STUDY} right, password and all"),
+            tried("tracking", lambda: _tracking(stores.tracking), f"Set {TRACKING} right"),
+        ]
     return [
         _versions(expected),
-        _tried("storage", lambda: _storage(stores.storage, probe), "Mount it on every node"),
-        _disk(),
-        *(_reached(stores) if expected else _used(stores)),
-    ]
-
-
-def _used(stores: Stores) -> list[Finding]:
-    """The stores as a driver uses them."""
-    return [
-        _tried("study", lambda: _study(stores.study), f"Set {STUDY} right, password and all"),
-        _tried("tracking", lambda: _tracking(stores.tracking), f"Set {TRACKING} right"),
+        tried("storage", lambda: _storage(stores.storage, probe), "Mount it on every node"),
+        disk(folder := Path(tempfile.gettempdir()), f" for Ray in {folder}"),
+        *used,
     ]
 
 
@@ -116,7 +108,7 @@ def _reached(stores: Stores) -> list[Finding]:
         if parts.hostname:
             where = (parts.hostname, parts.port or (443 if parts.scheme == "https" else port))
             fix = "Open that port to this node, or name the store by an address it can reach"
-            found.append(_tried(name, functools.partial(_listens, where), fix))
+            found.append(tried(name, functools.partial(_listens, where), fix))
     return found
 
 
@@ -136,13 +128,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _tried(name: str, check: Callable[[], str], fix: str) -> Finding:
-    try:
-        return Finding(name, True, check())
-    except (TopotuneError, OSError, SQLAlchemyError, ImportError, RuntimeError) as error:
-        return Finding(name, False, brief(str(error), 300), fix)
-
-
 def _authentication() -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE", "")
     if mode.lower() == "token":
@@ -158,47 +143,33 @@ def _authentication() -> Finding:
 def _cluster(cluster: Cluster, hosts: int) -> Finding:
     own = {name for node in cluster.nodes for name in node.total if ":" not in name}
     names = {"CPU", "GPU", *own} - {"memory", "object_store_memory"}
-    text_ = ", ".join(f"{cluster.total(name):g} {name}" for name in sorted(names))
-    return Finding("cluster", True, f"{hosts} machines, {text_}", "", "driver")
+    text = ", ".join(f"{cluster.total(name):g} {name}" for name in sorted(names))
+    return Finding("cluster", True, f"{hosts} machines, {text}", "", "driver")
 
 
-def _examine_nodes(stores: Stores) -> list[Finding]:
+def _examine_nodes(session: RaySession, stores: Stores) -> Iterator[Finding]:
     """A worker on each node looks around; all at the same time."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     folder = None if is_address(stores.storage) else Path(stores.storage)
     probe = f".topotune-doctor-{secrets.token_hex(6)}"
-    look = ray.remote(num_cpus=0, max_retries=0)(_look)
     bare = replace(
         stores, study=_without_login(stores.study), tracking=_without_login(stores.tracking)
     )
-    asked: dict[Any, tuple[str, float]] = {}
-    findings: list[Finding] = []
-    with contextlib.suppress(OSError):  # found and told by the driver's own check
+    with contextlib.suppress(OSError):  # the driver's own check has found and said it
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / probe).write_text("driver", encoding="ascii")
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    for node in (node for node in nodes if node["Alive"]):
-        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        gpus = node["Resources"].get("GPU", 0.0)
-        reference = look.options(scheduling_strategy=strategy).remote(bare, versions(), probe, gpus)
-        asked[reference] = (f"{node['NodeManagerAddress']} {node['NodeID'][:6]}", time.time())
-    end = time.monotonic() + NODE_SECONDS
-    for reference, (place, sent) in asked.items():
-        try:
-            data, clock = ray.get(reference, timeout=max(end - time.monotonic(), 1.0))
-        except ray.exceptions.RayError as error:
-            text_ = f"no worker answers there: {brief(str(error), 200)}"
-            findings.append(Finding("worker", False, text_, "Look into its Ray logs", place))
+    look, sent = functools.partial(_look, bare, versions(), probe), time.time()
+    for place, answer, error in session.on_each_node(look, NODE_SECONDS):
+        if answer is None:
+            text = f"no worker answers there: {brief(error, 200)}"
+            yield Finding("worker", False, text, "Look into its Ray logs", place)
             continue
+        data, clock = answer
         found = [Finding(**one) for one in json.loads(data)]
-        found.append(_skew(clock, sent, time.time()))
-        findings += [replace(one, place=place) for one in found]
+        for one in (*found, _skew(clock, sent, time.time())):
+            yield replace(one, place=place)
     for path in folder.glob(f"{probe}*") if folder is not None else ():
         path.unlink(missing_ok=True)
-    return findings
 
 
 def _without_login(address: str | None) -> str | None:
@@ -231,15 +202,14 @@ def _versions(expected: dict[str, str]) -> Finding:
 
 def _storage(storage: str, probe: str) -> str:
     if is_address(storage):
-        check_store(StoreAddress.parse(storage))
+        from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
+
+        ObjectStore(StoreAddress.parse(storage), limit=READER_SECONDS).check()
         return f"{storage} written, read and deleted from"
     folder = Path(storage)
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{probe or '.topotune-doctor'}-") as file:
-        file.write(b"topotune")
-        file.flush()
-        os.fsync(file.fileno())
+    write_probe(folder, f"{probe or '.topotune-doctor'}-")
     if probe and not (folder / probe).is_file():
         raise RuntimeError(f"{storage} is another folder here than on the driver's machine")
     free = shutil.disk_usage(folder).free
@@ -248,33 +218,15 @@ def _storage(storage: str, probe: str) -> str:
     return f"{storage} written and read, {free / 2**30:.0f} GiB free"
 
 
-def _disk() -> Finding:
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    fix = "" if free >= MIN_FREE_BYTES else "Free some space"
-    return Finding("disk", not fix, f"{free / 2**30:.0f} GiB free for Ray in {folder}", fix)
-
-
 def _study(address: str | None) -> str:
-    if not address:
-        return "a SQLite file beside each search"
-    engine = create_engine(with_driver(make_url(address)), connect_args={"connect_timeout": 10})
-    try:
-        with engine.connect() as connection:
-            may = connection.execute(text("SELECT has_schema_privilege(current_schema, 'CREATE')"))
-            if not may.scalar():
-                raise RuntimeError(
-                    f"the user {engine.url.username!r} may not make tables in {engine.url.database}"
-                )
-            number = connection.execute(text("SHOW server_version")).scalar()
-        return f"PostgreSQL {number} at {engine.url.host} can be written"
-    finally:
-        engine.dispose()
+    return try_database(address) if address else "a file beside each search"
 
 
 def _tracking(address: str | None) -> str:
     if not address:
         return "a SQLite store beside the searches"
+    from topotune.tracking.mlflow import MlflowStore
+
     store = MlflowStore(address)
     store.ping()
     return f"{store.label} answers"

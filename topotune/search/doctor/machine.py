@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -16,8 +20,32 @@ from topotune import __version__
 from topotune.errors import TopotuneError
 from topotune.redaction import brief
 from topotune.requirements import IMPORT_NAMES, install_command, pythons, requirements
-from topotune.search.doctor.findings import MIN_FREE_BYTES, Finding
 from topotune.search.view import SilentListener
+
+MIN_FREE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether it is fine, what was seen, the fix if it is not, and where."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+    place: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a script."""
+        return dataclasses.asdict(self)
+
+
+def tried(name: str, check: Callable[[], str], fix: str) -> Finding:
+    """What a check has seen, or the error that it ended with."""
+    try:
+        return Finding(name, True, check())
+    except (TopotuneError, OSError, ImportError, RuntimeError) as error:
+        return Finding(name, False, brief(str(error), 300), fix)
 
 
 def examine(results_dir: Path, data_dir: Path | None, with_ray: bool) -> list[Finding]:
@@ -25,9 +53,11 @@ def examine(results_dir: Path, data_dir: Path | None, with_ray: bool) -> list[Fi
     needed = [one for one in requirements() if one.marker is None]
     findings = [_python(), Finding("topotune", True, __version__), *map(_package, needed)]
     whole = all(one.ok for one in findings)
-    findings += [_folder(results_dir), _disk(results_dir)]
+    folder = results_dir.absolute()
+    fix = "Choose another --results-dir"
+    findings += [tried("results folder", lambda: _folder(folder), fix), disk(folder)]
     if whole:  # what follows needs the packages
-        findings += [_devices(), _data(data_dir)]
+        findings += [_devices(), tried("data", lambda: _data(data_dir), "Do what that says")]
     if whole and with_ray:
         findings.append(_ray())
     return findings
@@ -68,56 +98,56 @@ def _devices() -> Finding:
     return Finding("devices", True, f"{cpus} CPUs, {len(names)} GPUs: {', '.join(names)}")
 
 
-def _folder(results_dir: Path) -> Finding:
-    """Really write a file where results would go, and leave nothing behind."""
+def _folder(folder: Path) -> str:
     from topotune.search.doctor.preflight import check_writable
 
-    folder = results_dir.absolute()
-    try:
-        check_writable(folder)
-        while not folder.exists():
-            folder = folder.parent
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
-            probe.write(b"topotune")
-            probe.flush()
-            os.fsync(probe.fileno())
-    except (TopotuneError, OSError) as error:
-        return Finding("results folder", False, str(error), "Choose another --results-dir")
-    return Finding("results folder", True, f"{results_dir.absolute()} can be written")
+    check_writable(folder)
+    write_probe(_existing(folder))
+    return f"{folder} can be written"
 
 
-def _disk(results_dir: Path) -> Finding:
-    folder = results_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    ok = free >= MIN_FREE_BYTES
-    return Finding("disk", ok, f"{free / 2**30:.1f} GiB free", "" if ok else "Free some space")
+def write_probe(folder: Path, prefix: str = "") -> None:
+    """Really write a file into a folder, and leave nothing behind.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=prefix) as probe:
+        probe.write(b"topotune")
+        probe.flush()
+        os.fsync(probe.fileno())
 
 
-def _data(data_dir: Path | None) -> Finding:
+def _existing(folder: Path) -> Path:
+    """The folder, or the one in which it would be made."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def disk(folder: Path, use: str = "") -> Finding:
+    """What is free where a folder is, or would be made."""
+    free = shutil.disk_usage(_existing(folder)).free
+    fix = "" if free >= MIN_FREE_BYTES else "Free some space"
+    return Finding("disk", not fix, f"{free / 2**30:.1f} GiB free{use}", fix)
+
+
+def _data(data_dir: Path | None) -> str:
     """The data sets that need no download must load."""
     from topotune.tasks import DataOptions, build_task
 
     options = DataOptions(data_dir=None if data_dir is None else str(data_dir))
-    try:
-        sizes = []
-        for name in ("mnist5k", "digits"):
-            splits = build_task(name, {}).splits(options)
-            sizes.append(f"{name} {len(splits.train)}/{len(splits.val)}/{len(splits.test)}")
-    except TopotuneError as error:
-        return Finding("data", False, brief(str(error), 300), "Do what that says")
-    return Finding("data", True, ", ".join(sizes) + " (train/validation/test)")
+    sizes = []
+    for name in ("mnist5k", "digits"):
+        splits = build_task(name, {}).splits(options)
+        sizes.append(f"{name} {len(splits.train)}/{len(splits.val)}/{len(splits.test)}")
+    return ", ".join(sizes) + " (train/validation/test)"
 
 
 def _ray() -> Finding:
     from topotune.search.ray.session import RaySession, usual_folder
 
-    try:
+    def run() -> str:
         with RaySession("local", SilentListener()) as session:
             cpus, gpus = session.size()
-            answer = session.probe()
-    except (TopotuneError, RuntimeError, OSError) as error:
-        text = brief(str(error), 200)
-        return Finding("ray", False, text, f"Look into the newest folder under {usual_folder()}")
-    return Finding("ray", True, f"local cluster with {cpus:g} CPUs, {gpus:g} GPUs; a task {answer}")
+            return f"local cluster with {cpus:g} CPUs, {gpus:g} GPUs; a task {session.probe()}"
+
+    return tried("ray", run, f"Look into the newest folder under {usual_folder()}")

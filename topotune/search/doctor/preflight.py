@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from topotune.config.models import SearchConfig
+from topotune.config.rules import metric_places
 from topotune.errors import (
     ConfigError,
     FieldError,
@@ -28,11 +29,10 @@ from topotune.errors import (
 )
 from topotune.records import TrialSpec
 from topotune.search.place.objects.address import store_address
-from topotune.search.place.objects.store import OPENING_SECONDS, ObjectStore
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.place.shipping import tracking_uri
 from topotune.search.ray.autoscaler import ENVIRONMENT
-from topotune.search.ray.cluster import Cluster, Node, needs_of, told
+from topotune.search.ray.cluster import Cluster, Node, amount_of, needs_of
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import study_uri
 from topotune.search.study.faults import faults_at
@@ -64,36 +64,6 @@ def preflight(config: SearchConfig, note: Callable[[str], None] = lambda text: N
     from topotune.train.rehearsal import metric_names
 
     tracking_uri(config)  # of a form that can be one
-    stable = _first_stable(config, note)
-    for remark in build_method(stable).remarks(corners(config)):
-        note(remark)
-    names = metric_names(stable)
-    if unknown := _unknown_metrics(config, names):
-        raise combined(unknown)
-    return names
-
-
-def _unknown_metrics(config: SearchConfig, names: list[str]) -> list[FieldError]:
-    """The objectives and constraints on metrics that are not among these."""
-    several = len(config.objective) > 1
-    wanted: list[tuple[tuple[str | int, ...], str]] = [
-        (("objective", *([index] if several else []), "metric"), objective.metric)
-        for index, objective in enumerate(config.objective)
-    ]
-    wanted += [(("constraints", name), name) for name in config.constraints]
-    return [
-        FieldError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
-        for place, metric in wanted
-        if metric not in names
-    ]
-
-
-def _first_stable(config: SearchConfig, note: Callable[[str], None]) -> TrialSpec:
-    """Build at every corner; the first one that can be trained.
-
-    Raises:
-        ConfigError: with every fault that any corner has.
-    """
     stable, unstable, found = _examine(config)
     if found:
         raise combined(found)
@@ -104,7 +74,21 @@ def _first_stable(config: SearchConfig, note: Callable[[str], None]) -> TrialSpe
             f"{len(unstable)} of {len(unstable) + len(stable)} extremes of the space are unstable; "
             f"trials there will end as DIVERGED. The first: {unstable[0]}"
         )
-    return stable[0]
+    for remark in build_method(stable[0]).remarks(corners(config)):
+        note(remark)
+    names = metric_names(stable[0])
+    if unknown := _unknown_metrics(config, names):
+        raise combined(unknown)
+    return names
+
+
+def _unknown_metrics(config: SearchConfig, names: list[str]) -> list[FieldError]:
+    """The objectives and constraints on metrics that are not among these."""
+    return [
+        FieldError(place, f"trials report no {metric!r}{did_you_mean(metric, names)}")
+        for place, metric in metric_places(config)
+        if metric not in names
+    ]
 
 
 def machine_remarks(config: SearchConfig) -> list[str]:
@@ -171,6 +155,8 @@ def check_writable(results_dir: Path) -> None:
     """
     folder = results_dir.absolute()
     if (address := store_address(folder)) is not None:
+        from topotune.search.place.objects.store import OPENING_SECONDS, ObjectStore
+
         ObjectStore(address, limit=OPENING_SECONDS).check()
     while not folder.exists():
         folder = folder.parent
@@ -198,8 +184,8 @@ def check_writable(results_dir: Path) -> None:
         ) from error
 
 
-def check_stores(config: SearchConfig, hosts: int, grows: bool) -> None:
-    """Refuse files of SQLite on a cluster of several machines.
+def refuse_sqlite(config: SearchConfig, hosts: int, grows: bool) -> None:
+    """Refuse stores in files of one machine on a cluster of several.
 
     Raises:
         ConfigError: as :func:`sqlite_refusals` gives it.
@@ -213,7 +199,7 @@ def sqlite_refusals(
     study: str | None, tracking: str | None, hosts: int, grows: bool
 ) -> list[ConfigError]:
     """Why these stores do not serve a cluster: over a network file system files of SQLite are
-    damaged, and on one machine's disk the next driver may not find them.
+    damaged, and on one machine's disk the next driver may not find a file at all.
 
     Args:
         study: address of the study's database; None for a file beside the search.
@@ -224,13 +210,13 @@ def sqlite_refusals(
     if hosts < 2 and not grows:
         return []
     size = "that grows" if grows else f"of {hosts} machines"
-    beside = f"would be a SQLite file, on a cluster {size}"
+    on = f"on a cluster {size}"
     refusals = []
     if not (study or "").startswith("postgresql"):
         refusals.append(
             ConfigError(
                 STUDY,
-                f"is not set, so that the study {beside}",
+                f"is not set, so that the study would be a file of one machine, {on}",
                 "Set it to a PostgreSQL database, postgresql://USER@HOST/DATABASE (a new search "
                 "needs that: an existing study does not move by itself)",
             )
@@ -239,7 +225,7 @@ def sqlite_refusals(
         refusals.append(
             ConfigError(
                 TRACKING,
-                f"names no server, so that the MLflow store {beside}",
+                f"names no server, so that the MLflow store would be a SQLite file, {on}",
                 "Start 'mlflow server' and set it to http://HOST:5000",
             )
         )
@@ -261,7 +247,7 @@ def fit_resources(config: SearchConfig, cluster: Cluster) -> tuple[float, int]:
             key, fix = _WORDS.get(name, (f"custom.{name}", _CUSTOM_FIX))
             seen = "may get" if cluster.grows else "has"
             raise ResourceError(
-                f"resources.{key}: a trial needs {told(name, amount)} and the cluster {seen} "
+                f"resources.{key}: a trial needs {amount_of(name, amount)} and the cluster {seen} "
                 f"{most:g}. {fix}"
             )
     if refusal := cluster.refusal(needs):

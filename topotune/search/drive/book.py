@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from topotune.config.models import SearchConfig
+from topotune.config.rules import planned_trials
 from topotune.errors import ConfigError, RunError, TopotuneError, did_you_mean
 from topotune.records import (
     EpochReport,
@@ -28,7 +29,8 @@ from topotune.search.drive.outlook import Outlook
 from topotune.search.study.deaths import RETRIED, Cause, Death, restarts, verdict
 from topotune.search.study.ledger import Ledger
 from topotune.search.study.store import Handout, StudyStore
-from topotune.search.view import SearchView
+from topotune.search.view import RunningTrial, SearchView
+from topotune.tracking.entries import Body, Entry, from_payload, to_payload
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Progress:
     """What a worker sends after each step: reports that may repeat, and perhaps the end.
 
     ``stop`` is why no trial can go on where this worker is (a full disk, a damaged checkpoint):
-    the search stops, and the trial stays to be resumed.
+    the search stops, and the trial stays to be resumed. ``entries`` are for MLflow alone.
     """
 
     reports: tuple[EpochReport, ...] = ()
@@ -44,6 +46,7 @@ class Progress:
     outcome: Outcome | None = None
     reason: str = ""
     stop: str = ""
+    entries: tuple[Body, ...] = ()
 
     def to_json(self) -> str:
         """Strict JSON."""
@@ -54,6 +57,7 @@ class Progress:
                 "outcome": self.outcome,
                 "reason": redact(self.reason),
                 "stop": redact(self.stop),
+                "entries": [to_payload(Entry(None, body)) for body in self.entries],
             },
             allow_nan=False,
         )
@@ -68,6 +72,7 @@ class Progress:
             Outcome(data["outcome"]) if data["outcome"] else None,
             data["reason"],
             data["stop"],
+            tuple(from_payload(entry).body for entry in data["entries"]),
         )
 
 
@@ -111,6 +116,7 @@ class Book:
         stopping: why the search drains; empty while it does not.
         left_running: trials in flight that were left to a resume.
         fatal: what ends the search.
+        record: called with what a worker sends, before the study takes it in.
     """
 
     def __init__(
@@ -131,6 +137,7 @@ class Book:
         self.left_running = 0
         self.shared = self.contested = False
         self.fatal: TopotuneError | None = None
+        self.record: Callable[[int, Progress], None] = lambda number, progress: None
         self._outlook = Outlook(config, finished)
 
     def take_over(self, recorded: Callable[[int], Progress]) -> None:
@@ -143,8 +150,8 @@ class Book:
         unfinished = []
         for handout in self.store.begun():
             number, spec = handout.number, handout.spec
-            progress = recorded(number)
             live = self.live[number] = _Live(spec, self.store.params(number))
+            progress = recorded(number)
             if progress.reports:
                 self.progress(number, progress)
             if live.verdict is None and live.epoch >= spec.epochs:
@@ -163,7 +170,9 @@ class Book:
             return Turn.END
         if over := self._over_budget():
             # Trials that an earlier session left running can have no more time either.
-            for row in self.store.close_orphans(Outcome.PRUNED, over, self.ledger.trials):
+            closed = self.store.close_orphans(Outcome.PRUNED, over, self.ledger.trials)
+            self.store.commit(force=True)
+            for row in closed:
                 self._close(row)
             return Turn.END
         # Trials that share a GPU would never leave it to the one that waits for a whole one.
@@ -172,6 +181,7 @@ class Book:
         handout = self.store.next()
         if handout is None:
             return Turn.END
+        self.store.commit()
         self.live[handout.number] = _Live(handout.spec, self.store.params(handout.number))
         if handout.alone:
             self._part(handout.number)
@@ -220,7 +230,13 @@ class Book:
 
     def progress(self, number: int, progress: Progress) -> bool:
         """Take a worker's step in; whether the trial may go on."""
-        live = self.live[number]
+        self.record(number, progress)
+        goes_on = self._progress(self.live[number], number, progress)
+        if goes_on:  # else nothing is done before end() commits it
+            self.store.commit()
+        return goes_on
+
+    def _progress(self, live: _Live, number: int, progress: Progress) -> bool:
         for report in progress.reports:
             if report.epoch > live.epoch and live.verdict is None:
                 # A restarted worker gives all its epochs at once, and a study that was rebuilt
@@ -289,20 +305,21 @@ class Book:
         """A trial's worker died; a line on whether it is tried again.
 
         Deaths are counted in the study, each cause for itself, so that a resumed search goes on
-        counting; while the search stops nothing is counted, as it ends workers itself. Whoever
-        restarts workers asks :meth:`over` first.
+        counting; while the search stops nothing is counted, as it ends workers itself. Ask
+        :meth:`over` before a worker is started again.
 
         Args:
             number: the trial.
             death: of its worker.
-            recorded: all epochs of its spool, the last of which the worker may not have told;
-                asked for where it is not tried again.
+            recorded: all epochs of its checkpoint, the last of which the worker may not have
+                reported; asked for where it is not tried again.
         """
         live = self.live[number]
         if (self.stopping or self.fatal) and death.cause in RETRIED:
             live.left_running = True
             return f"trial {number} is cut short; a resume goes on from its last epoch"
         times = self.store.count_death(number, death.cause)[death.cause]
+        self.store.commit()
         left = restarts(self.config.budget, death.cause) - times
         if left < 0:
             for report in recorded():
@@ -339,12 +356,12 @@ class Book:
         if live is None:
             return None
         unfinished = live.left_running or self.stopping or self.fatal
-        if live.verdict is None and not error and unfinished:
-            self.left_running += 1
-            del self.live[number]
-            return None
-        if live.verdict is None and not error and live.handed_back:
-            self.store.hand_back(number)
+        if live.verdict is None and not error and (unfinished or live.handed_back):
+            if unfinished:
+                self.left_running += 1
+            else:
+                self.store.hand_back(number)
+            self.store.commit()
             del self.live[number]
             return None
         outcome, reason = live.verdict or (Outcome.FAILED, error or "the worker ended early")
@@ -352,6 +369,7 @@ class Book:
             outcome, reason = Outcome.FAILED, f"ended after epoch {live.epoch} without a reason"
         seconds = self.ledger.trials.get(number, 0.0)
         row = self.store.finish(number, outcome, reason, live.metrics, live.epoch, seconds)
+        self.store.commit(force=True)  # its records follow, and checkpoints go
         del self.live[number]
         self._close(row)
         return row
@@ -361,5 +379,37 @@ class Book:
         self._ended(row)
 
     def view(self, phase: str, waiting: str = "", tracking: str = "") -> SearchView:
-        """A snapshot to show; see :meth:`topotune.search.drive.outlook.Outlook.view`."""
-        return self._outlook.view(self, phase, waiting, tracking)
+        """A snapshot to show.
+
+        Args:
+            phase: "starting", "running", "draining" or "done".
+            waiting: why something waits; empty if nothing does.
+            tracking: one line on the tracking server.
+        """
+        names = [objective.metric for objective in self.config.objective]
+        running = tuple(
+            RunningTrial(
+                number,
+                live.epoch,
+                tuple(live.metrics.get(name) for name in names),
+                live.params,
+                number in self.holding,
+            )
+            for number, live in self.live.items()
+        )
+        left = self.store.left
+        return SearchView(
+            name=self.config.name,
+            phase=phase,
+            counts={**self._outlook.counts, "RUNNING": len(self.holding)},
+            total=planned_trials(self.config),
+            epochs=self.config.budget.epochs,
+            front=tuple(self._outlook.front),
+            running=running,
+            device_seconds=self.ledger.device_seconds,
+            wall_seconds=self.ledger.wall_seconds,
+            eta_seconds=None if left is None else self._outlook.eta(left + len(running) / 2),
+            waiting=waiting,
+            tracking=tracking,
+            objectives=self._outlook.objectives,
+        )

@@ -15,21 +15,24 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from topotune.config.models import SearchConfig
-from topotune.records import Outcome, TrialSummary
+from topotune.errors import TopotuneError
+from topotune.records import Outcome, TrialSpec, TrialSummary
 from topotune.results.description import describe, describe_trial, figures
 from topotune.results.leaderboard import Leaderboard
+from topotune.search.drive.book import Progress
 from topotune.search.figures import draw_search
 from topotune.search.place.folder import SearchFolder, write_text
 from topotune.search.place.objects.files import AllHere, TrialFiles
 from topotune.search.place.output import OUTPUT_FILE, tidy
 from topotune.search.study.rows import summaries
-from topotune.tracking.entries import RUNNING
+from topotune.tracking.entries import RUNNING, Epoch, Metrics, Tags, now_ms, safe_tags
 from topotune.tracking.labels import MODEL, SEARCH, USER, trial_name
+from topotune.tracking.outbox import Outbox
 from topotune.tracking.pages import NOTE_TAG
-from topotune.tracking.spool import SearchTracker, now_ms
 from topotune.train.trace import (
     RELAXATION_FILE,
     RELAXATION_FOLDER,
@@ -74,10 +77,22 @@ def budget_text(config: SearchConfig) -> str:
 
 def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
     """The present leaderboard of a search, from its study."""
-    from topotune.search.study.ledger import read_ledger
+    return Leaderboard.of(summaries(folder, config), config.name, objectives(config))
 
-    rows = summaries(folder, config, read_ledger(folder.ledger)["trials"])
-    return Leaderboard.of(rows, config.name, objectives(config))
+
+def recorded(folder: Path, spec: TrialSpec) -> Progress:
+    """What the checkpoint in a trial's folder holds; nothing where it cannot be read."""
+    from topotune.train.checkpoint import CheckpointStore
+    from topotune.train.record import TrialRecord
+
+    try:
+        found = CheckpointStore(folder, spec).load_record()
+        record = None if found is None else TrialRecord.from_dict(found)
+    except (TopotuneError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Progress()
+    if record is None:
+        return Progress()
+    return Progress(record.history, record.overhead.metrics, entries=record.entries())
 
 
 class Recorder:
@@ -88,6 +103,7 @@ class Recorder:
         config: the search.
         fence: called before its thread writes; raises if another driver has taken the search over.
         files: brings trials' files here that are elsewhere, and is told what is deleted.
+        rows: all trials' rows as the driver has them; those of the study on disk by default.
     """
 
     def __init__(
@@ -96,10 +112,12 @@ class Recorder:
         config: SearchConfig,
         fence: Callable[[], None] = lambda: None,
         files: TrialFiles | None = None,
+        rows: Callable[[], list[TrialSummary]] | None = None,
     ) -> None:
+        self._rows = rows or partial(summaries, folder, config)
         self._folder, self._config, self._fence = folder, config, fence
         self._files = AllHere() if files is None else files
-        self._tracker = SearchTracker(folder.root)
+        self._outbox = Outbox(folder.root, fence)
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._ended = self._filed = 0
@@ -131,21 +149,39 @@ class Recorder:
             "topotune.budget": budget_text(config),
             SEARCH: config.name,
             MODEL: config.model.name or "the task's own",
-            USER: self._tracker.tag(USER) or submitter(),  # who resumes it did not submit it
+            USER: self._outbox.tag(USER) or submitter(),  # who resumes it did not submit it
         }
-        self._tracker.start(params, {**tags, **changing})
+        self._outbox.start(None, params, {**tags, **changing})
         root = self._folder.root
-        self._tracker.artifact(root / "search.yaml")
+        self._outbox.artifact(None, root / "search.yaml")
         for path in files:
-            self._tracker.artifact(path, path.parent.relative_to(root).as_posix())
+            self._outbox.artifact(None, path, path.parent.relative_to(root).as_posix())
         self._thread.start()
 
-    def recover(self, finished: list[TrialSummary]) -> None:
-        """Record again what a killed driver may have left out; what is recorded is ignored."""
+    def progress(self, number: int, progress: Progress) -> None:
+        """Record what a trial's worker sends; what is recorded is ignored."""
+        self._outbox.put(number, *progress.entries, *map(Epoch, progress.reports), force=False)
+
+    def recover(
+        self,
+        finished: list[TrialSummary],
+        checkpoint: Callable[[int], Path] | None = None,
+    ) -> None:
+        """Record again what a killed driver may have left out; what is recorded is ignored.
+
+        Args:
+            finished: rows of the trials.
+            checkpoint: brings a trial's folder here with its checkpoint. It is kept until the
+                trial's end is recorded, also where this machine's outbox was lost.
+        """
         for row in finished:
             if row.state in {outcome.value for outcome in Outcome}:
                 self._record_best(row)
-                self._record_end(row)
+                if not self._outbox.has_end(row.number, row.state, row.reason):
+                    if checkpoint is not None and row.spec:
+                        folder, spec = checkpoint(row.number), TrialSpec.from_dict(row.spec)
+                        self.progress(row.number, recorded(folder, spec))
+                    self._record_end(row)
                 chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
                 if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
                     self._work.put(row)
@@ -154,32 +190,31 @@ class Recorder:
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
-        self._record_end(row)
         self._record_best(row)
+        self._record_end(row)
         self._work.put(row)
 
     def _record_end(self, row: TrialSummary) -> None:
         at, config = now_ms(), self._config
         costs = {"device_seconds": row.device_seconds, "epochs_trained": float(row.epochs)}
-        self._tracker.trial_metrics(row.number, costs, 0, at)
         tags = {
             "topotune.method": config.method,
             "mlflow.runName": trial_name(row.number, row.state, figures(row)),
             NOTE_TAG: describe_trial(row, objectives(config)),
         }
-        self._tracker.trial_tags(row.number, tags)
-        self._tracker.trial_end(row.number, Outcome(row.state), row.reason)
+        last = (Metrics(costs, 0, at), Tags(safe_tags(tags), at))
+        self._outbox.end(row.number, row.state, row.reason, *last)
 
     def _record_best(self, row: TrialSummary) -> None:
         """The best so far in each objective, with the number of trials that have ended, this one
-        among them, as its step."""
+        among them, as its step. Forced to disk with the trial's end, which follows."""
         self._ended += 1
         if row.state == Outcome.COMPLETE and not row.violated:
             for objective, value in zip(self._config.objective, row.values, strict=False):
                 name = f"best_{objective.metric}"
                 better = max if objective.direction == "maximize" else min
                 self._best[name] = better(self._best.get(name, value), value)
-        self._tracker.metrics(self._best, self._ended, now_ms())
+        self._outbox.metrics(None, self._best, self._ended, now_ms(), force=False)
 
     def drop(self) -> None:
         """Finish what the thread is at and leave the rest: another driver records from here on."""
@@ -198,18 +233,18 @@ class Recorder:
             reason: why it has ended early; empty otherwise.
 
         Raises:
-            TopotuneError: the spool cannot be written.
+            TopotuneError: the outbox cannot be written.
         """
         if outcome != Outcome.COMPLETE:
             self._dropped.set()
         self._join()
         try:
             self._renew(board, outcome)
-        except Exception as error:  # noqa: BLE001 - the numbers are in the study and the spools
+        except Exception as error:  # noqa: BLE001 - the numbers are in study and outbox
             _log.warning("a page of the search is missing: %s", error)
         spent = {"device_seconds": board.device_seconds}
-        self._tracker.metrics(spent, self._ended, now_ms())
-        self._tracker.end(outcome, reason)
+        self._outbox.metrics(None, spent, self._ended, now_ms())
+        self._outbox.end(None, outcome, reason)
 
     def _join(self) -> None:
         """Wait until the thread has ended."""
@@ -223,7 +258,9 @@ class Recorder:
                 self._finish_trial(row)
                 self._filed += 1
                 if self._filed % LEADERBOARD_EVERY == 1 and (began := time.monotonic()) >= again:
-                    self._renew(leaderboard(self._folder, self._config), RUNNING)
+                    config = self._config
+                    board = Leaderboard.of(self._rows(), config.name, objectives(config))
+                    self._renew(board, RUNNING)
                     now = time.monotonic()
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search
@@ -243,11 +280,12 @@ class Recorder:
             if self._dropped.is_set() or not (last and epochs.join(last, joined)):
                 continue
             self._fence()
-            self._tracker.trial_artifact(row.number, joined)
+            self._outbox.artifact(row.number, joined)
             # Renamed first: a kill half-way through must not leave chunks that look like all.
             used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
             self._files.forget(row.number, f"{chunks}/")
+        self._outbox.forget(row.number)
 
     def _describe(self, board: Leaderboard, outcome: str) -> None:
         """Tell on the search's page how it stands."""
@@ -257,16 +295,16 @@ class Recorder:
         counts = [f"{n} {state.lower()}" for state, n in board.counts.items() if n]
         best = ", ".join(str(trial.number) for trial in board.front) or "none"
         known = {"topotune.counts": ", ".join(counts), "topotune.best_trial": best}
-        self._tracker.tags({NOTE_TAG: note, **known})
+        self._outbox.tags(None, {NOTE_TAG: note, **known})
 
     def _renew(self, board: Leaderboard, outcome: str) -> None:
         self._fence()
         root = self._folder.root
         write_text(root / "leaderboard.json", board.to_json())
         write_text(root / "leaderboard.md", board.to_markdown())
-        self._tracker.artifact(root / "leaderboard.json")
-        self._tracker.artifact(root / "leaderboard.md")
+        self._outbox.artifact(None, root / "leaderboard.json")
+        self._outbox.artifact(None, root / "leaderboard.md")
         self._describe(board, outcome)
         if outcome == Outcome.COMPLETE:
             for picture in draw_search(board, root):
-                self._tracker.artifact(picture)
+                self._outbox.artifact(None, picture)

@@ -27,6 +27,19 @@ _LOOK_SECONDS = 0.1
 _INTERRUPTED = 130
 
 
+def what_is_kept(name: str, begun: bool, place: str = "") -> str:
+    """What a search that is aborted leaves, and what to type next.
+
+    Args:
+        name: the search.
+        begun: whether it is on disk.
+        place: the option that finds it there, as it is typed.
+    """
+    if begun:
+        return f"every finished epoch is kept. To go on: topotune resume {name}{place}"
+    return "the search has not begun and nothing is kept. To begin it: the same command"
+
+
 class Interrupts:
     """Handles SIGINT, SIGTERM and SIGHUP while a search runs, and restores what was there.
 
@@ -112,7 +125,7 @@ class Interrupts:
     def _watch(self) -> None:
         """In a thread: see the signals that are held, and that a stop comes to its end."""
         while not self._over.wait(0.0 if self._held else _LOOK_SECONDS):
-            if self._held:  # then they are blocked, and come to nobody else
+            if self._held:  # then they are blocked, and reach no handler
                 caught = signal.sigtimedwait(tuple(self._before), _LOOK_SECONDS)
                 if caught is not None:
                     self._note(caught.si_signo)

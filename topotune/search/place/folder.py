@@ -5,15 +5,14 @@
     NAME/
       search.json        identity: search id, the validated config, versions
       search.yaml        the search file as the user wrote it
-      study.db           the Optuna study, the source of truth
-      ledger.json        device seconds and wall time
+      study.jsonl        the Optuna study, the source of truth; of one in PostgreSQL a copy
+      study.copy.jsonl   the same a second time
       driver.lock        held by the one process that drives the search
       live.json          why trials wait and which run, while a driver lives
-      driver.spool.jsonl what the driver records for MLflow
-      trials/0007/       checkpoints, spool, trace and errors of trial 7, its record of the study
+      outbox.jsonl       what is recorded for MLflow, and shipped.json: how far it is sent
+      trials/0007/       checkpoints, trace and errors of trial 7
       code/              what was shipped with it to a cluster: the user's own modules
       sources/           which code each session ran (topotune.search.code.source)
-      trials.lost/       folders of trials whose records were lost before a rebuild
 """
 
 from __future__ import annotations
@@ -32,7 +31,15 @@ from topotune.config.models import SAFE_NAME, SearchConfig
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.files import write_atomically
 from topotune.redaction import redact
-from topotune.search.place.objects.address import shown
+from topotune.search.place.objects.address import shown_place
+
+STUDY_FILE, STUDY_COPY = "study.jsonl", "study.copy.jsonl"
+LAYOUT = 2
+"""Of the results folder; 0.1.0 had another, and wrote no number."""
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+)
+"""What a damaged identity can raise while it is taken apart."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,10 +65,15 @@ def write_bytes(
     try:
         write_atomically(path, content, keep, fence)
     except OSError as error:
-        raise ResourceError(
-            f"{path}: cannot be written: {error.strerror}. Make space or make the "
-            "folder writable, then resume"
-        ) from error
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> ResourceError:
+    """The error for a file of a search that the disk does not take."""
+    return ResourceError(
+        f"{path}: cannot be written: {error.strerror}. Make space or make the folder writable, "
+        "then resume"
+    )
 
 
 @dataclass(frozen=True)
@@ -79,16 +91,6 @@ class SearchFolder:
     def meta(self) -> Path:
         """Identity and config."""
         return self.root / "search.json"
-
-    @property
-    def study_url(self) -> str:
-        """SQLAlchemy URL of the study."""
-        return f"sqlite:///{self.root / 'study.db'}"
-
-    @property
-    def ledger(self) -> Path:
-        """Device seconds and wall time."""
-        return self.root / "ledger.json"
 
     @property
     def lock(self) -> Path:
@@ -165,7 +167,8 @@ class SearchFolder:
         """An existing search's folder.
 
         Raises:
-            SearchFolderError: there is none, or its identity is unreadable.
+            SearchFolderError: there is none, its identity is unreadable, or it is of another
+                version.
         """
         folder = cls(results_dir.absolute() / name)
         _fetch(results_dir, name)
@@ -178,11 +181,16 @@ class SearchFolder:
         elif not SAFE_NAME.fullmatch(name) or not _is_search(folder.meta):
             known = ", ".join(sorted(found.name for found in searches(results_dir))) or "none"
             raise SearchFolderError(
-                f"{shown(results_dir)}: no search named {name!r} (there: {known}). Give its "
+                f"{shown_place(results_dir)}: no search named {name!r} (there: {known}). Give its "
                 "--results-dir if it lies elsewhere"
             )
         folder._refuse_foreign()
-        folder.identity()
+        if (layout := folder.identity()["layout"]) != LAYOUT:
+            maker = "topotune 0.1.0" if layout < LAYOUT else "a newer topotune"
+            raise SearchFolderError(
+                f"{folder.root}: was made by {maker}, whose results folders this version does not "
+                "read. Use that one to go on with it, or begin the search again with --name OTHER"
+            )
         return folder
 
     def _refuse_foreign(self) -> None:
@@ -224,8 +232,12 @@ class SearchFolder:
         """The content of search.json."""
         try:
             data: dict[str, Any] = json.loads(self.meta.read_text(encoding="utf-8"))
-            return {"search_id": str(data["search_id"]), "config": dict(data["config"])}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            return {
+                "layout": int(data.get("layout", 1)),
+                "search_id": str(data["search_id"]),
+                "config": dict(data["config"]),
+            }
+        except _UNREADABLE as error:
             raise SearchFolderError(f"{self.meta}: is damaged ({error})") from None
 
     @property
@@ -245,6 +257,7 @@ class SearchFolder:
     def save(self, config: SearchConfig, search_id: str | None = None) -> None:
         """Write identity and config."""
         identity = {
+            "layout": LAYOUT,
             "search_id": search_id or self.search_id,
             "config": config.model_dump(mode="json"),
         }

@@ -14,7 +14,7 @@ from topotune.redaction import SHORTEST, redact
 from topotune.search.place.folder import SearchFolder
 from topotune.search.view import Listener
 from topotune.tracking.mlflow import MlflowStore
-from topotune.tracking.shipper import Reconciliation, Shipper
+from topotune.tracking.shipper import Shipper, ShipStatus
 from topotune.tracking.store import DEFAULT_EXPERIMENT, check_tracking_uri
 
 ENVIRONMENT = "MLFLOW_TRACKING_URI"
@@ -23,7 +23,7 @@ _HIDDEN = "***"
 _PORTS = {"http": 80, "https": 443}
 CLOSE_SECONDS = 60.0
 CLOSE_SECONDS_HURRY = 3.0
-"""With a store that cannot be reached, or a search that was told to stop: the spools keep all."""
+"""With a store that cannot be reached, or a search that was told to stop: the outbox keeps all."""
 
 
 def tracking_uri(config: SearchConfig) -> str | None:
@@ -160,7 +160,7 @@ def default_server() -> MlflowStore | None:
 
 
 class Shipping:
-    """Ships a search's spools while a session runs; never in the way of training.
+    """Ships a search's outbox while a session runs; never in the way of training.
 
     Args:
         folder: the search's folder.
@@ -175,7 +175,7 @@ class Shipping:
         self._label = store.label
         self._store = store
         self._shipper = Shipper(folder.root, store, folder.search_id, config.name)
-        self._closed: Reconciliation | None = None
+        self._closed: ShipStatus | None = None
         self._warned = False
 
     def __enter__(self) -> Self:
@@ -184,7 +184,7 @@ class Shipping:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Aborted, or another driver's from here on: the spools keep what is not sent.
+        # Aborted, or another driver's from here on: the outbox keeps what is not sent.
         if kind in (KeyboardInterrupt, LeaseLostError):
             self._shipper.close(0.0)
         else:

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topotune.config.yamlfile import read_yaml
+from topotune.config.file import read_yaml
 from topotune.errors import ConfigError
 from topotune.search.ray.cluster import UNLIMITED, Amounts, NodeType
+from topotune.search.ray.ray_internals import cluster_config
 
 ENVIRONMENT = "TOPOTUNE_AUTOSCALER_CONFIG"
 LAUNCHERS_FILE = Path("~/ray_bootstrap_config.yaml")
@@ -37,7 +38,7 @@ class Growth:
 
 
 def growth() -> Growth:
-    """Of the cluster that this process is connected to; nothing where nobody says.
+    """Of the cluster that this process is connected to; nothing where neither source has it.
 
     Raises:
         ConfigError: the file that says it is not of the launcher's form.
@@ -52,11 +53,8 @@ def growth() -> Growth:
 
 
 def _reported() -> Growth:
-    """What Ray's GCS knows; in 2.60 the raw form of ``get_max_resources_from_cluster_config``,
-    which has no sizes of nodes."""
-    from ray._private.state import state
-
-    config = state.get_cluster_config()
+    """What Ray's GCS knows."""
+    config = cluster_config()
     if config is None:
         return Growth()
     types = tuple(

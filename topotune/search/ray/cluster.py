@@ -20,7 +20,7 @@ UNLIMITED = 10**6
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is up: what it has, and what nobody holds of it now."""
+    """A node that is up: what it has, and what is free of it now."""
 
     total: Amounts
     free: Amounts
@@ -76,7 +76,7 @@ class Cluster:
         return sum(node.total.get(name, 0.0) for node in self.nodes)
 
     def free(self, name: str) -> float:
-        """What nobody holds of it."""
+        """What is free of it."""
         return sum(node.free.get(name, 0.0) for node in self.nodes)
 
     def most(self, name: str) -> float:
@@ -94,7 +94,7 @@ class Cluster:
         return bool(self.types)
 
     def slots(self, needs: Amounts) -> int:
-        """Trials at once on the nodes that are up, if nobody else uses them."""
+        """Trials at once on the nodes that are up, if no other search uses them."""
         return sum(_slots(node.total, needs) for node in self.nodes)
 
     def most_slots(self, needs: Amounts) -> int:
@@ -126,14 +126,16 @@ class Cluster:
             return ""
         for name, amount in needs.items():
             if self.largest(name) == 0:
-                return f"a trial needs {told(name, amount)} and no node has any{self._may_grow()}"
+                return (
+                    f"a trial needs {amount_of(name, amount)} and no node has any{self._may_grow()}"
+                )
         for name, amount in needs.items():
             if self.largest(name) < amount - _ROUNDING:
                 return (
-                    f"no single node has {told(name, amount)} (the largest has "
+                    f"no single node has {amount_of(name, amount)} (the largest has "
                     f"{self.largest(name):g}){self._may_grow()}"
                 )
-        both = " and ".join(told(name, amount) for name, amount in needs.items())
+        both = " and ".join(amount_of(name, amount) for name, amount in needs.items())
         return f"no single node has {both}{self._may_grow()}"
 
     def _may_grow(self) -> str:
@@ -170,7 +172,7 @@ class Cluster:
     def short(self, needs: Amounts) -> str:
         """What a trial needs of some resources, and what is free of them."""
         return "each needs " + " and ".join(
-            f"{told(name, amount)}, {self.free(name):g} of {self.total(name):g} free"
+            f"{amount_of(name, amount)}, {self.free(name):g} of {self.total(name):g} free"
             for name, amount in needs.items()
         )
 
@@ -193,7 +195,7 @@ def _fit(has: float, name: str, need: float) -> int:
     return int(has / need + _ROUNDING)
 
 
-def told(name: str, amount: float) -> str:
+def amount_of(name: str, amount: float) -> str:
     """An amount in words, such as "1 GPU"."""
     return f"{amount:g} {plural(name, amount)}"
 

@@ -1,4 +1,4 @@
-"""Ray Tune, told what to run by the book."""
+"""Ray Tune runs what the book hands out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from topotune.config.models import SearchConfig
 from topotune.errors import RunError, TopotuneError
 from topotune.redaction import brief
 from topotune.search.code.source import Source, code_of
-from topotune.search.drive.book import Book
+from topotune.search.drive.book import Book, Progress
+from topotune.search.drive.recorder import recorded
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.files import TrialFiles
 from topotune.search.place.objects.places import Places
 from topotune.search.ray.cluster import needs_of
 from topotune.search.ray.pulse import Pulse
-from topotune.search.ray.repairs import out_of_memory_is_a_death
+from topotune.search.ray.ray_internals import (
+    keep_keys_off_command_lines,
+    out_of_memory_is_a_death,
+)
+from topotune.search.ray.watchdog import Stalls
 
 KILL_SECONDS = 3.0
 """How long the end of killed workers may take to be noticed."""
@@ -52,9 +57,7 @@ def execute(
     """
     from ray import tune
     from ray.tune import Stopper
-    from ray.tune.execution import class_cache
 
-    from topotune.search.ray.stalls import Stalls
     from topotune.search.ray.tune import (
         ALONE,
         Clock,
@@ -63,7 +66,6 @@ def execute(
         StudyScheduler,
         StudySearcher,
         guarded,
-        recorded,
     )
     from topotune.search.ray.worker import TrialActor, trial_config
 
@@ -80,11 +82,7 @@ def execute(
         def stop_all(self) -> bool:
             return pulse.overdue(grace=KILL_SECONDS)
 
-    # Tune hands these to its workers on their command lines, which everybody on the machine and
-    # Ray's logs can read; workers have the environment of their node anyway.
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(
-        [name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")]
-    )
+    keep_keys_off_command_lines()
     # Tune would start the workers one after another and, while one loads, drop those of trials that
     # end. How many trials there are at once, the book says.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most_at_once)
@@ -94,7 +92,11 @@ def execute(
         return tune.PlacementGroupFactory([whole if trial[ALONE] else shared])
 
     places, modules = Places(folder, files), code_of(folder)
-    guarded(book, lambda: book.take_over(lambda number: recorded(places.died(number))), None)
+
+    def left(number: int) -> Progress:
+        return recorded(places.checkpoint(number), book.live[number].spec)
+
+    guarded(book, lambda: book.take_over(left), None)
     stalls = Stalls(config.limits.stall, places.signs)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
@@ -115,7 +117,7 @@ def execute(
                         source=source,
                     ),
                 ),
-                scheduler=StudyScheduler(book, places.died, note, request),
+                scheduler=StudyScheduler(book, places.died, left, note, request),
                 num_samples=-1,
                 reuse_actors=True,
             ),

@@ -1,4 +1,4 @@
-"""What happens about twice a second while trials run: look around, and tell who watches."""
+"""What happens about twice a second while trials run: look around, and show how it stands."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Pulse:
             self._next_look = now + 5
             cluster = self._ray.cluster()
             if self._ray.local and not cluster.total("CPU"):
-                # Nobody adds a node to a cluster of our own: waiting would last for ever.
+                # No node is ever added to a cluster of our own: waiting would last for ever.
                 self._book.fatal = self._book.fatal or RunError(
                     "Ray's local node has died (killed, or out of memory). What is finished is "
                     f"kept; 'topotune resume {self._config.name}' continues"

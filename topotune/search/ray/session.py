@@ -9,14 +9,17 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from topotune.errors import ResourceError
 from topotune.redaction import brief
 from topotune.search.drive.signals import Interrupts, shielded
 from topotune.search.ray.autoscaler import Growth, growth
 from topotune.search.ray.cluster import Cluster, Node
+from topotune.search.ray.ray_internals import free_by_node, silence_processes
 from topotune.search.ray.sweep import Sweeper
 from topotune.search.view import Listener
 
@@ -39,6 +42,7 @@ _RAY_ENVIRONMENT = {
 }
 
 
+T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 _DEEPEST = "/ray/session_2026-11-27_18-37-50_267095_4194304/sockets/plasma_store"
 MOST_BYTES = 107 - len(_DEEPEST)
@@ -92,19 +96,23 @@ def _can_be_made(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _ignore(*_: object, **__: object) -> None:
-    """Print nothing."""
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes that are up, as Ray describes them."""
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in nodes if node["Alive"]]
 
 
 class RaySession:
-    """A connection to Ray that is closed whatever happens.
+    """A connection to Ray that is closed in any case.
 
     Args:
-        address: "local" starts a cluster of its own, whatever the environment or a file in the
-            temporary directory names; "auto" takes what RAY_ADDRESS names, else the cluster that
-            was started last on this machine; else a cluster's address.
-        listener: told that Ray starts, which takes seconds.
-        interrupts: holds signals back while Ray starts; None where nobody handles them.
+        address: "local" starts a cluster of its own, though the environment or a file in the
+            temporary directory may name another; "auto" takes what RAY_ADDRESS names, else the
+            cluster that was started last on this machine; else a cluster's address.
+        listener: gets a line when Ray starts, which takes seconds.
+        interrupts: holds signals back while Ray starts; None where they are not handled.
     """
 
     def __init__(
@@ -138,7 +146,7 @@ class RaySession:
         """Find out at once what Ray would try for minutes.
 
         Raises:
-            ResourceError: nobody listens at the address.
+            ResourceError: nothing listens at the address.
         """
         host, colon, port = self._address.rpartition(":")
         if not colon or not port.isdecimal() or "/" in host:
@@ -153,11 +161,8 @@ class RaySession:
 
     def _connect(self) -> None:
         import ray
-        from ray._private import worker
 
-        # Ray prints what happened to its processes, hundreds of lines, whatever its settings say;
-        # what matters of it is in a trial's reason.
-        vars(worker)["print_to_stdstream"] = _ignore
+        silence_processes()
         local = self._address == "local"
         options: dict[str, Any] = {"include_dashboard": False} if local else {}
         folder = None
@@ -207,15 +212,8 @@ class RaySession:
         Raises:
             ConfigError: the file that says what may be added is broken.
         """
-        import ray
-        from ray._private.state import available_resources_per_node
-
-        free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
-        nodes = tuple(
-            Node(node["Resources"], free.get(node["NodeID"], {}))
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"]
-        )
+        free = free_by_node()
+        nodes = tuple(Node(node["Resources"], free.get(node["NodeID"], {})) for node in _nodes())
         more = Growth() if self.local else growth()
         return Cluster(nodes, more.types, more.most_workers, more.limits)
 
@@ -226,10 +224,37 @@ class RaySession:
 
     def hosts(self) -> int:
         """Machines of the cluster, by their addresses."""
-        import ray
+        return len({node["NodeManagerAddress"] for node in _nodes()})
 
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        return len({node["NodeManagerAddress"] for node in nodes if node["Alive"]})
+    def on_each_node(
+        self, look: Callable[[float], T], seconds: float
+    ) -> Iterator[tuple[str, T | None, str]]:
+        """Run a function on every node at the same time.
+
+        Args:
+            look: called in a worker with the GPUs that Ray offers on its node.
+            seconds: how long all of them may take.
+
+        Yields:
+            A node's address and id, and its answer, or None and why it gave no answer.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        run: Any = ray.remote(num_cpus=0, max_retries=0)(lambda gpus: look(gpus))
+        asked: dict[Any, str] = {}
+        for node in _nodes():
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            reference = run.options(scheduling_strategy=there).remote(
+                node["Resources"].get("GPU", 0.0)
+            )
+            asked[reference] = f"{node['NodeManagerAddress']} {node['NodeID'][:6]}"
+        end = time.monotonic() + seconds
+        for reference, place in asked.items():
+            try:
+                yield place, ray.get(reference, timeout=max(end - time.monotonic(), 1.0)), ""
+            except ray.exceptions.RayError as error:
+                yield place, None, str(error)
 
     def probe(self) -> str:
         """Run a task on a worker process; what it said."""

@@ -1,4 +1,4 @@
-"""Leaves no process behind: ends whatever a session started, however its driver ended.
+"""Leaves no process behind: ends all that a session started, however its driver ended.
 
 A session's processes (Ray's own, the workers, and what a trial has started, detached or frozen)
 carry a mark in their environment. :class:`Sweeper` runs a small process beside the driver that

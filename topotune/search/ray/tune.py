@@ -6,7 +6,7 @@ experiment; so an error of ours is kept in the book, the search drains, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -17,15 +17,15 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from topotune.errors import RunError, TopotuneError
+from topotune.records import EpochReport, TrialSpec
 from topotune.redaction import brief
 from topotune.search.drive.book import Book, Progress, Turn
 from topotune.search.ray.pulse import Pulse
-from topotune.search.ray.stalls import Stalls, end_worker
+from topotune.search.ray.ray_internals import end_idle_workers, end_worker, unplaced_trials
+from topotune.search.ray.watchdog import Stalls
 from topotune.search.study.deaths import classify, take_note
 from topotune.search.study.store import Handout
-from topotune.tracking.entries import Epoch, Metrics
-from topotune.tracking.spool import TRIAL_SPOOL
-from topotune.tracking.tails import read_all
+from topotune.tracking.entries import begun, now_ms
 
 T = TypeVar("T")
 
@@ -67,20 +67,9 @@ def last_error(trial: Trial) -> str:
     return text.rpartition("Failure # ")[2].partition("\n")[2]
 
 
-def recorded(folder: Path) -> Progress:
-    """The epochs, and the metrics of no epoch, in the spool of a trial's folder; none where it
-    cannot be read."""
-    name = folder / TRIAL_SPOOL
-    root = folder.parent.parent
-    try:
-        bodies = [entry.body for _, entry in read_all(root, str(name.relative_to(root)))]
-    except (TopotuneError, OSError):
-        return Progress()
-    metrics: dict[str, float] = {}
-    for body in bodies:
-        if isinstance(body, Metrics) and body.step == 0:  # those of an epoch are the machine's
-            metrics.update(body.values)
-    return Progress(tuple(body.report for body in bodies if isinstance(body, Epoch)), metrics)
+def beginning(spec: TrialSpec) -> Progress:
+    """What is known of a trial when it begins; its worker reports the rest."""
+    return Progress(entries=(begun(spec.table(), {"seed": str(spec.seed)}, now_ms()),))
 
 
 class NotStored:
@@ -148,6 +137,7 @@ class StudyScheduler(NotStored, FIFOScheduler):
     Args:
         book: the search's books.
         folder: a trial's folder, where its guard has left why it died.
+        recorded: what a trial's checkpoint holds.
         note: told, in a line, of a worker that died.
         request: what a trial with this config holds of the cluster.
     """
@@ -156,11 +146,13 @@ class StudyScheduler(NotStored, FIFOScheduler):
         self,
         book: Book,
         folder: Callable[[int], Path],
+        recorded: Callable[[int], Progress],
         note: Callable[[str], None],
         request: Callable[[dict[str, Any]], PlacementGroupFactory],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._book, self._folder, self._note, self._request = book, folder, note, request
+        self._book, self._folder, self._recorded = book, folder, recorded
+        self._note, self._request = note, request
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """CONTINUE or STOP after a worker's step."""
@@ -178,14 +170,19 @@ class StudyScheduler(NotStored, FIFOScheduler):
             guarded(self._book, lambda: self._died(number, trial), None)
 
     def _died(self, number: int, trial: Trial) -> None:
-        folder = self._folder(number)
-        death = classify(last_error(trial), take_note(folder))
-        self._note(self._book.died(number, death, lambda: recorded(folder).reports))
+        death = classify(last_error(trial), take_note(self._folder(number)))
+        self._note(self._book.died(number, death, lambda: self._left(number)))
         if self._book.live[number].alone and not trial.config[ALONE]:
             # Ray has taken its worker away and not yet put it back into the queue, so this is the
             # moment to ask for more.
             trial.set_config({**trial.config, ALONE: True})  # type: ignore[no-untyped-call]
             trial.update_resources(self._request(trial.config))
+
+    def _left(self, number: int) -> Sequence[EpochReport]:
+        """The epochs that a trial leaves, the last of which it may not have reported."""
+        progress = self._recorded(number)
+        self._book.record(number, progress)
+        return progress.reports
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The first pending trial whose own worker does not load yet; Tune starts the others. On
@@ -195,15 +192,8 @@ class StudyScheduler(NotStored, FIFOScheduler):
         that loads for it.
         """
         if self._book.shared and self._book.full:
-            # Tune keeps the worker of a trial that was handed back, and its place, for another.
-            tune_controller._cleanup_cached_actors(force_all=True)
-        started = tune_controller._actor_manager.is_actor_started
-        actors = tune_controller._trial_to_actor
-        unplaced: list[Trial] = [
-            trial
-            for trial in tune_controller._pending_trials_list
-            if (actor := actors.get(trial)) is None or not started(actor)
-        ]
+            end_idle_workers(tune_controller)
+        unplaced = unplaced_trials(tune_controller)
         self._book.unplaced = len(unplaced)
         return next((trial for trial in unplaced if trial.status == Trial.PENDING), None)
 
@@ -252,9 +242,13 @@ class Clock(NotStored, Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """The trial holds its device from now on."""
+        number = trial.config[NUMBER]
         charge(self._book)
-        self._book.holding.add(trial.config[NUMBER])
-        self._started[trial.config[NUMBER]] = trial
+        self._book.holding.add(number)
+        self._started[number] = trial
+        if number in self._book.live:  # MLflow shows it before its first epoch is over
+            opened = beginning(self._book.live[number].spec)
+            guarded(self._book, lambda: self._book.record(number, opened), None)
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

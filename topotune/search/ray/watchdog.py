@@ -1,11 +1,13 @@
-"""The watchdog of a worker: it ends its own process when a trial hangs or takes too much memory.
+"""The watchdog of trials: a worker's process ends when its trial hangs or takes too much memory.
+
+:class:`Guard` watches from within the process and ends it. :class:`Stalls` watches from the driver
+and ends what can no longer end itself: a frozen process, or one in which a library hangs that holds
+Python's lock.
 
 Why a trial's process ended stands in ``guard.txt`` in the trial's folder, which is empty while all
 is well and gone with the trial: the traceback of a hang, the line of Python under a fatal signal,
 or the memory that was taken. The driver reads it and keeps it as ``crash-N.txt``
-(:mod:`topotune.search.study.deaths`). Its modification time is the trial's
-sign of life: the driver ends a process that shows none and cannot end itself
-(:mod:`topotune.search.ray.stalls`): it is frozen, or a library hangs that holds Python's lock.
+(:mod:`topotune.search.study.deaths`). Its modification time is the trial's sign of life.
 
 Only a thread in C runs under that lock, and it knows no time but that of the clock, which goes on
 while the whole machine is suspended. So it ends nothing; it leaves the traceback in ``hang.txt``,
@@ -24,9 +26,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
+
+from topotune.search.ray.ray_internals import end_worker
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
 
 GUARD_FILE = "guard.txt"
 HANG_FILE = "hang.txt"
@@ -38,6 +45,7 @@ FROZEN_NOTE = "Frozen\n"
 EXIT_CODE = 71
 """Exit code of a worker that ended itself."""
 LOOK_EVERY = 1.0
+DRIVER_LOOKS_EVERY = 2.0
 LOOK_SHARE = 0.01
 """The largest part of a core that looks at the memory may take: each lists all processes."""
 AUTO_SHARE = 0.9
@@ -145,8 +153,8 @@ class Guard:
 
     def _excess(self) -> str:
         """The resident memory in words where it is too much; else empty."""
-        # Pages that a fork shares count in each process; only where it matters are they told
-        # apart, which is slow.
+        # Pages that a fork shares count in each process; they are counted apart, which is
+        # slow, only where it matters.
         if self._memory is None or resident(shared=True) <= self._memory:
             return ""
         taken = resident(shared=False)
@@ -163,6 +171,66 @@ class Guard:
         with contextlib.suppress(OSError, RuntimeError):  # no memory for a thread, say
             self._ending()
         os._exit(EXIT_CODE)
+
+
+class Stalls:
+    """Watches the signs of life of the workers from outside.
+
+    A worker ends itself when it hangs; this is for one that cannot. Idle time is what this process
+    has itself seen to pass, a little at each look: no two machines' clocks are compared, and a
+    suspended machine or a driver that was held up counts for next to nothing. A worker whose sign
+    of life is not to be seen is not judged.
+
+    Args:
+        limit: ``limits.stall``; None looks at nothing.
+        folder: a trial's folder.
+    """
+
+    def __init__(self, limit: float | None, folder: Callable[[int], Path]) -> None:
+        self._patience = None if limit is None else 1.25 * limit + 5
+        self._folder = folder
+        self._last = time.monotonic()
+        self._idle: dict[int, tuple[int, float]] = {}
+
+    def look(self, working: dict[int, Trial]) -> None:
+        """End the workers of trials that have been still for too long.
+
+        Args:
+            working: trial number to Tune's trial, of those that hold a device.
+        """
+        now = time.monotonic()
+        if self._patience is None or now - self._last < DRIVER_LOOKS_EVERY:
+            return
+        passed = min(now - self._last, 2 * DRIVER_LOOKS_EVERY)
+        self._last = now
+        before, self._idle = self._idle, {}
+        for number, trial in working.items():
+            path = self._folder(number) / GUARD_FILE
+            sign = _modified(path)
+            if sign is None:
+                continue
+            known, idle = before.get(number, (sign, 0.0))
+            idle = idle + passed if sign == known else 0.0
+            self._idle[number] = (sign, idle)
+            if idle > self._patience:
+                with contextlib.suppress(OSError):
+                    path.write_text(_hang(path.with_name(HANG_FILE), sign), encoding="utf-8")
+                end_worker(trial)
+
+
+def _hang(path: Path, since: int) -> str:
+    """The traceback of a hang that began after a sign of life; else that the process is frozen."""
+    written = _modified(path)
+    if written is None or written <= since:
+        return FROZEN_NOTE
+    return path.read_text(encoding="utf-8", errors="replace") or FROZEN_NOTE
+
+
+def _modified(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def resident(shared: bool) -> float:

@@ -1,9 +1,9 @@
 """The Ray actor that trains: one Tune step is one epoch, one actor serves many trials.
 
-What the trial leaves behind (checkpoint, spool, trace) lies in its own folder, and is all that a
-restart needs: Tune's checkpoints are not used. An exception in user code ends the trial as FAILED
-and is not retried; only the death of the process is. A :class:`~topotune.search.ray.watchdog.Guard`
-watches each trial while it works.
+What the trial leaves behind (checkpoint, trace) lies in its own folder, and is all that a restart
+needs: Tune's checkpoints are not used. What it measures goes to the driver with each step. An
+exception in user code ends the trial as FAILED and is not retried; only the death of the process
+is. A :class:`~topotune.search.ray.watchdog.Guard` watches each trial while it works.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ from topotune.errors import (
     DivergedError,
     GpuMemoryError,
     ResourceError,
-    SpoolError,
     StoppedError,
     TopotuneError,
     UnstableError,
@@ -51,7 +50,7 @@ from topotune.search.ray.slate import Slate
 from topotune.search.ray.system_metrics import SystemMetrics
 from topotune.search.ray.tune import ALONE, PAYLOAD
 from topotune.search.ray.watchdog import Guard
-from topotune.tracking.base import Tracker
+from topotune.tracking.entries import Body, Metrics
 
 
 class TrialActor(tune.Trainable):
@@ -84,6 +83,7 @@ class TrialActor(tune.Trainable):
             self._search = self._courier.search
         self._folder = self._search / "trials" / f"{self._number:04d}"
         self._run = self._reports = None
+        self._told = False
         self._source = config["source"]
         self._gpus, self._alone = float(config["gpus"]), bool(config[ALONE])
         self._gpu_memory = config["gpu_memory"]
@@ -141,7 +141,7 @@ class TrialActor(tune.Trainable):
                 self._output.tidy()
             self._courier.push()
         except TopotuneError as error:
-            return Progress((), progress.metrics, stop=progress.stop or str(error))
+            return self._progress(stop=progress.stop or str(error))
         return progress
 
     def _advance(self) -> Progress:
@@ -150,22 +150,21 @@ class TrialActor(tune.Trainable):
         except GpuMemoryError:
             raise  # the driver's to judge, as the death of this worker
         except DivergedError as error:
-            return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
+            return self._progress(outcome=Outcome.DIVERGED, reason=str(error))
         except StoppedError as error:
-            return Progress((), self._overhead(), Outcome.PRUNED, str(error))
+            return self._progress(outcome=Outcome.PRUNED, reason=str(error))
         except UnstableError as error:
             # Dynamics that cannot settle: what would diverge is not even started.
-            self._note_start()
-            return Progress((), self._overhead(), Outcome.DIVERGED, str(error))
-        except (CheckpointError, SpoolError, ResourceError, DataUnavailableError) as error:
+            return self._progress(outcome=Outcome.DIVERGED, reason=str(error))
+        except (CheckpointError, ResourceError, DataUnavailableError) as error:
             # The machine's fault, not the trial's: the same would meet every other trial, so the
             # search stops and this trial stays resumable. Files that were left open in training are
             # the trial's own.
             if self._reports is not None and files_exhausted(error):
                 return self._failed(error)
-            return Progress((), self._overhead(), stop=str(error))
+            return self._progress(stop=str(error))
         except TopotuneError as error:
-            return Progress((), self._overhead(), Outcome.FAILED, f"{error}")
+            return self._progress(outcome=Outcome.FAILED, reason=f"{error}")
         except BaseException as error:
             if _raised_by_ray(error):
                 raise
@@ -173,13 +172,13 @@ class TrialActor(tune.Trainable):
                 text = (
                     f"{self._folder}: {error}. Make space or make the folder writable, then resume"
                 )
-                return Progress((), self._overhead(), stop=text)
+                return self._progress(stop=text)
             return self._failed(error)
 
     def _failed(self, error: BaseException) -> Progress:
         """FAILED with the exception's text; the traceback goes into the trial's folder."""
         text = f"{type(error).__name__}: {_words(error)}".removesuffix(": ")
-        return Progress((), self._overhead(), Outcome.FAILED, text + self._traceback())
+        return self._progress(outcome=Outcome.FAILED, reason=text + self._traceback())
 
     def _traceback(self) -> str:
         """Write the traceback of the exception at hand into the trial's folder; where it is."""
@@ -223,10 +222,8 @@ class TrialActor(tune.Trainable):
             if self._gpus > 0:
                 check_gpus(self._gpus)
                 cap_memory(self._share())
-            self._record = self._tracker()
             self._system = SystemMetrics()
-            tags = self._code_tags()
-            self._run = open_trial(self._spec, self._record, self._folder, self._beat, tags)
+            self._run = open_trial(self._spec, self._folder, self._beat, self._code_tags())
             if self._slate is None:
                 self._slate = Slate()
             self._reports = self._run.reports()
@@ -234,8 +231,8 @@ class TrialActor(tune.Trainable):
             if replayed:
                 return self._progress(replayed)
         report = next(self._reports)
-        self._record.metrics(self._system.sample(), report.epoch, report.timestamp_ms)
-        return self._progress([report])
+        load = Metrics(self._system.sample(), report.epoch, report.timestamp_ms)
+        return self._progress([report], (load,) if load.values else ())
 
     def _check_node(self) -> None:
         """See that this node can do what the driver asks for.
@@ -265,23 +262,24 @@ class TrialActor(tune.Trainable):
         if self._guard is not None:
             self._guard.beat()
 
-    def _note_start(self) -> None:
-        """Record the parameters of a trial that cannot be opened, as an open one does itself."""
-        from topotune.train.assemble import resolved_params
-
-        self._tracker().start(resolved_params(self._spec, {}), {"seed": str(self._spec.seed)})
-
-    def _progress(self, reports: list[EpochReport]) -> Progress:
-        done = reports[-1].epoch >= self._spec.epochs
-        return Progress(tuple(reports), self._overhead(), Outcome.COMPLETE if done else None)
-
-    def _overhead(self) -> dict[str, float]:
-        return dict(self._run.overhead_metrics()) if self._run is not None else {}
-
-    def _tracker(self) -> Tracker:
-        from topotune.tracking.spool import SpoolTracker
-
-        return SpoolTracker(self._folder / "spool.jsonl", self._number)
+    def _progress(
+        self,
+        reports: Sequence[EpochReport] = (),
+        entries: tuple[Body, ...] = (),
+        outcome: Outcome | None = None,
+        reason: str = "",
+        stop: str = "",
+    ) -> Progress:
+        """What is reported, with what the trial began with where that is not reported yet."""
+        overhead: Mapping[str, float] = {}
+        if self._run is not None:
+            record = self._run.record
+            overhead = record.overhead.metrics
+            if not self._told:
+                entries, self._told = (*record.entries(), *entries), True
+        if reports and reports[-1].epoch >= self._spec.epochs:
+            outcome = Outcome.COMPLETE
+        return Progress(tuple(reports), overhead, outcome, reason, stop, entries)
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """Tune's checkpoints are not used; this one only says so."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 
+from sqlalchemy import create_engine, text
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from topotune.config.models import SearchConfig, StudyConfig
-from topotune.errors import ConfigError
+from topotune.errors import ConfigError, ResourceError
 from topotune.requirements import install_command
-from topotune.search.place.folder import SearchFolder
+from topotune.search.place.folder import STUDY_FILE, SearchFolder
 
 ENVIRONMENT = "TOPOTUNE_STUDY_URI"
 _SECRETS = ("password", "sslpassword")
@@ -58,7 +61,7 @@ def public(url: URL) -> str:
 def study_place(folder: SearchFolder, config: SearchConfig) -> str:
     """Where the study is, in words for a person: a path, or an address without secrets."""
     url = study_uri(config)
-    return str(folder.root / "study.db") if url is None else public(url)
+    return str(folder.root / STUDY_FILE) if url is None else public(url)
 
 
 def with_driver(url: URL) -> URL:
@@ -78,19 +81,42 @@ def with_driver(url: URL) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
+def try_database(address: str) -> str:
+    """Make sure that a database takes new tables; what it is, in words.
+
+    Raises:
+        ResourceError: it cannot be reached, or its user may not make tables.
+        ConfigError: as :func:`with_driver`.
+    """
+    try:
+        engine = create_engine(
+            with_driver(make_url(address)), connect_args={"connect_timeout": 10}, poolclass=NullPool
+        )
+        with engine.connect() as connection:
+            may = connection.execute(text("SELECT has_schema_privilege(current_schema, 'CREATE')"))
+            if not may.scalar():
+                raise ResourceError(
+                    f"the user {engine.url.username!r} may not make tables in {engine.url.database}"
+                )
+            number = connection.execute(text("SHOW server_version")).scalar()
+    except SQLAlchemyError as error:
+        raise ResourceError(str(error)) from error
+    return f"PostgreSQL {number} at {engine.url.host} can be written"
+
+
 def study_name(folder: SearchFolder, config: SearchConfig) -> str:
     """Its name in the database, where other searches of that name may be."""
     return config.name if config.study.uri is None else f"{config.name}-{folder.search_id}"
 
 
 def _environment() -> URL | None:
-    text = os.environ.get(ENVIRONMENT) or None
-    if text is None:
+    named = os.environ.get(ENVIRONMENT) or None
+    if named is None:
         return None
-    problem = "" if text.startswith(("postgresql://", "postgresql+psycopg://")) else "its scheme"
+    problem = "" if named.startswith(("postgresql://", "postgresql+psycopg://")) else "its scheme"
     try:
-        url = make_url(text)
-    except ValueError:  # of a port that is none; SQLAlchemy's text would show the address
+        url = make_url(named)
+    except ValueError:  # of a port that is no number; SQLAlchemy's text would show the address
         problem = "its form"
     if problem:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """optuna-dashboard over a search's study: on this machine only, and without a way to change it.
 
 It can delete studies and end trials, which would pull the ground from under a running search. So
-its server here passes on what asks and refuses what changes, and the database's own connections
-refuse writes as well. It runs in this process: no password of a database is on a command line.
+its server here passes on what asks and refuses what changes, and what it serves is opened read-only
+as well. It runs in this process: no password of a database is on a command line.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError, SearchFolderError
 from topotune.requirements import install_command
-from topotune.search.place.folder import SearchFolder, searches
+from topotune.search.place.folder import STUDY_FILE, SearchFolder, searches
 from topotune.search.study.address import study_name, study_place
-from topotune.search.study.storage import open_storage
+from topotune.search.study.storage import reading
 from topotune.tracking.loopback import HOST, StopRequest, check_port, free_port, stop_signals
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Silent(WSGIRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Requests are nobody's news."""
+        """Requests are not logged."""
 
 
 class ReadOnly:
@@ -74,7 +74,7 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
         results_dir: where searches lie.
         name: the search; None where there is only one.
         port: preferred port; another one is taken if it is in use. 0 for any free one.
-        say: told where to look.
+        say: called with a line that says where to look.
 
     Raises:
         UserError: no such search, no study of it yet, no port, or no optuna-dashboard installed.
@@ -97,11 +97,9 @@ def serving(folder: SearchFolder, config: SearchConfig, port: int) -> Iterator[s
         ResourceError: the study cannot be reached.
     """
     make_app = _optuna_dashboard()
-    if config.study.uri is None and not (folder.root / "study.db").is_file():
+    if config.study.uri is None and not (folder.root / STUDY_FILE).is_file():
         raise SearchFolderError(f"{study_place(folder, config)}: is missing: no trial has begun")
-    storage = open_storage(folder, config)
-    try:
-        storage.refuse_writes()
+    with reading(folder, config) as storage:
         try:
             study = storage.get_study_id_from_name(study_name(folder, config))
         except KeyError:
@@ -118,8 +116,6 @@ def serving(folder: SearchFolder, config: SearchConfig, port: int) -> Iterator[s
             server.shutdown()
             server.server_close()
             thread.join()
-    finally:
-        storage.close()
 
 
 def _only_search(results_dir: Path) -> str:

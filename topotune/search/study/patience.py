@@ -1,8 +1,7 @@
-"""Waiting for a study database that is locked or away, and words for one that stays so."""
+"""Waiting for a study database that is away, and words for one that stays so."""
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,7 +9,7 @@ from typing import TypeVar
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from topotune.errors import ResourceError, SearchFolderError, TopotuneError
+from topotune.errors import ResourceError, TopotuneError
 from topotune.redaction import redact
 
 T = TypeVar("T")
@@ -22,9 +21,6 @@ GRACE_SECONDS = 3.0
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 5.0
 _SILENT_SECONDS = 1.0  # a lock this short is everyday business
 
-# SQLite's primary result codes (sqlite.org/rescode.html).
-_LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 # PostgreSQL's: connection lost, shutting down or starting, too many connections, deadlocks.
 _AWAY_STATES = ("08", "57P", "53300", "40001", "40P01", "55P03")
 _AWAY_WORDS = ("starting up", "shutting down", "recovery", "not yet accepting", "too many", "slots")
@@ -41,8 +37,6 @@ def absence(error: BaseException, disconnected: bool = False) -> str | None:
         error: what its driver raised.
         disconnected: whether the connection is known to be lost.
     """
-    if isinstance(error, sqlite3.Error):
-        return "is locked by another process" if _code(error) in _LOCKED else None
     state = getattr(error, "sqlstate", None)
     text = " ".join(str(error).split())
     if disconnected or (state and state.startswith(_AWAY_STATES)):
@@ -52,11 +46,6 @@ def absence(error: BaseException, disconnected: bool = False) -> str | None:
     if type(error).__name__ in ("OperationalError", "ConnectionTimeout") and not state:
         return None if refused else "does not answer"
     return None
-
-
-def _code(error: sqlite3.Error) -> int:
-    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-    return code & 0xFF  # without the extension in the upper bytes
 
 
 def origin(error: BaseException) -> BaseException:
@@ -71,32 +60,21 @@ def explained(error: BaseException, place: str) -> TopotuneError:
 
     Args:
         error: what Optuna, SQLAlchemy or the database's driver raised.
-        place: the study's file, or its address without secrets.
+        place: its address without secrets.
     """
-    source = origin(error)
-    text = redact(" ".join(str(source).split()))[:300]
-    if not isinstance(source, sqlite3.Error):
-        return ResourceError(
-            f"study database {place}: {text}. Check the address, the user and the password "
-            "(TOPOTUNE_STUDY_URI), then resume"
-        )
-    if _code(source) in _DAMAGED:
-        return SearchFolderError(
-            f"{place}: the study cannot be read: {text}. 'topotune resume' rebuilds it from the "
-            "trials' own records"
-        )
+    text = redact(" ".join(str(origin(error)).split()))[:300]
     return ResourceError(
-        f"{place}: the study cannot be used: {text}. Make space or make the folder writable, then "
-        "resume"
+        f"study database {place}: {text}. Check the address, the user and the password "
+        "(TOPOTUNE_STUDY_URI), then resume"
     )
 
 
 class Patience:
-    """Repeats a call to a study database that is locked or away, with growing pauses.
+    """Repeats a call to a study database that is away, with growing pauses.
 
     Args:
-        place: the study's file, or its address without secrets.
-        note: told in a line when the waiting begins and when it is over.
+        place: its address without secrets.
+        note: called with a line when the waiting begins and when it is over.
         limit: seconds after which the waiting ends in an error.
 
     Attributes:
@@ -128,20 +106,19 @@ class Patience:
 
         Raises:
             ResourceError: the limit is over, or the database refuses for good.
-            SearchFolderError: the study is damaged.
             KeyboardInterrupt: the search was stopped meanwhile.
         """
         began = time.monotonic()
-        delay, told, stop_at = _FIRST_DELAY, False, float("inf")
+        delay, said, stop_at = _FIRST_DELAY, False, float("inf")
         while True:
             try:
                 value = call()
-            except (SQLAlchemyError, StorageInternalError, StudyAwayError, sqlite3.Error) as error:
+            except (SQLAlchemyError, StorageInternalError, StudyAwayError) as error:
                 away = _away(error)
                 if away is None:
                     raise explained(error, self.place) from error
             else:
-                if told:
+                if said:
                     self.note("the study database is back; going on")
                 return value
             waited = time.monotonic() - began
@@ -150,8 +127,8 @@ class Patience:
                     f"study database {self.place}: {away}, for {waited:.0f} s now. Nothing that is "
                     "finished is lost: resume when it is back"
                 )
-            if not told and waited > _SILENT_SECONDS:
-                told = True
+            if not said and waited > _SILENT_SECONDS:
+                said = True
                 self.note(f"the study database {away}, waiting: {self.place}")
             if self.stopping():
                 stop_at = min(stop_at, time.monotonic() + GRACE_SECONDS)

@@ -2,8 +2,8 @@
 
 A report is judged once, when it arrives and before it is stored, and its one durable write holds
 the verdict, too (see :meth:`topotune.search.study.store.StudyStore.report`). So nothing lies
-between a report and its verdict that a kill could lose, and no old verdict is computed again from curves
-that have grown since.
+between a report and its verdict that a kill could lose, and no old verdict is computed again from
+curves that have grown since.
 
 The rules are those of Optuna's SuccessiveHalvingPruner, HyperbandPruner and MedianPruner, which
 the tests compare with. Theirs are not used: they write into the study before they answer, and

@@ -10,14 +10,17 @@ from typing import Any
 from optuna.trial import Trial
 
 from topotune.config.models import SearchConfig
-from topotune.config.rules import (
+from topotune.config.space import (
+    CategoricalParam,
+    FloatParam,
+    IntParam,
+    Param,
     active_part,
     grid_axis,
     is_active,
     last_value,
     sampling_order,
 )
-from topotune.config.space import CategoricalParam, FloatParam, IntParam, Param
 from topotune.records import OverheadOptions, TrainOptions, TrialSpec, Value
 from topotune.seeding import derive_seed
 
@@ -100,7 +103,7 @@ def resolve(
         split_seed=config.task.split_seed,
         data_dir=config.task.data_dir,
         download=config.task.download,
-        # A GPU that the cluster only declares is none to torch: see topotune.train.devices.
+        # A GPU that the cluster only declares does not count for torch: see topotune.train.devices.
         device="auto" if gpus > 0 else "cpu",
         threads=config.resources.cpus,
     )

@@ -1,192 +1,264 @@
-"""Optuna's database storage, made patient: each call waits for a database that is away."""
+"""Where a study is kept: in the journal of its search's folder, or in PostgreSQL.
+
+A study in PostgreSQL has a journal, too, as its copy: each change is made in the database first and
+then appended, and all that the driver reads comes from the copy. So a database that was set back is
+noticed, and one that lost the study gets it back.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Container, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import BaseJournalBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
-from sqlalchemy.engine import URL, ExceptionContext
 
 from topotune.config.models import SearchConfig
-from topotune.errors import ResourceError
-from topotune.search.place.folder import SearchFolder
-from topotune.search.study.address import study_place, study_uri, with_driver
-from topotune.search.study.patience import Patience, StudyAwayError, absence
-from topotune.search.study.running import RunningTrials, attribute_set, param_set, value_set
-
-READER_SECONDS = 10.0
-"""How long ``status`` and its like wait for a study that is locked or away."""
-OPENING_SECONDS = 60.0
-"""How long a new search waits for its study database."""
-_BUSY_SECONDS = 1.0  # longer pauses are ours, which Ctrl-C can end
-POSTGRESQL = {
-    "connect_timeout": 5,
-    "tcp_user_timeout": 20_000,
-    "keepalives_idle": 10,
-    "keepalives_interval": 5,
-    "keepalives_count": 3,
-}
-"""Half-open connections of a host that vanished end after half a minute, not after hours: with a
-query on its way by the time-out of what is not acknowledged, with one that is waited for by the
-probes."""
+from topotune.errors import SearchFolderError, TopotuneError
+from topotune.redaction import brief
+from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
+from topotune.search.study.address import study_name, study_place
+from topotune.search.study.database import PatientStorage, open_database
+from topotune.search.study.journal import Journal, JournalReader
+from topotune.search.study.patience import Patience
 
 
-def open_storage(
-    folder: SearchFolder, config: SearchConfig, patience: Patience | None = None
-) -> PatientStorage:
-    """A search's study database; close it after use.
+def open_study(
+    folder: SearchFolder, config: SearchConfig, patience: Patience, fence: Callable[[], None]
+) -> tuple[BaseStorage, Journal]:
+    """A search's study for its driver, and the journal that each turn is committed to.
+
+    Args:
+        folder: the search's folder.
+        config: the search.
+        patience: how to wait for a database; its ``note`` gets a line on all that is mended.
+        fence: called before each write; raises if another driver has taken the search over.
 
     Raises:
-        ResourceError: it cannot be reached or used, or another version of Optuna made it.
+        ResourceError: the database cannot be reached or used, or the folder not be written.
+        SearchFolderError: the study is damaged, or has lost trials.
+    """
+    name, path = study_name(folder, config), folder.root / STUDY_FILE
+    if config.study.uri is None:
+        journal = Journal((path, folder.root / STUDY_COPY), patience.note, fence)
+        storage = _opened(journal, path)
+        _refuse_if_later(folder, str(path), len(_trials(storage, name) or ()))
+        return storage, journal
+    database = open_database(folder, config, patience)
+    try:
+        study = _whole(folder, config, database)
+        journal = Journal((path,), patience.note, fence, anew=True)
+        replicated = ReplicatedStorage(database, JournalStorage(journal), fence)
+        replicated.take_over(study)
+        journal.commit()
+    except BaseException:
+        database.close()
+        raise
+    return replicated, journal
+
+
+@contextmanager
+def reading(folder: SearchFolder, config: SearchConfig) -> Iterator[BaseStorage]:
+    """A search's study inside of a ``with`` block, which cannot be changed through it.
+
+    Raises:
+        ResourceError: it cannot be reached.
         SearchFolderError: it is damaged.
     """
-    if patience is None:
-        patience = Patience(study_place(folder, config), limit=READER_SECONDS)
-    url = study_uri(config)
+    if config.study.uri is None:
+        paths = folder.root / STUDY_FILE, folder.root / STUDY_COPY
+        yield _opened(JournalReader(paths), paths[0])
+        return
+    database = open_database(folder, config)
     try:
-        backend = patience(lambda: _connect(folder, url))
-    except RuntimeError as error:  # all that Optuna says of a schema that it does not know
-        raise ResourceError(
-            f"study {patience.place}: {' '.join(str(error).split())} Use the Optuna it was made "
-            f"with, or upgrade it; this is Optuna {optuna.__version__}"
+        database.refuse_writes()
+        yield database
+    finally:
+        database.close()
+
+
+def _opened(backend: BaseJournalBackend, path: Path) -> JournalStorage:
+    try:
+        return JournalStorage(backend)
+    except TopotuneError:
+        raise
+    except Exception as error:
+        # Intact lines that no Optuna wrote: it trusts its own, and may stumble in any way.
+        raise SearchFolderError(
+            f"{path}: the study cannot be read: {type(error).__name__}: {brief(str(error), 200)}. "
+            "Bring it back from a backup"
         ) from error
-    event.listen(backend.engine, "handle_error", _at_once)
-    return PatientStorage(backend, patience)
 
 
-def check_study(folder: SearchFolder, config: SearchConfig, note: Callable[[str], None]) -> None:
-    """Reach a study database before anything of the search is written.
+def _trials(storage: BaseStorage, name: str) -> list[FrozenTrial] | None:
+    """A study's trials; None where there is no such study."""
+    try:
+        return storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+    except KeyError:
+        return None
+
+
+def _refuse_if_later(folder: SearchFolder, place: str, count: int) -> None:
+    """The trials that come next must not meet the files of others that had their numbers."""
+    homes = {path.parent for path in (folder.root / "trials").glob("*/*")}
+    later = sorted(h for h in homes if h.name.isdecimal() and int(h.name) >= count)
+    if later:
+        raise SearchFolderError(
+            f"{place}: the study knows of {count} trials, though trial {later[-1].name} has run. "
+            "Bring it back from a backup; leaderboard.json holds the last known results. To go on "
+            f"without these trials, move {later[0]} and those after it away"
+        )
+
+
+def _whole(folder: SearchFolder, config: SearchConfig, database: PatientStorage) -> int:
+    """The id of a search's study in its database, where it is made if it is new, and made again
+    from its copy if it is lost.
 
     Raises:
-        ResourceError: it cannot be reached within ``OPENING_SECONDS``, or refuses.
-        ConfigError: the package that speaks to it is not installed.
+        SearchFolderError: it knows less than its copy does.
     """
-    if config.study.uri is not None:
-        patience = Patience(study_place(folder, config), note, OPENING_SECONDS)
-        open_storage(folder, config, patience).close()
+    name, place, path = study_name(folder, config), study_place(folder, config), STUDY_FILE
+    known: list[FrozenTrial] = []
+    try:
+        replica = _opened(JournalReader((folder.root / path,)), folder.root / path)
+        known = _trials(replica, name) or []
+    except SearchFolderError as error:
+        database.patience.note(f"warning: {error}. It is written again from the database")
+    stored = _trials(database, name)
+    if stored is not None:
+        if _behind(stored, known):
+            raise SearchFolderError(
+                f"{place}: the study {name!r} knows less than its copy {path} does. Bring the "
+                "database's newer state back, or delete that study there: 'topotune resume' then "
+                "builds it again from the copy"
+            )
+        return int(database.get_study_id_from_name(name))
+    _refuse_if_later(folder, place, len(known))
+    directions = [StudyDirection[objective.direction.upper()] for objective in config.objective]
+    study: int = database.create_new_study(directions, name)
+    if known:
+        database.patience.note(
+            f"warning: the database has no study {name!r} any more; built again from the "
+            f"{len(known)} trials of {path}"
+        )
+        _copy_study(replica, replica.get_study_id_from_name(name), database, study)
+    return study
 
 
-class _Database(RDBStorage):
-    """Optuna's, which gives its connections back when it is dropped, also half-way through its
-    opening of a damaged file: Python 3.13 warns of connections that are left to the collector."""
-
-    def __del__(self) -> None:
-        # While Python ends, SQLAlchemy's own names may be gone already.
-        if (engine := vars(self).get("engine")) and not sys.is_finalizing():
-            engine.dispose()
+def _copy_study(there: BaseStorage, study: int, here: BaseStorage, own: int) -> None:
+    for key, value in there.get_study_system_attrs(study).items():
+        here.set_study_system_attr(own, key, value)
+    for trial in there.get_all_trials(study, deepcopy=False):
+        here.create_new_trial(own, trial)
 
 
-def _connect(folder: SearchFolder, url: URL | None) -> RDBStorage:
-    if url is None:
-        options = {"connect_args": {"timeout": _BUSY_SECONDS}}
-        storage = _Database(folder.study_url, engine_kwargs=options)
-        event.listen(storage.engine, "connect", _use_write_ahead_log)
-        storage.engine.dispose()  # connections from before the listener
-        return storage
-    address = with_driver(url).render_as_string(hide_password=False)
-    # Optuna formats the address: braces in a password stand for themselves.
-    escaped = address.replace("{", "{{").replace("}", "}}")
-    return _Database(escaped, engine_kwargs={"connect_args": dict(POSTGRESQL)})
+def _rank(trial: FrozenTrial) -> int:
+    """How far a trial has come: queued, running, running with its spec, ended."""
+    if trial.state.is_finished():
+        return 4
+    if trial.state == TrialState.WAITING:
+        return 1
+    return 3 if "spec" in trial.user_attrs else 2
 
 
-def _use_write_ahead_log(connection: Any, _record: object) -> None:
-    """Readers never hold up the driver, a killed process loses nothing, and a commit costs half
-    of what the default journal costs."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+def _behind(stored: Sequence[FrozenTrial], known: Sequence[FrozenTrial]) -> bool:
+    pairs = zip(stored, known, strict=False)
+    return len(stored) < len(known) or any(_rank(one) < _rank(copy) for one, copy in pairs)
 
 
-def _only_queries(connection: Any, _record: object) -> None:
-    connection.execute("PRAGMA query_only=ON")
+def _of_study(name: str) -> Callable[..., Any]:
+    def method(self: ReplicatedStorage, study_id: int, *args: Any, **kwargs: Any) -> Any:
+        self._fence()
+        getattr(self._database, name)(self._studies[study_id], *args, **kwargs)
+        return getattr(self._copy, name)(study_id, *args, **kwargs)
 
-
-def _only_reads(connection: Any, _record: object) -> None:
-    connection.read_only = True  # of psycopg: said at the beginning of every transaction
-
-
-def _at_once(context: ExceptionContext) -> None:
-    """Past Optuna's own repeats, which are blind: they could make a trial twice."""
-    if away := absence(context.original_exception, context.is_disconnect):
-        raise StudyAwayError(away)
-
-
-def _patient(name: str) -> Callable[..., Any]:
-    def method(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
-        return self.patience(lambda: getattr(self.inner, name)(*args, **kwargs))
-
-    method.__name__, method.__doc__ = name, "As Optuna's, with patience."
+    method.__name__, method.__doc__ = name, "As Optuna's, in the database first."
     return method
 
 
-class PatientStorage(BaseStorage):
-    """A storage whose every method is one transaction that waits for the database.
+def _of_trial(name: str) -> Callable[..., Any]:
+    def method(self: ReplicatedStorage, trial_id: int, *args: Any, **kwargs: Any) -> Any:
+        self._fence()
+        getattr(self._database, name)(self._trials[trial_id], *args, **kwargs)
+        return getattr(self._copy, name)(trial_id, *args, **kwargs)
+
+    method.__name__, method.__doc__ = name, "As Optuna's, in the database first."
+    return method
+
+
+def _read(name: str) -> Callable[..., Any]:
+    def method(self: ReplicatedStorage, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._copy, name)(*args, **kwargs)
+
+    method.__name__, method.__doc__ = name, "As Optuna's, from the copy."
+    return method
+
+
+class ReplicatedStorage(BaseStorage):
+    """Makes each change in a database and then in a copy of it, which answers all that is read.
+
+    Its ids are those of the copy.
 
     Args:
-        backend: the database; Optuna's cache is put before it.
-        patience: how to wait.
+        database: the truth.
+        copy: holds nothing yet.
+        fence: called before each write; raises if another driver has taken the search over.
     """
 
-    def __init__(self, backend: RDBStorage, patience: Patience) -> None:
-        self._engine = backend.engine
-        self.inner = optuna.storages.get_storage(backend)
-        self.patience = patience
-        self._running = RunningTrials()
-        self._newest: dict[int, int] = {}  # study to the highest id of a trial that is known
-        self._anew: set[int] = set()  # trials whose values are sampled a second time
+    def __init__(
+        self, database: PatientStorage, copy: JournalStorage, fence: Callable[[], None]
+    ) -> None:
+        self._database, self._copy, self._fence = database, copy, fence
+        self._studies: dict[int, int] = {}  # the copy's ids to the database's
+        self._trials: dict[int, int] = {}
+        self._sampled: dict[tuple[int, str], float] = {}
 
-    create_new_study = _patient("create_new_study")
-    delete_study = _patient("delete_study")
-    set_study_user_attr = _patient("set_study_user_attr")
-    set_study_system_attr = _patient("set_study_system_attr")
-    get_study_id_from_name = _patient("get_study_id_from_name")
-    get_study_name_from_id = _patient("get_study_name_from_id")
-    get_study_directions = _patient("get_study_directions")
-    get_study_user_attrs = _patient("get_study_user_attrs")
-    get_study_system_attrs = _patient("get_study_system_attrs")
-    get_all_studies = _patient("get_all_studies")
-    get_trial_id_from_study_id_trial_number = _patient("get_trial_id_from_study_id_trial_number")
-    remove_session = _patient("remove_session")
+    def take_over(self, study: int) -> None:
+        """Have the copy say what the database does of a study.
 
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        """As Optuna's; one that runs is what this process has read and written of it."""
-        return self._running.get(
-            trial_id, lambda: self.patience(lambda: self.inner.get_trial(trial_id))
-        )
-
-    def get_all_trials(
-        self,
-        study_id: int,
-        deepcopy: bool = True,
-        states: Container[TrialState] | None = None,
-    ) -> list[FrozenTrial]:
-        """As Optuna's, with patience."""
-        trials: list[FrozenTrial] = self.patience(
-            lambda: self.inner.get_all_trials(study_id, deepcopy, states)
-        )
-        if not self._anew:
-            return trials
-        return [self.get_trial(t._trial_id) if t._trial_id in self._anew else t for t in trials]
-
-    @contextmanager
-    def sampled_anew(self, trial_id: int) -> Iterator[None]:
-        """Meanwhile a running trial has nothing of what was sampled for it before a kill.
-
-        Samplers skip what a trial has already, and draw the rest as if it had come first.
+        Of a trial that was being sampled when its driver died nothing is taken over that was
+        sampled: samplers skip what a trial has already, and would draw the rest differently.
         """
-        self._running.begin_anew(trial_id, self.patience(lambda: self.inner.get_trial(trial_id)))
-        self._anew.add(trial_id)
-        try:
-            yield
-        finally:
-            self._anew.discard(trial_id)
-            self._running.forget(trial_id)
+        name = self._database.get_study_name_from_id(study)
+        own = self._copy.create_new_study(self._database.get_study_directions(study), name)
+        self._studies[own] = study
+        for key, value in self._database.get_study_system_attrs(study).items():
+            self._copy.set_study_system_attr(own, key, value)
+        for trial in self._database.get_all_trials(study, deepcopy=False):
+            sampled = {}
+            if _rank(trial) == 2:
+                for name, kind in trial.distributions.items():
+                    sampled[name] = kind.to_internal_repr(trial.params[name])
+                fixed = {k: v for k, v in trial.system_attrs.items() if k == "fixed_params"}
+                trial = copy.copy(trial)
+                trial.params, trial.distributions, trial.system_attrs = {}, {}, fixed
+            made = self._copy.create_new_trial(own, trial)
+            self._trials[made] = trial._trial_id
+            self._sampled |= {(made, name): value for name, value in sampled.items()}
+
+    def create_new_study(
+        self, directions: Sequence[StudyDirection], study_name: str | None = None
+    ) -> int:
+        """As Optuna's, in the database first."""
+        self._fence()
+        made = self._database.create_new_study(directions, study_name)
+        own = self._copy.create_new_study(directions, self._database.get_study_name_from_id(made))
+        self._studies[own] = made
+        return own
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """As Optuna's, in the database first."""
+        self._fence()
+        made = self._database.create_new_trial(self._studies[study_id], template_trial)
+        own = self._copy.create_new_trial(study_id, template_trial)
+        self._trials[own] = made
+        return own
 
     def set_trial_param(
         self,
@@ -195,78 +267,28 @@ class PatientStorage(BaseStorage):
         param_value_internal: float,
         distribution: BaseDistribution,
     ) -> None:
-        """As Optuna's, with patience."""
-        values = (param_name, param_value_internal, distribution)
-        self._change("set_trial_param", trial_id, values, param_set(*values))
+        """As Optuna's, in the database first; what that has of a parameter stays."""
+        value = self._sampled.pop((trial_id, param_name), param_value_internal)
+        self._set_trial_param(trial_id, param_name, value, distribution)
 
-    def set_trial_intermediate_value(
-        self, trial_id: int, step: int, intermediate_value: float
-    ) -> None:
-        """As Optuna's, with patience."""
-        values = (step, intermediate_value)
-        self._change("set_trial_intermediate_value", trial_id, values, value_set(*values))
+    _set_trial_param = _of_trial("set_trial_param")
+    delete_study = _of_study("delete_study")
+    set_study_user_attr = _of_study("set_study_user_attr")
+    set_study_system_attr = _of_study("set_study_system_attr")
+    set_trial_state_values = _of_trial("set_trial_state_values")
+    set_trial_intermediate_value = _of_trial("set_trial_intermediate_value")
+    set_trial_user_attr = _of_trial("set_trial_user_attr")
+    set_trial_system_attr = _of_trial("set_trial_system_attr")
+    get_study_id_from_name = _read("get_study_id_from_name")
+    get_study_name_from_id = _read("get_study_name_from_id")
+    get_study_directions = _read("get_study_directions")
+    get_study_user_attrs = _read("get_study_user_attrs")
+    get_study_system_attrs = _read("get_study_system_attrs")
+    get_all_studies = _read("get_all_studies")
+    get_trial_id_from_study_id_trial_number = _read("get_trial_id_from_study_id_trial_number")
+    get_trial = _read("get_trial")
+    get_all_trials = _read("get_all_trials")
 
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """As Optuna's, with patience."""
-        applied = attribute_set("user_attrs", key, value)
-        self._change("set_trial_user_attr", trial_id, (key, value), applied)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """As Optuna's, with patience."""
-        applied = attribute_set("system_attrs", key, value)
-        self._change("set_trial_system_attr", trial_id, (key, value), applied)
-
-    def _change(
-        self,
-        name: str,
-        trial_id: int,
-        values: tuple[Any, ...],
-        applied: Callable[[FrozenTrial], None],
-    ) -> None:
-        def write() -> None:
-            self.patience(lambda: getattr(self.inner, name)(trial_id, *values))
-
-        self._running.change(trial_id, write, applied)
-
-    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """As Optuna's; a trial that was made though the answer was lost is not made twice."""
-        if study_id not in self._newest:
-            trials = self.get_all_trials(study_id, deepcopy=False)
-            self._newest[study_id] = max((trial._trial_id for trial in trials), default=-1)
-
-        def again() -> int:
-            for trial in self.inner.get_all_trials(study_id, deepcopy=False):
-                if trial._trial_id > self._newest[study_id]:
-                    return trial._trial_id
-            return make()
-
-        def make() -> int:
-            return self.inner.create_new_trial(study_id, template_trial)
-
-        self._newest[study_id] = self.patience(make, again)
-        return self._newest[study_id]
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
-        """As Optuna's; a state that was set though the answer was lost counts as set."""
-
-        def again() -> bool:
-            return self.inner.get_trial(trial_id).state == state or make()
-
-        def make() -> bool:
-            return self.inner.set_trial_state_values(trial_id, state, values)
-
-        self._running.forget(trial_id)
-        return self.patience(make, again)
-
-    def refuse_writes(self) -> None:
-        """From here on the database itself refuses whatever would change it."""
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _only_queries)
-        else:
-            event.listen(self._engine, "connect", _only_reads)
-        self._engine.dispose()  # connections from before the listener
-
-    def close(self) -> None:
-        """Give the connections back."""
-        self.inner.remove_session()
-        self._engine.dispose()
+    def remove_session(self) -> None:
+        """Give the database's connections back."""
+        self._database.close()

@@ -9,9 +9,10 @@ violated constraint ``finished`` (before any trial has finished: PRUNED with the
 because Optuna's samplers ignore the state FAIL and would walk back to the same place. The user
 attribute ``outcome`` says which it was, and only that is ever shown.
 
-Between any two writes the driver may be killed, and the search that goes on is the undisturbed one:
-a report and its verdict are one write, a noted end is settled at the next opening, and a trial that
-was being sampled is sampled again from the beginning.
+What is changed is committed in turns (:meth:`StudyStore.commit`), before anything is done on the
+strength of it. Between any two writes the driver may be killed, and the search that goes on is the
+undisturbed one: a report and its verdict are one write, a noted end is settled at the next opening,
+and a trial that was being sampled is sampled again from the beginning.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from topotune.config.models import SearchConfig
@@ -37,16 +39,25 @@ from topotune.records import (
 )
 from topotune.search.place.folder import SearchFolder
 from topotune.search.study.address import study_name, study_place
-from topotune.search.study.constraints import constraint_values
 from topotune.search.study.deaths import Cause
-from topotune.search.study.notes import JUDGED, check_stored, damaged_record, note_of, reported
 from topotune.search.study.patience import Patience
 from topotune.search.study.pruner import make_pruner
-from topotune.search.study.rebuild import whole_storage
-from topotune.search.study.rows import summarise
+from topotune.search.study.rows import (
+    JUDGED,
+    SPENT,
+    Spent,
+    check_notes,
+    constraint_values,
+    damaged_record,
+    damaged_study,
+    note_of,
+    reported,
+    spent,
+    summarise,
+)
 from topotune.search.study.samplers import make_sampler
 from topotune.search.study.space import queued_points, resolve, suggest
-from topotune.search.study.trialfile import TrialCopy, write_copy
+from topotune.search.study.storage import open_study
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,13 @@ class StudyStore:
         folder: the search's folder.
         config: the search.
         gpus: GPUs that a trial holds, for resolving specs.
-        patience: how to wait for a database that is locked or away; told of a rebuilt study.
-        fence: called before each change; raises if another driver has taken the search over.
+        patience: how to wait for a database that is away; its ``note`` gets a line on all of the
+            study that is mended.
+        fence: called before each write; raises if another driver has taken the search over.
 
     Raises:
-        ResourceError: the database cannot be reached or used.
-        SearchFolderError: a PostgreSQL study knows less than the trials' records do, or what it
-            knows of a trial is damaged.
+        ResourceError: the database cannot be reached or used, or the folder not be written.
+        SearchFolderError: the study is damaged, or has lost trials.
     """
 
     def __init__(
@@ -84,24 +95,19 @@ class StudyStore:
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.config, self._gpus, self._folder, self._fence = config, gpus, folder, fence
+        self.config, self._gpus = config, gpus
         self._directions = [objective.direction for objective in config.objective]
         self._place = study_place(folder, config)
-        self._storage = whole_storage(folder, config, patience or Patience(self._place))
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=study_name(folder, config),
-            directions=self._directions,
-            pruner=optuna.pruners.NopPruner(),  # ours decides, see topotune.search.study.pruner
-            load_if_exists=True,
-        )
+        patience = patience or Patience(self._place)
+        self._storage, self._journal = open_study(folder, config, patience, fence)
+        self._study = self._open(study_name(folder, config))
         self._name_metrics()
         self._enqueue()
         frozen = self._study.get_trials(deepcopy=False)
         self._worst: list[float] | None = None
         self._pruner = make_pruner(config)
         for trial in frozen:
-            check_stored(trial, self._place, len(self._directions))
+            check_notes(trial, self._place, len(self._directions))
             self._learn(trial)
             before = 0
             for epoch, value in _curve(trial).items():
@@ -114,6 +120,51 @@ class StudyStore:
         for trial in frozen:
             if trial.state == TrialState.RUNNING and not self._settle(trial):
                 self._orphans.append(trial.number)
+        self.commit()
+
+    def _open(self, name: str) -> Study:
+        # Optuna would try to create it each time, and leave a record of that in the journal.
+        known = name in [study.study_name for study in self._storage.get_all_studies()]
+        pruner = optuna.pruners.NopPruner()  # ours decides, see topotune.search.study.pruner
+        if known:
+            return optuna.load_study(study_name=name, storage=self._storage, pruner=pruner)
+        return optuna.create_study(
+            storage=self._storage, study_name=name, directions=self._directions, pruner=pruner
+        )
+
+    def commit(self, force: bool = False) -> None:
+        """Have all changes up to now on disk, before something is done on the strength of them.
+
+        Args:
+            force: their copy, too.
+
+        Raises:
+            ResourceError: the disk is full, or the folder cannot be written.
+            LeaseLostError: another driver has taken the search over.
+        """
+        self._journal.commit(force)
+
+    def spent(self) -> Spent:
+        """What the sessions before this one have spent.
+
+        Raises:
+            SearchFolderError: the study's note of it is damaged.
+        """
+        note = self._storage.get_study_system_attrs(self._study._study_id).get(SPENT)
+        try:
+            return spent(self._study.get_trials(deepcopy=False), note)
+        except ValueError as error:
+            raise damaged_study(self._place, "note of its time", error) from None
+
+    def keep_spent(self, spent: Spent) -> None:
+        """Store what is spent by now; trials that have ended say it themselves."""
+        running = [n for n in spent.trials if n in self._trials or n in self._orphans]
+        note: dict[str, Any] = {
+            "wall_seconds": round(spent.wall_seconds, 3),
+            "trials": {str(number): round(spent.trials[number], 3) for number in running},
+        }
+        self._storage.set_study_system_attr(self._study._study_id, SPENT, note)
+        self.commit()
 
     def _settle(self, trial: FrozenTrial) -> bool:
         """End a trial whose driver died between the note of its end and the study's own; whether
@@ -121,7 +172,6 @@ class StudyStore:
         end = trial.user_attrs.get("end")
         if end is None:
             return False
-        self._fence()
         if JUDGED in end:
             self._store(trial.number, end["epochs"], end[JUDGED])
         self._tell(trial.number, Outcome(end["outcome"]), unpack_metrics(end["metrics"]))
@@ -161,7 +211,6 @@ class StudyStore:
         Raises:
             ConfigError: a resolved value has the wrong type for its block.
         """
-        self._fence()
         if self._orphans:
             return self._adopt(self._orphans.pop(0))
         if self.left == 0:
@@ -191,36 +240,22 @@ class StudyStore:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return suggest(trial, self.config.space)
 
-    def _sample_again(self, number: int) -> dict[str, Value]:
-        """What would have been sampled for a trial whose driver died over it."""
-        with self._storage.sampled_anew(self._id(number)):
-            sampled = self._sample(self._trial(number))
-        if self._frozen(number).params != sampled:
-            # Another version has sampled otherwise: what it has stored stays as it is.
-            del self._trials[number]
-            sampled = self._sample(self._trial(number))
-        return sampled
-
     def _specify(self, trial: Trial, sampled: Mapping[str, Value]) -> Handout:
         """Note what a trial's parameters resolve to."""
         spec = resolve(self.config, sampled, trial.number, self._gpus)
         trial.set_user_attr("spec", spec.to_dict())
-        self._keep(trial.number)
         return Handout(trial.number, spec)
 
-    def _keep(self, number: int) -> FrozenTrial:
-        """Write a trial's present state into its folder, too; the state."""
-        frozen = self._frozen(number)
-        attributes = self._storage.get_study_system_attrs(self._study._study_id)
-        write_copy(self._folder, TrialCopy(frozen, attributes))
-        return frozen
-
     def _adopt(self, number: int) -> Handout:
-        self._study.sampler = make_sampler(self.config, number)  # before it is told of the trial
+        self._study.sampler = make_sampler(self.config, number)  # before it sees the trial
         notes = self._frozen(number).user_attrs
         stored = notes.get("spec")
         if stored is None:  # killed between ask and the note of what it resolved to
-            sampled = self._sample_again(number)
+            sampled = self._sample(self._trial(number))
+            if self._frozen(number).params != sampled:
+                # Another version has sampled otherwise: what it has stored stays as it is.
+                del self._trials[number]
+                sampled = self._sample(self._trial(number))
             return self._specify(self._trial(number), sampled)
         try:
             alone = Cause.GPU_MEMORY in notes.get("deaths", {})
@@ -248,14 +283,12 @@ class StudyStore:
         With one objective nothing is stored for a value that is missing or not finite.
         """
         if len(self.config.objective) > 1:
-            self._fence()
-            values = [report.metrics.get(objective.metric) for objective in self.config.objective]
+            values = [report.metrics.get(o.metric) for o in self.config.objective]
             name = note_of(report.epoch)
             self._storage.set_trial_system_attr(self._id(number), name, values)
             return
         value = self._value(report)
         if value is not None:
-            self._fence()
             self._store(number, report.epoch, value)
 
     def stops(self, number: int, report: EpochReport) -> bool:
@@ -281,7 +314,6 @@ class StudyStore:
         counts: dict[str, int] = dict(trial.user_attrs.get("deaths", {}))
         counts[cause] = counts.get(cause, 0) + 1
         trial.set_user_attr("deaths", counts)
-        self._keep(number)
         return counts
 
     def note_end(
@@ -314,7 +346,6 @@ class StudyStore:
         }
         if judged is not None:
             note[JUDGED] = self._value(judged)
-        self._fence()
         self._trial(number).set_user_attr("end", note)
 
     def finish(
@@ -334,7 +365,7 @@ class StudyStore:
     def close_orphans(
         self, outcome: Outcome, reason: str, ledger: Mapping[int, float]
     ) -> list[TrialSummary]:
-        """End the trials that an earlier session left running and nobody has taken up."""
+        """End the trials that an earlier session left running and that were not taken up."""
         rows = []
         for number in self._orphans:
             frozen = self._frozen(number)
@@ -360,7 +391,7 @@ class StudyStore:
             self._study.sampler = make_sampler(self.config, number)
             self._study.tell(number, values, state=state, skip_if_finished=True)
         self._trials.pop(number, None)
-        ended = self._keep(number)
+        ended = self._frozen(number)
         self._learn(ended)
         return ended
 
@@ -400,8 +431,15 @@ class StudyStore:
         return found
 
     def close(self) -> None:
-        """Give the database's connections back."""
-        self._storage.close()
+        """Commit what is left, and give the database's connections back.
+
+        Raises:
+            ResourceError, LeaseLostError: as :meth:`commit`.
+        """
+        try:
+            self.commit(force=True)
+        finally:
+            self._storage.remove_session()
 
 
 def _curve(trial: FrozenTrial) -> dict[int, float]:

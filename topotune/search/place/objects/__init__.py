@@ -12,13 +12,13 @@ Only the layer here knows of objects: everything else reads and writes those fol
 **Every file has one writer** (:mod:`~topotune.search.place.objects.layout`), so nothing is merged:
 
 =========  ========================================================================================
-worker     of its trial: ``checkpoint.pt``, ``spool.jsonl``, ``overhead.json``, ``error.txt``,
-           ``guard.txt``, ``output.txt``, and the chunks under ``trace/`` and ``relaxation/``
-driver     everything else: ``search.json``, ``search.yaml``, ``ledger.json``,
-           ``driver.spool.jsonl``, the leaderboard's files, ``shipped.json``, ``refused.jsonl``; of
-           a trial ``trial.jsonl``, ``crash-N.txt`` and the joined traces with their pictures. It
-           also deletes a worker's files when the worker is done: checkpoints that are not among
-           the best, chunks that are joined, a crash note that is read
+worker     of its trial: ``checkpoint.pt``, ``error.txt``, ``guard.txt``, ``output.txt``, and the
+           chunks under ``trace/`` and ``relaxation/``
+driver     everything else: ``search.json``, ``search.yaml``, ``study.jsonl``, ``outbox.jsonl``, the
+           leaderboard's files, ``shipped.json``, ``refused.jsonl``; of a trial
+           ``crash-N.txt`` and the joined traces with their pictures. It also deletes a worker's
+           files when the worker is done: checkpoints that are not among the best, chunks that are
+           joined, a crash note that is read
 nobody     stays on its machine: locks, half-written files, and the ``previous`` versions, which
            guard against a file torn by a crash: an object is whole or absent
 =========  ========================================================================================
@@ -31,13 +31,13 @@ Two drivers are kept apart before that by a row of the study's database
 (:mod:`~topotune.search.place.objects.tenure`).
 
 **An epoch is in the store before the driver hears of it**: first what belongs to it (traces), then
-its checkpoint, then its spool. A worker that dies in between is survived at each point: until the
-checkpoint is there, the epoch has never been, and the next worker trains it; once it is, the next
-worker continues after it and spools it again from the checkpoint's own history.
+its checkpoint, whose history holds it. A worker that dies in between is survived at each point:
+until the checkpoint is there, the epoch has never been, and the next worker trains it; once it is,
+the next worker reports it again, stamp and all, and continues after it. An ended trial's checkpoint
+is deleted only when the store has the outbox with all that was recorded of the trial, so that a
+driver that is lost with its disk leaves one of the two.
 
 **Cost of an epoch** by requests: one read of the claim and one write a file that changed, as a rule
-checkpoint, spool and one chunk; the driver reads the spool again. A spool is small and written
-whole: with ``b`` bytes an epoch (about 1 kB), ``n`` epochs move ``b n (n + 1) / 2`` bytes, 5 MB for
-100 epochs, next to ``n`` checkpoints. The driver's own files go every three seconds where they have
-changed, a large one less often.
+checkpoint and one chunk. The driver's own files go every three seconds where they have changed, a
+large one less often.
 """

@@ -152,7 +152,7 @@ def store_address(results_dir: Path) -> StoreAddress | None:
     return address if address.digest == folder.name else None
 
 
-def shown(results_dir: Path) -> str:
+def shown_place(results_dir: Path) -> str:
     """A results place as a person writes it on a command line."""
     address = store_address(results_dir)
     return str(results_dir) if address is None else shlex.quote(str(address))

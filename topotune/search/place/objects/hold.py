@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError
@@ -12,16 +12,17 @@ from topotune.search.place.folder import SearchFolder
 from topotune.search.place.lease import Lease, lease_holder
 from topotune.search.place.objects.address import StoreAddress, store_address
 from topotune.search.place.objects.files import AllHere, TrialFiles
-from topotune.search.place.objects.mirror import Mirror
-from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
-from topotune.search.place.objects.tenure import Tenure, tenant
 from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.place.shipping import tracking_uri
 from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import study_place, study_uri
+from topotune.search.study.database import OPENING_SECONDS
 from topotune.search.study.patience import Patience
-from topotune.search.study.storage import OPENING_SECONDS
 from topotune.search.view import Listener
+
+if TYPE_CHECKING:
+    from topotune.search.place.objects.mirror import Mirror
+    from topotune.search.place.objects.tenure import Tenure
 
 
 class Hold:
@@ -43,7 +44,10 @@ class Hold:
         self._mirror: Mirror | None = None
         self._stack = ExitStack()
         address = store_address(folder.root.parent)
-        if address is not None:
+        if address is not None:  # a folder's driver needs none of these modules
+            from topotune.search.place.objects.mirror import Mirror
+            from topotune.search.place.objects.tenure import Tenure
+
             check_stores(address, config)
             url = study_uri(config)
             assert url is not None  # check_stores() refuses a study without
@@ -83,11 +87,11 @@ class Hold:
             self._tenure.check()
             self._mirror.check()
 
-    def begin(self, live: Callable[[], dict[int, int]] = dict) -> None:
+    def begin(self, live: Callable[[], Iterable[int]] = tuple) -> None:
         """Save what is here, and go on doing so.
 
         Args:
-            live: the trials that are under way, and how many epochs of each were reported.
+            live: the trials that are under way.
 
         Raises:
             LeaseLostError, ResourceError: as :meth:`check`, or the store is away.
@@ -95,13 +99,9 @@ class Hold:
         if self._mirror is not None:
             self._mirror.begin(live)
 
-    def gather(self, hurry: bool) -> str:
-        """Bring here what the workers have recorded last; within seconds where there is hurry, and
-        then as :meth:`finish` where the store is away."""
-        return "" if self._mirror is None else self._mirror.gather(hurry)
-
     def finish(self, hurry: bool) -> str:
-        """Save what is left; what could not be saved and how to go on, empty if all is.
+        """Save what is left, within seconds where there is hurry; what could not be saved and how
+        to go on, empty if all is.
 
         Raises:
             LeaseLostError: another driver has taken the search over.
@@ -118,6 +118,8 @@ def holder(folder: SearchFolder, config: SearchConfig) -> str | None:
     address, url = store_address(folder.root.parent), study_uri(config)
     if address is None or url is None:
         return lease_holder(folder.lock)
+    from topotune.search.place.objects.tenure import tenant
+
     return tenant(url, _key(address, folder.name))
 
 
@@ -141,15 +143,6 @@ def check_stores(address: StoreAddress, config: SearchConfig) -> None:
             "that is changed in place",
             f"Name a tracking server: tracking.uri, or {TRACKING}=http://HOST:5000",
         )
-
-
-def check_store(address: StoreAddress, limit: float = READER_SECONDS) -> None:
-    """Make sure that this machine can write, read and delete in a store.
-
-    Raises:
-        ResourceError: it cannot.
-    """
-    ObjectStore(address, limit=limit).check()
 
 
 def _key(address: StoreAddress, name: str) -> str:

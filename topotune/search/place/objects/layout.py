@@ -6,8 +6,7 @@ import re
 
 from topotune.search.place.output import OUTPUT_FILE
 from topotune.search.ray.watchdog import GUARD_FILE, HANG_FILE
-from topotune.search.study.trialfile import PREVIOUS_TRIAL_FILE, TRIAL_FILE
-from topotune.tracking.spool import TRIAL_SPOOL
+from topotune.tracking.progress import PROGRESS_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 from topotune.train.trace import (
     RELAXATION_FILE,
@@ -23,9 +22,9 @@ _SAFE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _NAME = re.compile(rf"(?:{_SAFE}/){{0,9}}{_SAFE}")
 _TRIAL = re.compile(r"trials/([0-9]{4,7})/(.+)")
 _CRASHED = re.compile(r"crash-[0-9]+\.txt")
-_PREVIOUS = {"ledger.previous.json", PREVIOUS_TRIAL_FILE, PREVIOUS_FILE}
+_PREVIOUS = {PREVIOUS_FILE}
 _STAYS = {*_PREVIOUS, "driver.lock", HANG_FILE, DRIVER_CLAIM, WORKER_CLAIM}
-_DRIVERS = {TRIAL_FILE, TRACE_FILE, RELAXATION_FILE}
+_DRIVERS = {TRACE_FILE, RELAXATION_FILE}
 """The driver's files in a trial's folder."""
 _CHUNKS = (f"{TRACE_FOLDER}/", f"{RELAXATION_FOLDER}/")
 
@@ -45,7 +44,7 @@ def of_driver(name: str) -> bool:
     if not belongs(name) or base in _STAYS or base.endswith((".partial", ".tmp")):
         return False
     if name.startswith(("study.", "mlflow/")):
-        return False
+        return name == "study.jsonl"  # of one in PostgreSQL, which can be built again from it
     trial = _TRIAL.fullmatch(name)
     if trial is None:
         return not name.startswith("trials/")
@@ -86,14 +85,9 @@ def is_previous(name: str) -> bool:
 
 
 def rank(name: str) -> int:
-    """In which order files go to the store: what an epoch's checkpoint relies on, the checkpoint,
-    what says that the epoch is there, and what says how much of that was sent on."""
-    base = name.rpartition("/")[2]
-    if base == CHECKPOINT_FILE:
-        return 1
-    if base.endswith(TRIAL_SPOOL):
-        return 2
-    return 3 if base == "shipped.json" else 0
+    """In which order files go to the store: what an epoch's checkpoint relies on, then the
+    checkpoint; the outbox, then what says how much of it was sent."""
+    return int(name.rpartition("/")[2] in (CHECKPOINT_FILE, PROGRESS_FILE))
 
 
 def split_trial(name: str) -> tuple[int, str] | None:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from topotune.errors import LeaseLostError, TopotuneError
 from topotune.search.place.objects import layout
-from topotune.search.place.objects.address import StoreAddress, shown, worker_folder
+from topotune.search.place.objects.address import StoreAddress, shown_place, worker_folder
 from topotune.search.place.objects.replica import Replica, each
 from topotune.search.place.objects.store import READER_SECONDS, ObjectStore, Stat
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.search.view import Listener
-from topotune.tracking.spool import TRIAL_SPOOL
+from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE
 
 EVERY_SECONDS = 3.0
@@ -51,8 +51,7 @@ class Mirror:
         self._store = ObjectStore(address, listener.note, meanwhile=meanwhile)
         self._workers = worker_folder(address, name)
         self._replica = driver_replica(results_dir, name, self._store)
-        self._live: Callable[[], dict[int, int]] = dict
-        self._epochs: dict[int, int] = {}  # how far each trial's spool here is
+        self._live: Callable[[], Iterable[int]] = tuple
         self._touched: set[int] = set()
         self._gone: dict[str, None] = {}
         self._settled: set[int] = set()
@@ -90,11 +89,11 @@ class Mirror:
                     late.append(name)
         self._replica.fetch(late)
 
-    def begin(self, live: Callable[[], dict[int, int]]) -> None:
+    def begin(self, live: Callable[[], Iterable[int]]) -> None:
         """Send all that is here, and keep both alike from now on.
 
         Args:
-            live: the trials that are under way, and how many epochs of each were reported.
+            live: the trials that are under way.
 
         Raises:
             LeaseLostError: another driver has taken the search over in the store.
@@ -118,12 +117,17 @@ class Mirror:
                 self._replica.forget(f"{home}/")
                 shutil.rmtree(self._workers / home, ignore_errors=True)
 
-    def fetch(self, number: int) -> None:
-        """Bring a trial's files, its crash note included."""
+    def fetch(self, number: int, *names: str) -> None:
+        """Bring these files of a trial; without names all that the driver needs, the crash note
+        included."""
         store, home = ObjectStore(self.address, limit=READER_SECONDS), layout.trial_name(number)
         prefix = f"{self._name}/{home}"
-        wanted = [n for n in store.objects(prefix) if layout.for_driver(n) or n == GUARD_FILE]
+        wanted = list(names) or [
+            n for n in store.objects(prefix) if layout.for_driver(n) or n == GUARD_FILE
+        ]
         each(lambda n: store.download(f"{prefix}/{n}", self.root / home / n), wanted)
+        if names:
+            return
         note = self._workers / home / GUARD_FILE  # of a worker here that could not send it
         with contextlib.suppress(OSError):
             if note.stat().st_size:
@@ -163,29 +167,19 @@ class Mirror:
                     _log.warning("%s", error)
 
     def _round(self) -> None:
-        live = self._live()
-        self._bring_spools(live)
+        live = set(self._live())
         with self._changing:
             touched, self._touched = self._touched, set()
             gone = list(self._gone)
         try:
-            self._replica.push(self._names(touched | live.keys()))
+            names = self._names(touched | live)
+            # An ended trial's checkpoint goes when the store has what was recorded of it.
+            self._replica.push([*names, OUTBOX_FILE] if gone else names)
         except BaseException:
             with self._changing:
                 self._touched |= touched
             raise
         self._delete(gone)
-
-    def _bring_spools(self, live: dict[int, int]) -> None:
-        now, wanted = time.monotonic(), {}
-        for number, epoch in live.items():
-            name = f"{layout.trial_name(number)}/{TRIAL_SPOOL}"
-            if epoch != self._epochs.get(number, 0) and now >= self._again.get(name, 0.0):
-                wanted[name] = (number, epoch)
-        self._replica.fetch(wanted)
-        for name, (number, epoch) in wanted.items():
-            self._epochs[number] = epoch
-            self._again[name] = now + _size(self.root / name) / BYTES_PER_SECOND
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
         """The driver's files that may have changed: at the top and of some trials."""
@@ -205,28 +199,6 @@ class Mirror:
             self._replica.forget(name)
             with self._changing:
                 self._gone.pop(name, None)
-
-    def gather(self, hurry: bool) -> str:
-        """The trials have ended: bring what is still to be sent to the tracking server.
-
-        Args:
-            hurry: the search was told to stop, and its process is soon to be gone.
-
-        Returns:
-            As :meth:`finish`, where that will have no time to wait for a store that is away.
-        """
-        self._stop(hurry)
-
-        def last() -> None:
-            listing = self._store.objects(f"{self._name}/trials")
-            self._catch_up({f"trials/{name}": stat for name, stat in listing.items()})
-
-        error = self._within(last, hurry)
-        if error and hurry:
-            return self._unsaved(error)
-        if error:
-            _log.warning("%s", error)  # it stays in the store, for a sync
-        return ""
 
     def finish(self, hurry: bool) -> str:
         """Send all that is left; what could not be sent and how to go on, empty if all is there.
@@ -252,7 +224,7 @@ class Mirror:
             f"search {self._name!r}: not all of it is saved in {self.address}: {error}. The study "
             f"has every trial; pages, ledger and records for MLflow wait in {self.root}. When the "
             f"store is back, on this machine: topotune sync {self._name} --results-dir "
-            f"{shown(self._results_dir)}"
+            f"{shown_place(self._results_dir)}"
         )
 
     def _within(self, call: Callable[[], None], hurry: bool) -> str:

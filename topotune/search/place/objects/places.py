@@ -11,6 +11,7 @@ from topotune.search.place.objects import layout
 from topotune.search.place.objects.address import store_address, worker_folder
 from topotune.search.place.objects.files import AllHere, TrialFiles
 from topotune.search.ray.watchdog import GUARD_FILE
+from topotune.train.checkpoint import CHECKPOINT_FILE
 
 
 class Places:
@@ -33,9 +34,16 @@ class Places:
         return worker_folder(self._address, self._folder.name) / layout.trial_name(number)
 
     def died(self, number: int) -> Path:
-        """The folder with a dead worker's spool and note, as far as they can be had."""
+        """The folder with a dead worker's note, as far as it can be had."""
         if self._address is not None:
             with contextlib.suppress(TopotuneError):  # then its end is told without them
                 self._files.fetch(number)
             self._files.forget(number, GUARD_FILE)  # it is read once
+        return self._folder.trial(number)
+
+    def checkpoint(self, number: int) -> Path:
+        """The folder with a trial's checkpoint, as far as it can be had."""
+        if self._address is not None:
+            with contextlib.suppress(TopotuneError):
+                self._files.fetch(number, CHECKPOINT_FILE)
         return self._folder.trial(number)

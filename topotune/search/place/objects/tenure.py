@@ -220,7 +220,7 @@ def tenant(url: URL, search: str) -> str | None:
 
 
 def _engine(url: URL) -> Engine:
-    from topotune.search.study.storage import POSTGRESQL
+    from topotune.search.study.database import POSTGRESQL
 
     options = {"pool_size": 1, "pool_pre_ping": True}
     return create_engine(with_driver(url), connect_args=dict(POSTGRESQL), **options)
