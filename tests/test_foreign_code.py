@@ -14,7 +14,7 @@ from topotune.errors import ConfigError, PluginError, in_one_line
 from topotune.plugins import load_object
 from topotune.records import TrialSpec
 from topotune.search.ray.session import _fix_relative_paths
-from topotune.train.assemble import check_spec, preflight
+from topotune.train.assemble import check_buildable, check_spec
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -68,7 +68,7 @@ def test_a_model_that_cannot_be_built_is_named_with_its_line(
     monkeypatch.syspath_prepend(tmp_path)
     spec = TrialSpec(task=f"theirs:{name}", method="adam", epochs=1, seed=0)
     with pytest.raises(ConfigError, match=words):
-        preflight(spec)
+        check_buildable(spec)
 
 
 def test_a_module_that_exits_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

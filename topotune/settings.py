@@ -25,11 +25,13 @@ FILE = "topotune.toml"
 FILE_VARIABLE = "TOPOTUNE_CONFIG"
 ADDRESS = "TOPOTUNE_ADDRESS"
 STORAGE = "TOPOTUNE_STORAGE"
+STUDY_URI = "TOPOTUNE_STUDY_URI"
+TRACKING_URI = "MLFLOW_TRACKING_URI"
 VARIABLES = {
     "address": ADDRESS,
     "storage": STORAGE,
-    "study_uri": "TOPOTUNE_STUDY_URI",
-    "tracking_uri": "MLFLOW_TRACKING_URI",
+    "study_uri": STUDY_URI,
+    "tracking_uri": TRACKING_URI,
 }
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

@@ -17,7 +17,7 @@ from tests.faults.site import NAME, Seen, Site
 from tests.postgres import Postgres
 from topotune.records import TrialSpec
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE
-from topotune.search.study.address import ENVIRONMENT
+from topotune.settings import STUDY_URI
 from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
 
@@ -29,7 +29,7 @@ WAITS, BACK = "waiting: ", "the study database is back"
 def test_study_away_interrupted(site: Site, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the PostgreSQL study is away: ends within 20 s as an abort does, resumable."""
     with Postgres() as server:
-        monkeypatch.setenv(ENVIRONMENT, server.uri)
+        monkeypatch.setenv(STUDY_URI, server.uri)
         driver = site.search(0, 1)
         server.stop()
         site.says(driver, WAITS)
@@ -49,7 +49,7 @@ def test_study_postgresql_restarted(
     """PostgreSQL study gone for half a minute, then crashed, then the driver killed: waits with
     back-off, says so once, goes on; the password is in no file."""
     with Postgres() as server:
-        monkeypatch.setenv(ENVIRONMENT, server.uri)
+        monkeypatch.setenv(STUDY_URI, server.uri)
         driver = site.search(0, 1)
         server.stop()
         time.sleep(OUTAGE_SECONDS)

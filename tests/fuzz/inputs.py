@@ -14,7 +14,17 @@ import yaml
 
 from topotune.config.spaces import shipped_spaces
 from topotune.records import EpochReport, Outcome
-from topotune.tracking.entries import Artifact, End, Entry, Epoch, Metrics, Start, Tags, to_payload
+from topotune.tracking.entries import (
+    Artifact,
+    End,
+    Entry,
+    Epoch,
+    Metrics,
+    Series,
+    Start,
+    Tags,
+    to_payload,
+)
 
 _TOKENS = (
     *(b"&a ", b"*a", b"<<: *a", b"!!python/object/apply:os.system ['true']", b"!!binary |", b"? "),
@@ -54,6 +64,7 @@ def records() -> list[dict[str, Any]]:
         Start({"lr": "0.1", "coupling": "uniform"}, {"device": "cpu"}, at),
         Metrics({"overhead_vs_adam": 1.1, "bad": math.nan}, 0, at),
         Epoch(EpochReport(1, 10, {"loss": 0.5, "val_accuracy": math.inf}, 0.1, at)),
+        Series({"loss": [(1, 0.5), (10, math.inf)], "energy": []}, at),
         Tags({"topotune.method": "adam"}, at),
         Artifact("trials/0000/trace.npz", "", "00ff", at),
         End(Outcome.PRUNED.value, "asha", at),

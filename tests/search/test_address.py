@@ -13,38 +13,33 @@ from pydantic import ValidationError
 from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, make_config
 from topotune.errors import ConfigError, ResourceError
+from topotune.search.place.addresses import public_study, remembered, study_place, study_uri
 from topotune.search.place.folder import STUDY_COPY, SearchFolder
-from topotune.search.study.address import (
-    ENVIRONMENT,
-    public,
-    remembered_study,
-    study_name,
-    study_place,
-    study_uri,
-)
+from topotune.search.study.address import study_name
 from topotune.search.study.database import check_study, open_database
 from topotune.search.study.rows import summaries
+from topotune.settings import STUDY_URI
 
 FULL = "postgresql://me:s3cret@db:5433/studies?sslmode=require&password=s3cret"
 
 
 def test_what_is_remembered_holds_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(ENVIRONMENT, FULL)
-    config = remembered_study(make_config())
+    monkeypatch.setenv(STUDY_URI, FULL)
+    config = remembered(make_config())
     assert config.study.uri == "postgresql://me@db:5433/studies?sslmode=require"
     url = study_uri(config)
     assert url is not None
     assert url.password == "s3cret"
-    assert "s3cret" not in public(url)
+    assert "s3cret" not in public_study(url)
 
 
 def test_the_environment_adds_a_password_to_the_same_database_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, "postgresql://me:s3cret@db/studies")
+    monkeypatch.setenv(STUDY_URI, "postgresql://me:s3cret@db/studies")
     same = make_config(study={"uri": "postgresql+psycopg://me@db:5432/studies"})
     other = make_config(study={"uri": "postgresql://me@elsewhere/studies"})
-    assert remembered_study(same) == same
+    assert remembered(same).study == same.study
     assert getattr(study_uri(same), "password", None) == "s3cret"
     assert getattr(study_uri(other), "password", None) is None
     # A search that keeps its study in its folder is not moved by a shell that names a database.
@@ -72,9 +67,9 @@ def test_a_search_file_holds_no_password_and_only_postgresql(uri: str) -> None:
 def test_an_address_of_another_form_is_refused_without_being_shown(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, uri)
-    with pytest.raises(ConfigError, match=ENVIRONMENT) as caught:
-        remembered_study(make_config())
+    monkeypatch.setenv(STUDY_URI, uri)
+    with pytest.raises(ConfigError, match=STUDY_URI) as caught:
+        remembered(make_config())
     assert "s3cret" not in str(caught.value)
 
 
@@ -89,8 +84,8 @@ def server() -> Iterator[Postgres]:
 def test_searches_of_one_name_share_a_database(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, server.uri)
-    config = remembered_study(make_config(constraints={"overhead_vs_adam": {"max": 2.0}}))
+    monkeypatch.setenv(STUDY_URI, server.uri)
+    config = remembered(make_config(constraints={"overhead_vs_adam": {"max": 2.0}}))
     desks = [Desk(tmp_path / name, config) for name in ("a", "b")]
     for desk in desks:
         assert SearchFolder.open(desk.folder.root.parent, "demo").config() == config
@@ -112,8 +107,8 @@ def test_searches_of_one_name_share_a_database(
 def test_a_connection_whose_host_vanished_is_noticed_while_an_answer_is_awaited(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, server.uri)
-    config = remembered_study(make_config())
+    monkeypatch.setenv(STUDY_URI, server.uri)
+    config = remembered(make_config())
     storage = open_database(SearchFolder(tmp_path / "demo"), config)
     connection = storage._engine.raw_connection()
     handle = connection.driver_connection.fileno()  # type: ignore[union-attr]
@@ -128,9 +123,9 @@ def test_a_connection_whose_host_vanished_is_noticed_while_an_answer_is_awaited(
 def test_a_wrong_password_ends_at_once_and_is_not_shown(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, server.uri.replace(server.password, "wr0ng"))
+    monkeypatch.setenv(STUDY_URI, server.uri.replace(server.password, "wr0ng"))
     monkeypatch.delenv("PGPASSWORD", raising=False)
-    config = remembered_study(make_config())
+    config = remembered(make_config())
     folder = SearchFolder(tmp_path / "demo")
     notes: list[str] = []
     with pytest.raises(ResourceError, match="password authentication failed") as caught:

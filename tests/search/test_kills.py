@@ -19,8 +19,8 @@ from topotune import files
 from topotune.config.models import SearchConfig
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
 from topotune.search.drive.book import Progress, Turn
+from topotune.search.place.addresses import remembered
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
-from topotune.search.study.address import remembered_study
 from topotune.search.study.database import PatientStorage
 from topotune.search.study.rows import summaries
 from topotune.search.study.store import Handout
@@ -416,7 +416,7 @@ def test_a_study_of_a_driver_that_kept_rungs_opens_and_goes_on(tmp_path: Path) -
 def check_kills_on_postgres(pruner: str, sampler: str, folder: Path, every: int) -> None:
     with Postgres() as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOPOTUNE_STUDY_URI", server.uri)
-        config = remembered_study(search(pruner, sampler))
+        config = remembered(search(pruner, sampler))
         writes = killed(Site(), config, 3, folder / "whole", 10**6)
         expected = found(summaries(SearchFolder.open(folder / "whole", "demo"), config))
         assert len(expected) == 9

@@ -28,7 +28,7 @@ from topotune.search.place.folder import SearchFolder
 from topotune.search.ray.tune import beginning
 from topotune.search.ray.worker import TrialActor, trial_config
 from topotune.search.study.store import Handout
-from topotune.tracking.entries import Start
+from topotune.tracking.entries import Epoch, Series, Start
 from topotune.tracking.outbox import OUTBOX_FILE, bodies_of
 from topotune.train.methods import METHODS
 from topotune.train.trace import RELAXATION_FILE, TRACE_FILE, read_columns
@@ -133,6 +133,32 @@ def test_an_unstable_trial_is_diverged_with_the_cause_and_teaches_the_sampler(
     (start,) = bodies_of(desk.folder.root, row.number)
     assert isinstance(start, Start)
     assert float(start.params["gamma"]) == pytest.approx(handout.spec.params["gamma"])
+
+
+def test_a_worker_reports_all_that_is_recorded_and_its_successor_the_same(tmp_path: Path) -> None:
+    config = search(0.0, 0.5)
+    desk = Desk(tmp_path, config)
+    desk.book.record = Recorder(desk.folder, config).progress
+    handout = handed(desk.book.next())
+    first = actor_of(desk.folder, handout)
+    told = Progress.from_json(first.step()["payload"])
+    assert desk.book.progress(handout.number, told)
+    lost = Progress.from_json(first.step()["payload"])  # its worker dies before it is reported
+    first.cleanup()
+    second = actor_of(desk.folder, handout)
+    again = Progress.from_json(second.step()["payload"])
+    assert again.reports == (*told.reports, *lost.reports)
+    assert desk.book.progress(handout.number, again)
+    second.cleanup()
+    bodies = bodies_of(desk.folder.root, handout.number)
+    assert [type(body).__name__ for body in bodies] == [
+        *("Start", "Series", "Metrics", "Epoch"),
+        *("Series", "Epoch"),
+    ]
+    series = [body for body in bodies if isinstance(body, Series)]
+    assert [body.last for body in series] == [STEPS, 2 * STEPS]
+    assert series[1] in lost.entries
+    assert [body.report for body in bodies if isinstance(body, Epoch)] == list(again.reports)
 
 
 def test_several_objectives_take_a_pruned_trial_too(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from topotune.records import EpochReport, Outcome, OverheadOptions, TrialSpec
 from topotune.search import driver, status
 from topotune.search.drive.book import Progress
 from topotune.search.drive.recorder import recorded
+from topotune.search.place.addresses import public_study
 from topotune.search.place.folder import SearchFolder, searches
 from topotune.search.place.lease import Holder, this_machine
 from topotune.search.place.objects import mirror as mirrors
@@ -34,14 +35,12 @@ from topotune.search.place.objects.mirror import Mirror
 from topotune.search.place.objects.replica import Replica
 from topotune.search.place.objects.store import ObjectStore
 from topotune.search.place.objects.tenure import Tenure, tenant
-from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.ray.tune import PAYLOAD
 from topotune.search.ray.worker import TrialActor, trial_config
-from topotune.search.study.address import ENVIRONMENT as STUDY
-from topotune.search.study.address import public
 from topotune.search.study.patience import Patience
 from topotune.search.study.store import StudyStore
 from topotune.search.view import SilentListener
+from topotune.settings import STUDY_URI, TRACKING_URI
 from topotune.train.trial import TIMING_METRICS
 
 NOWHERE = "http://127.0.0.1:9"
@@ -74,8 +73,8 @@ def place(server: ObjectServer, tmp_path: Path) -> str:
 
 @pytest.fixture
 def config(database: Postgres, monkeypatch: pytest.MonkeyPatch) -> SearchConfig:
-    monkeypatch.setenv(STUDY, database.uri)
-    uri = public(make_url(database.uri))
+    monkeypatch.setenv(STUDY_URI, database.uri)
+    uri = public_study(make_url(database.uri))
     return make_config(study={"uri": uri}, tracking={"uri": NOWHERE})
 
 
@@ -235,23 +234,6 @@ def test_what_cannot_be_saved_is_told_and_saved_later(
     again.close()
 
 
-def test_folders_that_a_rebuild_has_moved_away_begin_anew_in_the_store(place: str) -> None:
-    store = ObjectStore(StoreAddress.parse(place))
-    for number in (0, 1):
-        store.write(f"demo/trials/000{number}/checkpoint.pt", b"old")
-        store.write(f"demo/trials/000{number}/error.txt", b"old")
-    one = _mirror(place)
-    one.open()
-    (one.root / "trials.lost").mkdir()
-    (one.root / "trials" / "0001").rename(one.root / "trials.lost" / "0001-1")
-    one.begin(dict)
-    assert {name for name in store.objects("demo") if "/" in name} == {
-        *("trials/0000/checkpoint.pt", "trials/0000/error.txt"),
-        "trials.lost/0001-1/error.txt",
-    }
-    one.close()
-
-
 def test_names_that_lead_elsewhere_are_not_brought(place: str, tmp_path: Path) -> None:
     store = ObjectStore(StoreAddress.parse(place))
     bad = ("trials/0000/.hidden", "trials/0000/a/b/c/d.txt", "trials/0000/x y", "study.db")
@@ -376,17 +358,17 @@ def test_a_search_is_found_by_any_machine_with_little_of_it_brought(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"tracking": {"uri": NOWHERE}}, ("holds no study file", f"{STUDY}=postgresql://")),
+        ({"tracking": {"uri": NOWHERE}}, ("holds no study file", f"{STUDY_URI}=postgresql://")),
         (
             {"study": {"uri": "postgresql://u@127.0.0.1:9/x"}},
-            ("MLflow's embedded store", f"{TRACKING}=http://"),
+            ("MLflow's embedded store", f"{TRACKING_URI}=http://"),
         ),
         (
             {
                 "study": {"uri": "postgresql://u@127.0.0.1:9/x"},
                 "tracking": {"uri": "sqlite:////tmp/x.db"},
             },
-            ("MLflow's embedded store", f"{TRACKING}=http://"),
+            ("MLflow's embedded store", f"{TRACKING_URI}=http://"),
         ),
     ],
 )
@@ -397,8 +379,8 @@ def test_files_of_one_machine_are_refused_before_anything_is_done(
     place: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(STUDY, raising=False)
-    monkeypatch.delenv(TRACKING, raising=False)
+    monkeypatch.delenv(STUDY_URI, raising=False)
+    monkeypatch.delenv(TRACKING_URI, raising=False)
     before = len(server.requests())
     with pytest.raises(ConfigError) as caught:
         driver.start(make_config(**changes), "", results_folder(place), SilentListener())

@@ -251,7 +251,7 @@ def test_every_file_has_one_writer() -> None:
         *("leaderboard.md", "history.png", "curves.png", "shipped.json", "refused.jsonl"),
         "trials/0007/trace.npz",
         *("trials/0007/relaxation.npz", "trials/0007/crash-1.txt"),
-        *("trials.lost/0003-1/trace/epoch-00001.npz", "sources/1/git.diff"),
+        "sources/1/git.diff",
         *("sources/1/source.json", "sources/1/code/own_parts/inner.py"),
     )
     worker = (

@@ -25,8 +25,7 @@ from tests.postgres import Postgres
 from tests.reconcile import reconcile
 from topotune.search.place.objects.address import SCRATCH, StoreAddress
 from topotune.search.place.objects.store import ObjectStore
-from topotune.search.place.shipping import ENVIRONMENT as TRACKING
-from topotune.search.study.address import ENVIRONMENT as STUDY
+from topotune.settings import STUDY_URI, TRACKING_URI
 from topotune.tracking.dashboard import serve_dashboard
 from topotune.tracking.mlflow import MlflowStore
 
@@ -139,8 +138,8 @@ def test_another_machine_goes_on_where_a_killed_driver_left_off(tmp_path: Path) 
         trained = tmp_path / "trained.txt"
         environment = {
             **CREDENTIALS,
-            STUDY: database.uri,
-            TRACKING: mlflow.url,
+            STUDY_URI: database.uri,
+            TRACKING_URI: mlflow.url,
             TRAINED: str(trained),
             "OMP_NUM_THREADS": "1",
         }
@@ -234,7 +233,7 @@ def test_a_stop_while_the_store_is_away_says_what_is_not_saved_and_a_resume_save
     with ObjectServer() as server, Postgres() as database:
         server.bucket("bucket")
         tracking = "http://127.0.0.1:9"  # nobody there: the records wait
-        environment = {**CREDENTIALS, STUDY: database.uri, TRACKING: tracking}
+        environment = {**CREDENTIALS, STUDY_URI: database.uri, TRACKING_URI: tracking}
         environment["OMP_NUM_THREADS"] = "1"
         cluster = Cluster(server.address("bucket/r"), environment, tmp_path)
         budget = {"trials": 1, "epochs": EPOCHS}

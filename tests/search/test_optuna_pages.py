@@ -17,9 +17,10 @@ from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, accuracy, make_config, report
 from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.search.place.folder import STUDY_FILE, SearchFolder
-from topotune.search.study.address import ENVIRONMENT, study_name
+from topotune.search.study.address import study_name
 from topotune.search.study.optuna_pages import serve, serving
 from topotune.search.study.storage import reading
+from topotune.settings import STUDY_URI
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SQLAlchemy's
 
@@ -102,7 +103,7 @@ def test_a_study_in_a_database_is_shown_without_its_password(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Postgres() as server:
-        monkeypatch.setenv(ENVIRONMENT, server.uri)
+        monkeypatch.setenv(STUDY_URI, server.uri)
         address = server.uri.replace(f":{server.password}", "")
         config = make_config(study={"uri": address}, budget={"trials": 3, "epochs": 2})
         desk = Desk(tmp_path, config)

@@ -13,13 +13,14 @@ import pytest
 from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, make_config
 from topotune.errors import ResourceError
+from topotune.search.place.addresses import remembered
 from topotune.search.study import patience as module
-from topotune.search.study.address import ENVIRONMENT, remembered_study
 from topotune.search.study.database import PatientStorage
 from topotune.search.study.ledger import MAX_GAP, Ledger
 from topotune.search.study.patience import Patience, StudyAwayError, absence
 from topotune.search.study.rows import Spent
 from topotune.search.study.store import Handout
+from topotune.settings import STUDY_URI
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def server() -> Iterator[Postgres]:
 
 @pytest.fixture
 def desk(server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    monkeypatch.setenv(ENVIRONMENT, server.uri)
-    opened = Desk(tmp_path, remembered_study(make_config()))
+    monkeypatch.setenv(STUDY_URI, server.uri)
+    opened = Desk(tmp_path, remembered(make_config()))
     yield opened
     opened.store.close()
 
@@ -85,8 +86,8 @@ def test_the_waiting_ends_at_its_limit_and_soon_after_ctrl_c(
 def test_an_answer_that_was_lost_makes_nothing_twice(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, server.uri)
-    desk = Desk(tmp_path, remembered_study(make_config(warm_start=[{"lr": 0.01}])))
+    monkeypatch.setenv(STUDY_URI, server.uri)
+    desk = Desk(tmp_path, remembered(make_config(warm_start=[{"lr": 0.01}])))
     storage: PatientStorage = desk.store._storage._database  # type: ignore[attr-defined]
 
     class Deaf:

@@ -13,18 +13,11 @@ import pytest
 
 from tests.search_cases import make_config
 from topotune.errors import ConfigError, SearchFolderError
+from topotune.search.place.addresses import EXPERIMENT, experiment, public, remembered, tracking_uri
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.shipping import (
-    ENVIRONMENT,
-    EXPERIMENT,
-    experiment,
-    look_first,
-    open_store,
-    public,
-    remembered,
-    tracking_uri,
-)
+from topotune.search.place.shipping import look_first, open_store
 from topotune.search.status import serve, sync
+from topotune.settings import TRACKING_URI
 from topotune.tracking.mlflow import MlflowStore
 
 FULL = "http://me:s3cret-w0rd@mlflow.example:5000/team"
@@ -34,7 +27,7 @@ KEPT = "http://***@mlflow.example:5000/team"
 def test_an_address_is_written_down_without_its_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, FULL)
+    monkeypatch.setenv(TRACKING_URI, FULL)
     config = remembered(make_config())
     assert config.tracking.uri == KEPT
     folder = SearchFolder.create(tmp_path, config, "")
@@ -64,9 +57,9 @@ def test_a_search_goes_on_with_its_own_server_only(
 ) -> None:
     config = make_config(tracking={"uri": KEPT})
     folder = SearchFolder.create(tmp_path, config, "")
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(TRACKING_URI, raising=False)
     if given is not None:
-        monkeypatch.setenv(ENVIRONMENT, given)
+        monkeypatch.setenv(TRACKING_URI, given)
     with pytest.raises(ConfigError, match=r"^MLFLOW_TRACKING_URI: .* Set MLFLOW_TRACKING_URI to "):
         open_store(folder, config)
     with pytest.raises(ConfigError) as caught:
@@ -83,20 +76,20 @@ def test_what_names_the_same_server_is_taken(monkeypatch: pytest.MonkeyPatch) ->
         "https://another:new-s3cret@MLFLOW.example:443",
         "https://mlflow.example",  # with MLFLOW_TRACKING_USERNAME and _PASSWORD
     ):
-        monkeypatch.setenv(ENVIRONMENT, given)
+        monkeypatch.setenv(TRACKING_URI, given)
         assert tracking_uri(config) == given
     plain = make_config(tracking={"uri": "https://mlflow.example"})
-    monkeypatch.setenv(ENVIRONMENT, "https://me:s3cret-w0rd@mlflow.example/")
+    monkeypatch.setenv(TRACKING_URI, "https://me:s3cret-w0rd@mlflow.example/")
     assert tracking_uri(plain) == "https://me:s3cret-w0rd@mlflow.example/"
-    monkeypatch.setenv(ENVIRONMENT, "https://me:s3cret-w0rd@elsewhere/")
+    monkeypatch.setenv(TRACKING_URI, "https://me:s3cret-w0rd@elsewhere/")
     assert tracking_uri(plain) == "https://mlflow.example"
 
 
 def test_a_search_of_before_goes_where_it_went(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was written down where the address held a password."""
-    monkeypatch.setenv(ENVIRONMENT, FULL)
+    monkeypatch.setenv(TRACKING_URI, FULL)
     assert tracking_uri(make_config()) == FULL
-    monkeypatch.delenv(ENVIRONMENT)
+    monkeypatch.delenv(TRACKING_URI)
     assert tracking_uri(make_config()) is None
     assert remembered(make_config()) == make_config(tracking={"experiment": "topotune"})
 
@@ -116,7 +109,7 @@ def test_a_search_of_before_goes_where_it_went(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_what_is_shown_of_an_address(uri: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "t0ken-0f-s0meone")
-    monkeypatch.setenv(ENVIRONMENT, uri)
+    monkeypatch.setenv(TRACKING_URI, uri)
     config = remembered(make_config())
     assert public(uri) == config.tracking.uri == shown
     assert tracking_uri(config) == uri
@@ -160,7 +153,7 @@ def test_the_experiment_is_the_files_else_the_environments(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(TRACKING_URI, raising=False)
     monkeypatch.delenv(EXPERIMENT, raising=False)
     if given is not None:
         monkeypatch.setenv(EXPERIMENT, given)

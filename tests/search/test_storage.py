@@ -27,13 +27,15 @@ from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, make_config, report
 from topotune.errors import LeaseLostError, ResourceError, SearchFolderError
 from topotune.search.drive.book import Progress
+from topotune.search.place.addresses import remembered
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE
-from topotune.search.study.address import ENVIRONMENT, remembered_study, study_name
+from topotune.search.study.address import study_name
 from topotune.search.study.database import PatientStorage, open_database
 from topotune.search.study.journal import Journal, JournalReader
 from topotune.search.study.patience import Patience
 from topotune.search.study.storage import ReplicatedStorage
 from topotune.search.study.store import Handout, StudyStore
+from topotune.settings import STUDY_URI
 
 PARAMS: tuple[tuple[str, float, BaseDistribution], ...] = (
     ("lr", 3e-4, FloatDistribution(1e-4, 1e-1, log=True)),
@@ -52,8 +54,8 @@ def server() -> Iterator[Postgres]:
 
 @pytest.fixture
 def desk(server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    monkeypatch.setenv(ENVIRONMENT, server.uri)
-    opened = Desk(tmp_path, remembered_study(make_config()))
+    monkeypatch.setenv(STUDY_URI, server.uri)
+    opened = Desk(tmp_path, remembered(make_config()))
     yield opened
     opened.store.close()
 
@@ -278,8 +280,8 @@ def test_a_study_of_another_optuna_is_refused_with_the_fix_and_left_alone(tmp_pa
     if not installed():
         pytest.skip("PostgreSQL's server (initdb, postgres) is not installed")
     with Postgres() as own, pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ENVIRONMENT, own.uri)
-        desk = Desk(tmp_path, remembered_study(make_config()))
+        patch.setenv(STUDY_URI, own.uri)
+        desk = Desk(tmp_path, remembered(make_config()))
         desk.store.close()
         database = open_database(desk.folder, desk.config)
         with database._engine.begin() as connection:
@@ -296,10 +298,10 @@ def test_a_storage_that_lives_until_python_ends_says_nothing(
 import sys
 from pathlib import Path
 from tests.search_cases import Desk, make_config
-from topotune.search.study.address import remembered_study
-desk = Desk(Path(sys.argv[1]), remembered_study(make_config()))
+from topotune.search.place.addresses import remembered
+desk = Desk(Path(sys.argv[1]), remembered(make_config()))
 """
-    for name, extra in (("file", {}), ("database", {ENVIRONMENT: server.uri})):
+    for name, extra in (("file", {}), ("database", {STUDY_URI: server.uri})):
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         environment = {**os.environ, **extra}
         done = subprocess.run(

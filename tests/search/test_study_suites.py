@@ -18,13 +18,14 @@ from optuna.testing.pytest_storages import StorageTestCase
 
 from tests.postgres import Postgres, installed
 from tests.search_cases import make_config
+from topotune.search.place.addresses import remembered
 from topotune.search.place.folder import SearchFolder
 from topotune.search.study import samplers
-from topotune.search.study.address import ENVIRONMENT, remembered_study
 from topotune.search.study.database import PatientStorage, open_database
 from topotune.search.study.journal import Journal
 from topotune.search.study.patience import Patience
 from topotune.search.study.storage import ReplicatedStorage
+from topotune.settings import STUDY_URI
 
 
 class _Suite(StorageTestCase):
@@ -51,8 +52,8 @@ def server() -> Iterator[Postgres]:
 def database(
     server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[PatientStorage]:
-    monkeypatch.setenv(ENVIRONMENT, server.uri)
-    config = remembered_study(make_config())
+    monkeypatch.setenv(STUDY_URI, server.uri)
+    config = remembered(make_config())
     opened = open_database(SearchFolder(tmp_path), config, Patience("here", limit=5.0))
     for study in opened.get_all_studies():
         opened.delete_study(study._study_id)

@@ -34,11 +34,13 @@ from topotune.tracking.entries import (
     Entry,
     Epoch,
     Metrics,
+    Series,
     Start,
     Tags,
     from_payload,
     items,
     size,
+    to_payload,
 )
 from topotune.tracking.lines import MAX_LINE, decode, encode, read_chunk
 from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text
@@ -383,14 +385,16 @@ def test_an_edited_file_yields_only_what_was_written(
         assert data[line.start : line.end] == encode(line.payload)
 
 
-WORDS = "trial params tags at report values step path folder digest outcome reason epoch metrics"
+WORDS = (
+    "points trial params tags at report values step path folder digest outcome reason epoch metrics"
+)
 FIELDS = st.sampled_from([*WORDS.split(), "seconds", "timestamp_ms"]) | st.text(max_size=4)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner, max_size=8),
     max_leaves=12,
 )
-KINDS = st.sampled_from(["start", "epoch", "metrics", "tags", "artifact", "end", "x"])
+KINDS = st.sampled_from(["start", "epoch", "metrics", "series", "tags", "artifact", "end", "x"])
 
 
 @settings(FUZZ, max_examples=100)
@@ -404,6 +408,7 @@ def test_a_payload_of_any_shape_raises_only_our_error(
         "tags": st.dictionaries(st.text(max_size=3), st.text(max_size=3)),
         "params": st.dictionaries(st.text(max_size=3), st.text(max_size=3)),
         "values": numbers,
+        "points": st.dictionaries(st.text(max_size=3), JSON | st.just([[1, 0.5]])),
         "step": st.integers(-1, 3),
         "path": st.text(max_size=6),
         "outcome": st.sampled_from(["COMPLETE", "odd"]),
@@ -560,6 +565,7 @@ def test_a_clock_that_is_set_back_stamps_nothing_before_what_is_there(
         epoch(1),
         Epoch(EpochReport(1, 1, {"epoch_seconds": 2.0, "loss": math.inf}, 0.1, 1)),
         Metrics({"a": 1.0, "b": math.inf}, 0, 1),
+        Series({"loss": [(1, 0.5), (9, math.inf)], "energy": [(9, math.nan)]}, 1),
         Artifact("trials/0000/trace.npz", "", "00", 1),
         End("COMPLETE", "", 1),
     ],
@@ -569,3 +575,19 @@ def test_a_record_counts_its_items(body: Body) -> None:
     entry = Entry(7, body)
     more = isinstance(body, Artifact | End)
     assert size(entry) == len(list(items(entry))) + more
+    assert repr(from_payload(decode(encode(to_payload(entry))[:-1])).body) == repr(body)
+
+
+def test_a_series_is_known_by_its_last_step(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    first, second = (
+        Series({"loss": [(10 * n - 5, 2.0 / n), (10 * n, 1.0 / n)]}, n) for n in (1, 2)
+    )
+    for _ in range(2):
+        outbox.put(7, first)
+        outbox.put(7, first, second)
+        outbox = Outbox(tmp_path)
+        outbox.put(7, second, Series({}, 3))
+    assert bodies_of(tmp_path, 7) == [first, second]
+    points = [(item.key, item.step) for _, entry in read_all(tmp_path) for item in items(entry)]
+    assert points == [("step/loss", step) for step in (5, 10, 15, 20)]

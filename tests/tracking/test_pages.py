@@ -27,8 +27,8 @@ from topotune.results.text import markdown
 from topotune.search.drive.book import Progress
 from topotune.search.drive.recorder import Recorder, budget_text, leaderboard, submitter
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.shipping import ENVIRONMENT
 from topotune.search.status import serve
+from topotune.settings import TRACKING_URI
 from topotune.tracking.dashboard import serve_dashboard, server_address
 from topotune.tracking.entries import Metrics, Start, begun
 from topotune.tracking.labels import Labels, trial_name
@@ -394,7 +394,7 @@ def test_the_dashboard_of_a_tracking_server_is_its_address(
 ) -> None:
     folder = two_searches[0]
     host = server.removeprefix("http://")
-    monkeypatch.setenv(ENVIRONMENT, f"http://ada:s3cret-w0rd@{host}")
+    monkeypatch.setenv(TRACKING_URI, f"http://ada:s3cret-w0rd@{host}")
     said: list[str] = []
     serve(folder.root.parent, "hers", 0, said.append)  # returns: nothing is served
     store = MlflowStore(server)

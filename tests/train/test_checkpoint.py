@@ -18,7 +18,7 @@ from topotune.errors import CheckpointError, ResourceError
 from topotune.files import make_folder, write_atomically
 from topotune.records import OverheadOptions, TrainOptions
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, CheckpointStore
-from topotune.train.generators import capture_generators, restore_generators
+from topotune.train.process import capture_generators, restore_generators
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from tests.train_cases import (
 from topotune.errors import ConfigError, UnknownNameError, UnstableError
 from topotune.records import Outcome, OverheadOptions, TrialSpec
 from topotune.tasks.base import DataOptions
-from topotune.train.assemble import PROBE_ROWS, assemble, preflight, probe_rows
+from topotune.train.assemble import PROBE_ROWS, assemble, check_buildable, probe_rows
 from topotune.train.learner import Backprop
 from topotune.train.loop import TIMING_METRICS
 from topotune.train.method import OptimizerMethod
@@ -215,7 +215,7 @@ def test_resolved_rows_are_in_the_table_of_parameters() -> None:
 
 def test_an_unstable_spec_is_a_users_error_before_and_at_the_start() -> None:
     spec = watched_spec(gamma=1.5)
-    for start in (preflight, open_trial, run_trial):
+    for start in (check_buildable, open_trial, run_trial):
         with pytest.raises(UnstableError, match=r"gamma: must be below 1 \(got 1\.5\)\. Lower"):
             start(spec)
     assert UnstableError.exit_code == 2
@@ -239,4 +239,4 @@ def test_weights_are_tested_with_the_methods_own_model(tmp_path: Path) -> None:
 
 def test_an_optimizers_errors_are_those_of_before() -> None:
     with pytest.raises(ConfigError, match="adam takes no 'beta'"):
-        preflight(blobs_spec(params={"beta": 0.1}, overhead=QUIET))
+        check_buildable(blobs_spec(params={"beta": 0.1}, overhead=QUIET))

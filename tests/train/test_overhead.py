@@ -17,10 +17,10 @@ from topotune.data.splits import TensorPair
 from topotune.records import OverheadOptions
 from topotune.tasks.base import DataOptions
 from topotune.train import overhead
-from topotune.train.generators import capture_generators
 from topotune.train.learner import Backprop, BatchResult, Learner
 from topotune.train.method import Contender, OptimizerMethod
 from topotune.train.overhead import measure_overhead
+from topotune.train.process import capture_generators
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from topotune.tasks import build_task
 from topotune.tasks.base import Task
 from topotune.tcep.network import TCEPNetwork
 from topotune.tcep.options import NAMES
-from topotune.train.assemble import make_model, preflight
+from topotune.train.assemble import check_buildable, make_model
 from topotune.train.methods import build_method
 from topotune.train.rehearsal import metric_names
 from topotune.train.tcep import OPTIMIZER, PATIENCE, TOLERATED, TcepMethod
@@ -191,7 +191,7 @@ def test_any_optimizer_can_take_the_gradients(name: str | None, kind: type) -> N
 def test_bad_parameters_are_refused_before_and_at_the_start(
     params: dict[str, Any], error: type[ConfigError], text: str
 ) -> None:
-    for start in (preflight, open_trial):
+    for start in (check_buildable, open_trial):
         with pytest.raises(error) as caught:
             start(tcep_spec(**params))
         assert text in str(caught.value)
@@ -201,7 +201,7 @@ def test_bad_parameters_are_refused_before_and_at_the_start(
 def test_what_the_method_sets_is_no_model_option(name: str) -> None:
     spec = dataclasses.replace(tcep_spec(field="energy"), model_options={**SMALL, name: "energy"})
     with pytest.raises(ConfigError, match=rf"model\.{name}: method tcep sets this itself"):
-        preflight(spec)
+        check_buildable(spec)
 
 
 # torch's own, at its first forward-mode derivative
@@ -222,7 +222,7 @@ def test_a_field_may_be_a_model_option_where_the_method_does_not_set_it() -> Non
 def test_a_task_that_does_not_classify_is_refused(task: str, text: str) -> None:
     spec = dataclasses.replace(tcep_spec(), task=task, task_options={}, model_options={})
     with pytest.raises(ConfigError) as caught:
-        preflight(spec)
+        check_buildable(spec)
     assert text in str(caught.value)
     assert "TCEP trains classifiers" in str(caught.value)
 
@@ -230,9 +230,9 @@ def test_a_task_that_does_not_classify_is_refused(task: str, text: str) -> None:
 def test_another_model_of_a_task_that_classifies_is_refused_by_its_name() -> None:
     spec = dataclasses.replace(tcep_spec(), model="mlp", model_options={})
     with pytest.raises(ConfigError, match="has model 'mlp', which is no TCEPNetwork"):
-        preflight(spec)
+        check_buildable(spec)
     with pytest.raises(UnknownNameError, match="did you mean 'tcep'"):
-        preflight(dataclasses.replace(tcep_spec(), model="tcepp"))
+        check_buildable(dataclasses.replace(tcep_spec(), model="tcepp"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from topotune.errors import CheckpointError
 from topotune.train.trace import (
     RELAXATION_FILE,
+    SERIES_POINTS,
     TRACE_FILE,
     Columns,
     EpochRecord,
@@ -19,6 +20,7 @@ from topotune.train.trace import (
     relaxations,
     stack,
     step_traces,
+    thinned,
 )
 
 
@@ -41,6 +43,23 @@ def test_blocks_are_appended_in_order() -> None:
     columns = trace.columns()
     assert columns["step"].tolist() == [1, 2, 3]
     assert columns["loss"].tolist() == [0.5, 0.25, 0.125]
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 100, 4000])
+def test_a_chart_gets_some_steps_of_an_epoch_and_its_last(count: int) -> None:
+    columns = _columns(11, count, loss=1 / 3)
+    columns["rare"] = np.where(columns["step"] == 10 + count, np.inf, np.nan)
+    columns["none"] = np.full(count, np.nan)
+    found = thinned(columns)
+    assert found.keys() == {"loss", "rare"}
+    steps = [step for step, _ in found["loss"]]
+    assert len(steps) == min(count, SERIES_POINTS)
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 10 + count
+    gaps = np.diff([10, *steps])
+    assert gaps.max() - gaps.min() <= 1
+    assert all(value == float(f"{step / 3:.6g}") for step, value in found["loss"])
+    assert found["rare"] == [(10 + count, np.inf)]
 
 
 def test_epochs_are_joined_and_gaps_are_nan(tmp_path: Path) -> None:

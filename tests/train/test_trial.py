@@ -37,10 +37,11 @@ from topotune.records import (
 )
 from topotune.tasks.base import DataOptions
 from topotune.tracking.entries import Metrics, Start
+from topotune.train.assemble import check_buildable
 from topotune.train.checkpoint import CheckpointStore
 from topotune.train.record import TrialRecord
 from topotune.train.trace import TRACE_FILE, read_columns
-from topotune.train.trial import open_trial, preflight, run_trial
+from topotune.train.trial import open_trial, run_trial
 from topotune.train.weights import evaluate_test, load_weights
 
 
@@ -78,11 +79,24 @@ def test_what_a_trial_reports_is_in_its_checkpoint_first(tmp_path: Path) -> None
     assert isinstance(overhead, Metrics)
     assert overhead.step == 0
     assert (tmp_path / TRACE_FILE).exists()
+    assert run.series(seen[-1].timestamp_ms).last == 3 * STEPS
     assert (result.outcome, result.reason) == (Outcome.COMPLETE, "")
     assert result.metrics == {**result.history[-1].metrics, **overhead.values}
     kept = CheckpointStore(tmp_path, spec).load_record()
     assert kept is not None
     assert TrialRecord.from_dict(kept) == run.record
+
+
+def test_the_thinned_steps_of_the_last_epoch_are_the_same_from_its_file(tmp_path: Path) -> None:
+    run = open_trial(method_spec("topological_adam-uniform"), tmp_path)
+    assert run.record.last_series(tmp_path) == ()
+    advance(run, 2)
+    at = run.history[-1].timestamp_ms
+    series = run.series(at)
+    assert {"loss", "grad_norm", "energy"} <= series.points.keys()
+    assert [step for step, _ in series.points["loss"]] == list(range(STEPS + 1, 2 * STEPS + 1))
+    assert run.record.last_series(tmp_path) == (series,)
+    assert open_trial(run.spec, tmp_path).record.last_series(tmp_path) == (series,)
 
 
 def test_a_finished_trial_opened_again_replays_the_same_records(tmp_path: Path) -> None:
@@ -335,7 +349,7 @@ def test_bad_input_is_refused_before_and_at_the_start(
     changes: dict[str, Any], error: type[UserError], text: str, tmp_path: Path
 ) -> None:
     spec = blobs_spec(**changes)
-    for start in (preflight, open_trial):
+    for start in (check_buildable, open_trial):
         with pytest.raises(error) as caught:
             start(spec)
         assert text in str(caught.value)
@@ -345,6 +359,6 @@ def test_preflight_accepts_what_trains_and_draws_nothing() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    preflight(blobs_spec())
-    preflight(blobs_spec(device="cuda:99"), check_device=False)
+    check_buildable(blobs_spec())
+    check_buildable(blobs_spec(device="cuda:99"), check_device=False)
     assert torch.equal(torch.rand(2), expected)

@@ -21,7 +21,6 @@ from topotune.cli.options import (
     ResultsDir,
     SearchFile,
     SearchName,
-    changed,
     complete_name,
     console,
     elsewhere,
@@ -30,6 +29,7 @@ from topotune.cli.options import (
     say,
     shown,
     waiting,
+    with_options,
 )
 from topotune.errors import ConfigError, InterruptError
 from topotune.settings import ADDRESS, STORAGE
@@ -72,7 +72,7 @@ def submit(
         ("budget", "epochs"): epochs,
         ("resources", "priority"): priority,
     }
-    config = parse_search(changed(data, changes), str(file), lines)
+    config = parse_search(with_options(data, changes), str(file), lines)
     for remark in remarks(config):
         say(f"note: {remark}", err=True)
     options: list[str] = []
@@ -87,10 +87,10 @@ def submit(
     cluster = connect(context, address, allow_open)
     text = file.read_text(encoding="utf-8")
     job_id = searches.submit(cluster, config, text, data, options, include or (), env_file)
-    begun(cluster, config.name, job_id, wait, as_json)
+    announce(cluster, config.name, job_id, wait, as_json)
 
 
-def begun(cluster: JobsApi, name: str, job_id: str, wait: bool, as_json: bool = False) -> None:
+def announce(cluster: JobsApi, name: str, job_id: str, wait: bool, as_json: bool = False) -> None:
     """Wait for a driver that was started, and say what one can do with it."""
     from topotune.service import searches
 

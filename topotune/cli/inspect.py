@@ -124,7 +124,7 @@ def plot(
     allow_open: AllowOpen = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw a search's history, curves and front, or with --trial what a trial did step by step."""
+    """Draw a search's history, curves and front. With --trial, what a trial did step by step."""
     if trial and every:
         raise ConfigError("--all", "draws every trial, --trial those that are named", "Give one")
     target = out if out is not None else Path("topotune-plots") / name

@@ -244,7 +244,7 @@ def build_faults(part: SearchConfig) -> list[FieldError]:
     return faults(part)
 
 
-def changed(data: object, changes: Mapping[tuple[str, ...], object]) -> object:
+def with_options(data: object, changes: Mapping[tuple[str, ...], object]) -> object:
     """The file's data with options of the command line put over it."""
     if not isinstance(data, dict):
         return data

@@ -20,7 +20,6 @@ from topotune.cli.options import (
     SearchFile,
     SearchName,
     build_faults,
-    changed,
     console,
     elsewhere,
     log_to_stderr,
@@ -29,6 +28,7 @@ from topotune.cli.options import (
     say_commands,
     say_whole,
     shown,
+    with_options,
 )
 from topotune.errors import ConfigError, InterruptError, RunError
 from topotune.settings import STORAGE
@@ -74,7 +74,7 @@ def search(
         ("resources", "priority"): priority,
     }
     try:
-        config = parse_search(changed(data, changes), str(file), lines, also=build_faults)
+        config = parse_search(with_options(data, changes), str(file), lines, also=build_faults)
     except ConfigError as error:
         if tracking_uri is not None and error.place.endswith("tracking.uri"):
             raise ConfigError("--tracking-uri", error.problem, error.fix) from None
@@ -134,14 +134,14 @@ def _go_on(context: typer.Context, name: str, trials: int = 0) -> None:
         given[option] for option in ("results_dir", "changed_code", "as_json")
     )
     if address := elsewhere(context, given["address"]):
-        from topotune.cli.cluster import begun, connect
+        from topotune.cli.cluster import announce, connect
         from topotune.service import searches
 
         cluster = connect(context, address, given["allow_open"])
         code = Path.cwd() if changed_code else None
         job_id, out = searches.again(cluster, name, trials, given["env_file"], as_json, code)
         if job_id:
-            begun(cluster, name, job_id, True, as_json)
+            announce(cluster, name, job_id, True, as_json)
         else:
             typer.echo(out, nl=False)
         return

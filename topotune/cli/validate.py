@@ -12,7 +12,6 @@ from topotune.cli.options import (
     AsJson,
     SearchFile,
     build_faults,
-    changed,
     console,
     json_text,
     log_to_stderr,
@@ -20,6 +19,7 @@ from topotune.cli.options import (
     print_json,
     say,
     shown,
+    with_options,
 )
 
 
@@ -38,7 +38,7 @@ def check(
 
     log_to_stderr()
     data, lines = read_yaml(file)
-    data = changed(data, {("task", "data_dir"): data_dir})
+    data = with_options(data, {("task", "data_dir"): data_dir})
     also = (lambda part: []) if quick else build_faults
     config = parse_search(data, str(file), lines, also=also)
     metrics: list[str] = []

@@ -27,15 +27,15 @@ from topotune.search.doctor.preflight import (
 )
 from topotune.search.drive.signals import Interrupts, what_is_kept
 from topotune.search.live import LiveFile
+from topotune.search.place.addresses import check_addresses, remembered, study_place
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.address import store_address
 from topotune.search.place.objects.hold import Hold, check_stores
 from topotune.search.place.output import tidy_killed
-from topotune.search.place.shipping import check_addresses, look_first, remembered
+from topotune.search.place.shipping import look_first
 from topotune.search.ray.session import RaySession
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.search.status import is_finished
-from topotune.search.study.address import remembered_study, study_place
 from topotune.search.study.database import check_study
 from topotune.search.study.patience import Patience
 from topotune.search.view import BEGUN, Listener, SafeListener
@@ -98,7 +98,7 @@ def start(
     with Interrupts() as interrupts:
         interrupts.kept = what_is_kept(config.name, begun=False)
         check_addresses(config, results_dir)
-        config = remembered_study(remembered(config))
+        config = remembered(config)
         if (store := store_address(results_dir)) is not None:
             check_stores(store, config)
         folder = SearchFolder.check_free(results_dir, config)

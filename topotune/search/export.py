@@ -32,9 +32,10 @@ from topotune.search.code.source import (
     trial_starts,
 )
 from topotune.search.drive.recorder import leaderboard, objectives
+from topotune.search.place.addresses import experiment
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.pull import fetch_files, fetch_folder, fetch_trial
-from topotune.search.place.shipping import experiment, open_store
+from topotune.search.place.shipping import open_store
 from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.tracking.registry import register_model
 from topotune.train.checkpoint import CHECKPOINT_FILE, CheckpointStore

@@ -100,7 +100,7 @@ def printed(log: str) -> str:
     return "\n".join(lines[starts[0] + 1 :] if starts else lines).strip()
 
 
-def last_error(text: str) -> str:
+def final_error(text: str) -> str:
     """The error that a command printed last, all faults of a file being one; empty for none."""
     lines = text.splitlines()
     while lines and not lines[-1].startswith("error: "):
@@ -114,7 +114,7 @@ def last_error(text: str) -> str:
 def failure(job: Job, log: str) -> RunError | ResourceError:
     """Why a job came to nothing, from what it printed."""
     text = printed(log) or job.message
-    if error := last_error(text):
+    if error := final_error(text):
         return RemoteError(error, job.exit_code or 1)
     last = (text.strip().splitlines() or [""])[-1]
     if job.exit_code in (1, 2, 127) and _NONE_THERE.search(last):

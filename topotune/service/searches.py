@@ -13,9 +13,9 @@ from topotune.config.file import read_yaml
 from topotune.config.models import SearchConfig
 from topotune.errors import ResourceError, RunError, SearchFolderError
 from topotune.search.code.shipped import REPOSITORY_FILE, SEARCH_FILE, from_archive, ship_env
-from topotune.search.place.shipping import EXPERIMENT
+from topotune.search.place.addresses import EXPERIMENT
 from topotune.search.view import BEGUN
-from topotune.service.ask import Answer, RemoteError, ask, failure, last_error
+from topotune.service.ask import Answer, RemoteError, ask, failure, final_error
 from topotune.service.jobs import DRAIN_SECONDS, Job, JobsApi
 from topotune.service.ship import pack
 
@@ -113,7 +113,7 @@ def again(
 
 def refusal(answer: Answer) -> RemoteError:
     """The error that a question ended with."""
-    return RemoteError(last_error(answer.notes) or answer.notes[-1000:], answer.code)
+    return RemoteError(final_error(answer.notes) or answer.notes[-1000:], answer.code)
 
 
 def await_begin(cluster: JobsApi, job_id: str, name: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from topotune.records import (
     Outcome,
     Value,
     pack_metrics,
+    pack_number,
     unpack_number,
 )
 from topotune.redaction import redact
@@ -33,6 +34,8 @@ INTERRUPTED = "INTERRUPTED"
 """Outcome of a search that was stopped and can be resumed; trials end with an Outcome."""
 
 OUTCOMES = (*(o.value for o in Outcome), INTERRUPTED)
+STEP_PREFIX = "step/"
+"""Begins the names of curves over optimizer steps; others have epochs as their steps."""
 _INT64 = 2**63
 _MAX_PARAM = 6000
 
@@ -68,6 +71,19 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Series:
+    """Curves over optimizer steps: of each name its (step, value) points, steps ascending."""
+
+    points: Mapping[str, Sequence[tuple[int, float]]]
+    at: int
+
+    @property
+    def last(self) -> int:
+        """The last step of all; 0 without any."""
+        return max((points[-1][0] for points in self.points.values() if points), default=0)
+
+
+@dataclass(frozen=True)
 class Tags:
     """Tags that replace those of the same name."""
 
@@ -94,7 +110,7 @@ class End:
     at: int
 
 
-Body: TypeAlias = Start | Epoch | Metrics | Tags | Artifact | End
+Body: TypeAlias = Start | Epoch | Metrics | Series | Tags | Artifact | End
 
 
 @dataclass(frozen=True)
@@ -169,6 +185,10 @@ def items(entry: Entry) -> Iterator[Item]:
             yield from _points(values, report.epoch, report.timestamp_ms)
         case Metrics(values, step, at):
             yield from _points(values, step, at)
+        case Series(points, at):
+            for name, curve in points.items():
+                for step, value in curve:
+                    yield from _points({f"{STEP_PREFIX}{name}": value}, step, at)
         case Artifact():
             pass
         case End(outcome, reason):
@@ -187,6 +207,8 @@ def size(entry: Entry) -> int:
             return len(own | report.metrics.keys())
         case Metrics(values):
             return len(values)
+        case Series(points):
+            return sum(map(len, points.values()))
         case Artifact():
             return 1
         case End():
@@ -216,6 +238,11 @@ def to_payload(entry: Entry) -> dict[str, Any]:
     payload |= vars(body)
     if isinstance(body, Metrics):
         payload["values"] = pack_metrics(body.values)
+    if isinstance(body, Series):
+        payload["points"] = {
+            name: [(step, pack_number(value)) for step, value in curve]
+            for name, curve in body.points.items()
+        }
     return payload
 
 
@@ -236,6 +263,8 @@ def from_payload(payload: Mapping[str, Any]) -> Entry:
         case "metrics":
             at = _int(payload, "at")
             body = Metrics(_numbers(payload, "values"), _int(payload, "step"), at)
+        case "series":
+            body = Series(_curves(payload), _int(payload, "at"))
         case "tags":
             body = Tags(_texts(payload, "tags"), _int(payload, "at"))
         case "artifact":
@@ -286,6 +315,21 @@ def _numbers(data: Mapping[str, Any], name: str) -> dict[str, float]:
     if not isinstance(value, dict):
         raise SpoolError(f"{name}: expected an object of numbers, got {value!r:.80}")
     return {key: _number(number, f"{name}.{key:.80}") for key, number in value.items()}
+
+
+def _curves(data: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    value = data.get("points")
+    try:
+        if not isinstance(value, dict):
+            raise ValueError
+        found = {name: [_point(*pair) for pair in curve] for name, curve in value.items()}
+    except (TypeError, ValueError):
+        raise SpoolError(f"points: expected an object of points, got {value!r:.80}") from None
+    return found
+
+
+def _point(step: object, value: object) -> tuple[int, float]:
+    return _int({"step": step}, "step"), _number(value, "value")
 
 
 def _report(value: object) -> EpochReport:

@@ -33,6 +33,7 @@ from topotune.tracking.entries import (
     Entry,
     Epoch,
     Metrics,
+    Series,
     Start,
     Tags,
     begun,
@@ -123,6 +124,7 @@ class _Known:
     tags: dict[str, str] = field(default_factory=dict)
     epochs: set[int] = field(default_factory=set)
     points: set[tuple[str, int]] = field(default_factory=set)
+    steps: int = 0
     artifacts: dict[tuple[str, str], str] = field(default_factory=dict)
     started: bool = False
     end: tuple[str, str] | None = None
@@ -140,6 +142,8 @@ class _Known:
                 self.epochs.add(report.epoch)
             case Metrics(values, step):
                 self.points.update((name, step) for name in values)
+            case Series():
+                self.steps = max(self.steps, body.last)
             case Artifact(path, folder, digest):
                 self.artifacts[path, folder] = digest
             case End(outcome, reason):
@@ -150,7 +154,8 @@ class _Known:
         """What recording ``body`` would say that is not known; None for nothing.
 
         An epoch is known by its number, a metric by its name and step, a parameter by its name,
-        an artifact by its path and content; the first value of a parameter stands.
+        series by their last step, an artifact by its path and content; the first value of a
+        parameter stands.
         """
         match body:
             case Start(params, tags):
@@ -172,6 +177,8 @@ class _Known:
             case Metrics(values, step):
                 left = {n: float(v) for n, v in values.items() if (n, step) not in self.points}
                 return replace(body, values=left) if left else None
+            case Series():
+                return None if body.last <= self.steps else body
             case Artifact(path, folder, digest):
                 return None if self.artifacts.get((path, folder)) == digest else body
             case End(outcome, reason):

@@ -13,11 +13,10 @@ from topotune.records import TrialSpec
 from topotune.seeding import seed_everything
 from topotune.tasks import build_task
 from topotune.tasks.base import DataOptions, Task
-from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.loop import LoopParts
 from topotune.train.method import Method
 from topotune.train.methods import build_method
-from topotune.train.process import resolve_device
+from topotune.train.process import capture_generators, resolve_device, restore_generators
 from topotune.train.schedule import find_schedule
 
 PROBE_ROWS = 32
@@ -56,7 +55,7 @@ def check_spec(spec: TrialSpec) -> None:
     find_schedule(spec.train.schedule)
 
 
-def preflight(spec: TrialSpec, *, check_device: bool = True) -> None:
+def check_buildable(spec: TrialSpec, *, check_device: bool = True) -> None:
     """Raise now what :func:`~topotune.train.trial.open_trial` would raise in a worker, data apart.
 
     Builds the method, the task, the model and the optimizer on the CPU and drops them; loads no

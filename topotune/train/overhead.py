@@ -15,9 +15,10 @@ from torch import nn
 
 from topotune.data.splits import TensorPair
 from topotune.records import OverheadOptions, pack_metrics, unpack_metrics
-from topotune.train.generators import capture_generators, restore_generators
-from topotune.train.method import Contender
-from topotune.train.process import synchronise
+from topotune.train.assemble import probe_rows
+from topotune.train.loop import LoopParts
+from topotune.train.method import Contender, Method
+from topotune.train.process import capture_generators, restore_generators, synchronise
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,25 @@ def measure_overhead(
         "overhead_blocks": float(options.blocks),
         f"{next(iter(others))}_step_ms": 1e3 * float(np.median(times[:, 0])),
     }
+
+
+def overhead_of(
+    method: Method,
+    parts: LoopParts,
+    options: OverheadOptions,
+    beat: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """:func:`measure_overhead` of a method over its own contenders, on a trial's first rows."""
+    probe = probe_rows(parts.task, parts.train)
+    rows = parts.train.rows(0, method.spec.train.batch_size)
+    return measure_overhead(
+        parts.model,
+        TensorPair(parts.task.prepare(rows.inputs), rows.targets),
+        Contender(method.optimizer, lambda: method.learner(parts.task, probe)),
+        method.contenders(parts.task, probe, parts.device),
+        options,
+        beat,
+    )
 
 
 def _ratio(name: str, ratios: np.ndarray) -> dict[str, float]:

@@ -1,12 +1,14 @@
-"""The process that a trial runs in: its device, its global state, and what it is made of."""
+"""The process that a trial runs in: its device, its global state and random generators, and what it
+is made of."""
 
 from __future__ import annotations
 
 import gc
 import importlib
 import platform
+import random
 import socket
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from topotune.errors import ConfigError, ResourceError
 from topotune.repository import own_tags
 from topotune.seeding import seed_everything
 
+GeneratorStates: TypeAlias = dict[str, Any]
+"""Plain numbers and byte tensors only, so that ``torch.load(weights_only=True)`` reads them."""
 _OWN_THREADS = torch.get_num_threads()
 _HOOKS: list[dict[Any, Any]] = [
     value
@@ -99,6 +103,44 @@ def reset_process_state(seed: int, threads: int, device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     seed_everything(seed)
+
+
+def capture_generators(device: torch.device) -> GeneratorStates:
+    """The states of Python's, NumPy's and torch's global generators.
+
+    Args:
+        device: the trial's device; its generator is included when it is a GPU.
+    """
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    assert kind == "MT19937"  # NumPy's global generator has no other kind
+    states: GeneratorStates = {
+        "python": (version, torch.tensor(internal), gauss_next),
+        "numpy": (
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_generators(states: GeneratorStates, device: torch.device) -> None:
+    """Put back what :func:`capture_generators` took.
+
+    States without a GPU's leave a GPU's generator as it is.
+    """
+    version, internal, gauss_next = states["python"]
+    random.setstate((version, tuple(internal.tolist()), gauss_next))
+    keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def provenance(device: torch.device) -> dict[str, str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
+from topotune.errors import CheckpointError
 from topotune.records import EpochReport
-from topotune.tracking.entries import Body, Entry, Metrics, Start, from_payload, to_payload
+from topotune.tracking.entries import Body, Entry, Metrics, Series, Start, from_payload, to_payload
 from topotune.train.overhead import Overhead
+from topotune.train.trace import step_traces, thinned
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,18 @@ class TrialRecord:
         """What MLflow shows of the trial besides its epochs."""
         overhead = Metrics(self.overhead.metrics, 0, self.overhead.timestamp_ms)
         return (self.start, overhead) if overhead.values else (self.start,)
+
+    def last_series(self, folder: Path) -> tuple[Series, ...]:
+        """The thinned steps of the last epoch, which may not be reported yet, from the file in the
+        trial's folder that was written before the checkpoint; none where it cannot be read.
+        """
+        if not self.history:
+            return ()
+        try:
+            columns = step_traces(folder).read(self.history[-1].epoch)
+        except CheckpointError:
+            return ()
+        return (Series(thinned(columns), self.history[-1].timestamp_ms),)
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""

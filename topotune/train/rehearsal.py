@@ -6,15 +6,13 @@ import dataclasses
 
 import torch
 
-from topotune.data.splits import TensorPair
 from topotune.errors import DivergedError, PluginError, TopotuneError, in_one_line
 from topotune.records import OverheadOptions, TrialSpec
-from topotune.train.assemble import assemble, probe_rows
-from topotune.train.generators import capture_generators, restore_generators
+from topotune.train.assemble import assemble
 from topotune.train.loop import TrainingLoop
-from topotune.train.method import Contender
 from topotune.train.methods import build_method
-from topotune.train.overhead import measure_overhead
+from topotune.train.overhead import overhead_of
+from topotune.train.process import capture_generators, restore_generators
 
 ROWS = 4
 
@@ -63,12 +61,6 @@ def _rehearse(spec: TrialSpec, cpu: torch.device) -> set[str]:
             ) from error
         return _rehearse(plain, cpu)
     if spec.overhead.blocks:
-        probe = probe_rows(few.task, few.train)
-        names |= measure_overhead(
-            few.model,
-            TensorPair(few.task.prepare(few.train.inputs), few.train.targets),
-            Contender(method.optimizer, lambda: method.learner(few.task, probe)),
-            method.contenders(few.task, probe, cpu),
-            OverheadOptions(blocks=1, steps=1, warmup=0),
-        ).keys()
+        once = OverheadOptions(blocks=1, steps=1, warmup=0)
+        names |= overhead_of(method, few, once).keys()
     return names

@@ -28,6 +28,9 @@ RELAXATION_FILE = "relaxation.npz"
 """Name of the joined file: ``epoch`` (epochs,), and (epochs, steps) of ``time`` and whatever the
 learner gives along it, such as ``energy`` and ``residual``; float64, NaN after a curve's end."""
 
+SERIES_POINTS = 32
+"""Points of a series and an epoch that :func:`thinned` leaves at most."""
+
 TRACE_FOLDER = "trace"
 RELAXATION_FOLDER = "relaxation"
 
@@ -62,6 +65,27 @@ def join(parts: list[Columns]) -> Columns:
         ]
         joined[name] = np.concatenate(pieces)
     return joined
+
+
+def thinned(columns: Columns) -> dict[str, list[tuple[int, float]]]:
+    """Some steps of an epoch for a chart: evenly spaced, the last one among them.
+
+    Args:
+        columns: an epoch's, ``step`` among them.
+
+    Returns:
+        Of each other column (step, value) points, to the 6 digits that a chart can show; steps
+        without a value are left out, and so are columns without any.
+    """
+    steps = columns["step"]
+    count = min(SERIES_POINTS, len(steps))
+    chosen = np.ceil(np.arange(1, count + 1) * len(steps) / max(count, 1)).astype(int) - 1
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name in sorted(columns.keys() - {"step"}):
+        curve = [(int(steps[i]), float(f"{columns[name][i]:.6g}")) for i in chosen]
+        if curve := [(step, value) for step, value in curve if not np.isnan(value)]:
+            found[name] = curve
+    return found
 
 
 def stack(parts: Mapping[int, Columns]) -> Columns:
@@ -126,6 +150,14 @@ class EpochFolder:
         """The last epoch that has a file; 0 where none has."""
         return max((int(path.stem[6:]) for path in self._folder.glob("epoch-*.npz")), default=0)
 
+    def read(self, epoch: int) -> Columns:
+        """One epoch's columns.
+
+        Raises:
+            CheckpointError: its file is missing or damaged.
+        """
+        return read_columns(self._path(epoch))
+
     def join(self, epochs: int, target: Path) -> bool:
         """Write epochs 1 to ``epochs`` as one file; False where there are none.
 
@@ -135,7 +167,7 @@ class EpochFolder:
         parts: dict[int, Columns] = {}
         for epoch in range(1, epochs + 1):
             try:
-                parts[epoch] = read_columns(self._path(epoch))
+                parts[epoch] = self.read(epoch)
             except CheckpointError as error:
                 _log.warning("%s; %s goes without epoch %d", error, target.name, epoch)
         if parts:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from topotune.data.splits import TensorPair, data_tags
+from topotune.data.splits import data_tags
 from topotune.errors import CheckpointError, DivergedError, SpoolError, StoppedError
 from topotune.files import make_folder
 from topotune.records import (
@@ -18,28 +18,29 @@ from topotune.records import (
     TrialResult,
     TrialSpec,
 )
-from topotune.tracking.entries import Start, begun, now_ms
+from topotune.tracking.entries import Series, Start, begun, now_ms
 from topotune.train.assemble import (
     assemble,
     check_spec,
-    preflight,
-    probe_rows,
 )
 from topotune.train.checkpoint import CheckpointStore
-from topotune.train.generators import capture_generators, restore_generators
 from topotune.train.loop import TIMING_METRICS, TrainingLoop
-from topotune.train.method import Contender
 from topotune.train.methods import build_method
-from topotune.train.overhead import Overhead, measure_overhead
-from topotune.train.process import provenance, reset_process_state, resolve_device
+from topotune.train.overhead import Overhead, overhead_of
+from topotune.train.process import (
+    capture_generators,
+    provenance,
+    reset_process_state,
+    resolve_device,
+    restore_generators,
+)
 from topotune.train.record import TrialRecord
-from topotune.train.trace import EpochRecord
+from topotune.train.trace import EpochRecord, thinned
 
 __all__ = [
     "TIMING_METRICS",
     "TrialRun",
     "open_trial",
-    "preflight",
     "run_trial",
 ]
 
@@ -100,6 +101,15 @@ class TrialRun:
         """What is known of the trial by now; its overhead once :meth:`reports` has begun."""
         overhead = self._overhead or Overhead({}, 0)
         return TrialRecord(self._start, overhead, tuple(self._history))
+
+    def series(self, at: int) -> Series:
+        """The steps of the epoch that was trained last, whole or broken off, for a chart.
+
+        Args:
+            at: when it ended, Unix milliseconds.
+        """
+        trace = self._loop.trace
+        return Series(thinned(trace.columns()) if len(trace) else {}, at)
 
     @property
     def history(self) -> tuple[EpochReport, ...]:
@@ -185,17 +195,7 @@ class TrialRun:
 
     def _measure(self) -> dict[str, float]:
         """Once a trial: the first checkpoint keeps it, so that a resume repeats it."""
-        parts, spec, method = self._parts, self.spec, self._method
-        probe = probe_rows(parts.task, parts.train)
-        rows = parts.train.rows(0, spec.train.batch_size)
-        return measure_overhead(
-            parts.model,
-            TensorPair(parts.task.prepare(rows.inputs), rows.targets),
-            Contender(method.optimizer, lambda: method.learner(parts.task, probe)),
-            method.contenders(parts.task, probe, self._device),
-            spec.overhead,
-            self._beat,
-        )
+        return overhead_of(self._method, self._parts, self.spec.overhead, self._beat)
 
     def _save(self, report: EpochReport) -> None:
         if self._record is not None:

@@ -22,7 +22,7 @@ from topotune.bench.scaling.run import PARTS, Plan, Run, measure
 from topotune.bench.shared import Columns, table
 from topotune.errors import RunError
 from topotune.search.drive.signals import Interrupts
-from topotune.search.study.address import ENVIRONMENT
+from topotune.settings import STUDY_URI
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -170,7 +170,7 @@ def run(options: Options, say: Callable[[str], None]) -> Report:
 def tables(report: Report) -> Iterator[Table]:
     """The measurements as tables."""
     options, cpu = report.options, _cpu_columns(report)
-    study = f"the database of {ENVIRONMENT}" if ENVIRONMENT in os.environ else "its own file"
+    study = f"the database of {STUDY_URI}" if STUDY_URI in os.environ else "its own file"
     yield table(
         f"Trials of {options.epochs} epochs that sleep {options.sleep:g} s each; study in {study}; "
         f"{report.cores} cores; medians of {options.rounds} rounds, [least to largest], "

@@ -30,12 +30,11 @@ from topotune.requirements import install_command
 from topotune.search.doctor.machine import MIN_FREE_BYTES, Finding, disk, tried, write_probe
 from topotune.search.doctor.preflight import check_writable, sqlite_refusals
 from topotune.search.place.objects.address import StoreAddress, is_address
-from topotune.search.place.shipping import ENVIRONMENT as TRACKING
 from topotune.search.ray.cluster import Cluster
 from topotune.search.ray.session import CONNECT_SECONDS, RaySession
-from topotune.search.study.address import ENVIRONMENT as STUDY
 from topotune.search.study.address import try_database
 from topotune.search.view import SilentListener
+from topotune.settings import STUDY_URI, TRACKING_URI
 
 MAX_SKEW_SECONDS = 5.0
 NODE_SECONDS = 120.0
@@ -89,8 +88,10 @@ def examine_here(stores: Stores, expected: dict[str, str], probe: str = "") -> l
         used = _reached(stores)
     else:
         used = [
-            tried("study", lambda: _study(stores.study), f"Set {STUDY} right, password and all"),
-            tried("tracking", lambda: _tracking(stores.tracking), f"Set {TRACKING} right"),
+            tried(
+                "study", lambda: _study(stores.study), f"Set {STUDY_URI} right, password and all"
+            ),
+            tried("tracking", lambda: _tracking(stores.tracking), f"Set {TRACKING_URI} right"),
         ]
     return [
         _versions(expected),

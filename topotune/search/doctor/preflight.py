@@ -28,15 +28,13 @@ from topotune.errors import (
     did_you_mean,
 )
 from topotune.records import TrialSpec
+from topotune.search.place.addresses import study_uri, tracking_uri
 from topotune.search.place.objects.address import store_address
-from topotune.search.place.shipping import ENVIRONMENT as TRACKING
-from topotune.search.place.shipping import tracking_uri
 from topotune.search.ray.autoscaler import ENVIRONMENT
 from topotune.search.ray.cluster import Cluster, Node, amount_of, needs_of
-from topotune.search.study.address import ENVIRONMENT as STUDY
-from topotune.search.study.address import study_uri
 from topotune.search.study.faults import faults_at
 from topotune.search.study.space import corners
+from topotune.settings import STUDY_URI, TRACKING_URI
 
 MOST_AT_ONCE = 1000
 """Trials at once that one driver starts, however large a cluster may grow."""
@@ -215,7 +213,7 @@ def sqlite_refusals(
     if not (study or "").startswith("postgresql"):
         refusals.append(
             ConfigError(
-                STUDY,
+                STUDY_URI,
                 f"is not set, so that the study would be a file of one machine, {on}",
                 "Set it to a PostgreSQL database, postgresql://USER@HOST/DATABASE (a new search "
                 "needs that: an existing study does not move by itself)",
@@ -224,7 +222,7 @@ def sqlite_refusals(
     if not (tracking or "").startswith(("http://", "https://")):
         refusals.append(
             ConfigError(
-                TRACKING,
+                TRACKING_URI,
                 f"names no server, so that the MLflow store would be a SQLite file, {on}",
                 "Start 'mlflow server' and set it to http://HOST:5000",
             )

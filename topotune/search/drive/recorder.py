@@ -92,7 +92,8 @@ def recorded(folder: Path, spec: TrialSpec) -> Progress:
         return Progress()
     if record is None:
         return Progress()
-    return Progress(record.history, record.overhead.metrics, entries=record.entries())
+    entries = (*record.entries(), *record.last_series(folder))
+    return Progress(record.history, record.overhead.metrics, entries=entries)
 
 
 class Recorder:

@@ -50,7 +50,7 @@ from topotune.search.ray.slate import Slate
 from topotune.search.ray.system_metrics import SystemMetrics
 from topotune.search.ray.tune import ALONE, PAYLOAD
 from topotune.search.ray.watchdog import Guard
-from topotune.tracking.entries import Body, Metrics
+from topotune.tracking.entries import Body, Metrics, now_ms
 
 
 class TrialActor(tune.Trainable):
@@ -150,7 +150,8 @@ class TrialActor(tune.Trainable):
         except GpuMemoryError:
             raise  # the driver's to judge, as the death of this worker
         except DivergedError as error:
-            return self._progress(outcome=Outcome.DIVERGED, reason=str(error))
+            steps = () if self._run is None else (self._run.series(now_ms()),)
+            return self._progress((), steps, Outcome.DIVERGED, str(error))
         except StoppedError as error:
             return self._progress(outcome=Outcome.PRUNED, reason=str(error))
         except UnstableError as error:
@@ -229,10 +230,11 @@ class TrialActor(tune.Trainable):
             self._reports = self._run.reports()
             replayed = [next(self._reports) for _ in range(self._run.restored)]
             if replayed:
-                return self._progress(replayed)
+                return self._progress(replayed, self._run.record.last_series(self._folder))
         report = next(self._reports)
-        load = Metrics(self._system.sample(), report.epoch, report.timestamp_ms)
-        return self._progress([report], (load,) if load.values else ())
+        at = report.timestamp_ms
+        load = Metrics(self._system.sample(), report.epoch, at)
+        return self._progress([report], (self._run.series(at), *((load,) if load.values else ())))
 
     def _check_node(self) -> None:
         """See that this node can do what the driver asks for.

@@ -14,8 +14,9 @@ from sqlalchemy.engine import ExceptionContext
 
 from topotune.config.models import SearchConfig
 from topotune.errors import ResourceError
+from topotune.search.place.addresses import study_place, study_uri
 from topotune.search.place.folder import SearchFolder
-from topotune.search.study.address import study_place, study_uri, with_driver
+from topotune.search.study.address import with_driver
 from topotune.search.study.patience import Patience, StudyAwayError, absence
 
 READER_SECONDS = 10.0

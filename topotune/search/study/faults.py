@@ -40,13 +40,13 @@ def faults_at(config: SearchConfig, spec: TrialSpec) -> tuple[list[FieldError], 
         UnstableError: its dynamics cannot settle, and nothing is wrong with it otherwise.
         UserError: not the file but the environment must change.
     """
-    from topotune.train.assemble import preflight
+    from topotune.train.assemble import check_buildable
 
     found: dict[tuple[str | int, ...], FieldError] = {}
     other = False
     while len(found) < MOST:
         try:
-            preflight(spec, check_device=False)
+            check_buildable(spec, check_device=False)
         except UnstableError:
             if found:
                 break

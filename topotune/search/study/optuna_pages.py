@@ -20,8 +20,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError, SearchFolderError
 from topotune.requirements import install_command
+from topotune.search.place.addresses import study_place
 from topotune.search.place.folder import STUDY_FILE, SearchFolder, searches
-from topotune.search.study.address import study_name, study_place
+from topotune.search.study.address import study_name
 from topotune.search.study.storage import reading
 from topotune.tracking.loopback import HOST, StopRequest, check_port, free_port, stop_signals
 

@@ -18,8 +18,9 @@ from topotune.config.models import SearchConfig
 from topotune.errors import SearchFolderError
 from topotune.records import Outcome, TrialSummary, unpack_metrics
 from topotune.results.text import spread
+from topotune.search.place.addresses import study_place
 from topotune.search.place.folder import SearchFolder
-from topotune.search.study.address import study_name, study_place
+from topotune.search.study.address import study_name
 from topotune.search.study.storage import reading
 
 FINISHED = "finished"

@@ -22,8 +22,9 @@ from optuna.trial import FrozenTrial, TrialState
 from topotune.config.models import SearchConfig
 from topotune.errors import SearchFolderError, TopotuneError
 from topotune.redaction import brief
+from topotune.search.place.addresses import study_place
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
-from topotune.search.study.address import study_name, study_place
+from topotune.search.study.address import study_name
 from topotune.search.study.database import PatientStorage, open_database
 from topotune.search.study.journal import Journal, JournalReader
 from topotune.search.study.patience import Patience
@@ -172,21 +173,11 @@ def _behind(stored: Sequence[FrozenTrial], known: Sequence[FrozenTrial]) -> bool
     return len(stored) < len(known) or any(_rank(one) < _rank(copy) for one, copy in pairs)
 
 
-def _of_study(name: str) -> Callable[..., Any]:
-    def method(self: ReplicatedStorage, study_id: int, *args: Any, **kwargs: Any) -> Any:
+def _write(name: str, ids: str) -> Callable[..., Any]:
+    def method(self: ReplicatedStorage, own: int, *args: Any, **kwargs: Any) -> Any:
         self._fence()
-        getattr(self._database, name)(self._studies[study_id], *args, **kwargs)
-        return getattr(self._copy, name)(study_id, *args, **kwargs)
-
-    method.__name__, method.__doc__ = name, "As Optuna's, in the database first."
-    return method
-
-
-def _of_trial(name: str) -> Callable[..., Any]:
-    def method(self: ReplicatedStorage, trial_id: int, *args: Any, **kwargs: Any) -> Any:
-        self._fence()
-        getattr(self._database, name)(self._trials[trial_id], *args, **kwargs)
-        return getattr(self._copy, name)(trial_id, *args, **kwargs)
+        getattr(self._database, name)(getattr(self, ids)[own], *args, **kwargs)
+        return getattr(self._copy, name)(own, *args, **kwargs)
 
     method.__name__, method.__doc__ = name, "As Optuna's, in the database first."
     return method
@@ -271,14 +262,14 @@ class ReplicatedStorage(BaseStorage):
         value = self._sampled.pop((trial_id, param_name), param_value_internal)
         self._set_trial_param(trial_id, param_name, value, distribution)
 
-    _set_trial_param = _of_trial("set_trial_param")
-    delete_study = _of_study("delete_study")
-    set_study_user_attr = _of_study("set_study_user_attr")
-    set_study_system_attr = _of_study("set_study_system_attr")
-    set_trial_state_values = _of_trial("set_trial_state_values")
-    set_trial_intermediate_value = _of_trial("set_trial_intermediate_value")
-    set_trial_user_attr = _of_trial("set_trial_user_attr")
-    set_trial_system_attr = _of_trial("set_trial_system_attr")
+    _set_trial_param = _write("set_trial_param", "_trials")
+    delete_study = _write("delete_study", "_studies")
+    set_study_user_attr = _write("set_study_user_attr", "_studies")
+    set_study_system_attr = _write("set_study_system_attr", "_studies")
+    set_trial_state_values = _write("set_trial_state_values", "_trials")
+    set_trial_intermediate_value = _write("set_trial_intermediate_value", "_trials")
+    set_trial_user_attr = _write("set_trial_user_attr", "_trials")
+    set_trial_system_attr = _write("set_trial_system_attr", "_trials")
     get_study_id_from_name = _read("get_study_id_from_name")
     get_study_name_from_id = _read("get_study_name_from_id")
     get_study_directions = _read("get_study_directions")

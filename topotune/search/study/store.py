@@ -37,8 +37,9 @@ from topotune.records import (
     pack_metrics,
     unpack_metrics,
 )
+from topotune.search.place.addresses import study_place
 from topotune.search.place.folder import SearchFolder
-from topotune.search.study.address import study_name, study_place
+from topotune.search.study.address import study_name
 from topotune.search.study.deaths import Cause
 from topotune.search.study.patience import Patience
 from topotune.search.study.pruner import make_pruner

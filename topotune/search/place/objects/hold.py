@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Self
 
 from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError
+from topotune.search.place.addresses import study_place, study_uri, tracking_uri
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.lease import Lease, lease_holder
 from topotune.search.place.objects.address import StoreAddress, store_address
 from topotune.search.place.objects.files import AllHere, TrialFiles
-from topotune.search.place.shipping import ENVIRONMENT as TRACKING
-from topotune.search.place.shipping import tracking_uri
-from topotune.search.study.address import ENVIRONMENT as STUDY
-from topotune.search.study.address import study_place, study_uri
 from topotune.search.study.database import OPENING_SECONDS
 from topotune.search.study.patience import Patience
 from topotune.search.view import Listener
+from topotune.settings import STUDY_URI, TRACKING_URI
 
 if TYPE_CHECKING:
     from topotune.search.place.objects.mirror import Mirror
@@ -133,7 +131,7 @@ def check_stores(address: StoreAddress, config: SearchConfig) -> None:
         raise ConfigError(
             f"results address {address}",
             "an object store holds no study file, which is changed in place",
-            f"Name a PostgreSQL database: study.uri, or {STUDY}=postgresql://USER:PASSWORD@HOST/DB",
+            f"Name a PostgreSQL database: study.uri, or {STUDY_URI}=postgresql://USER:PASSWORD@HOST/DB",
         )
     uri = tracking_uri(config)
     if uri is None or uri.startswith(("sqlite:", "file:")):
@@ -141,7 +139,7 @@ def check_stores(address: StoreAddress, config: SearchConfig) -> None:
             f"results address {address}",
             "MLflow's embedded store is a file of one machine, and an object store holds none "
             "that is changed in place",
-            f"Name a tracking server: tracking.uri, or {TRACKING}=http://HOST:5000",
+            f"Name a tracking server: tracking.uri, or {TRACKING_URI}=http://HOST:5000",
         )
 
 

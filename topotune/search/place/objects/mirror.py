@@ -28,7 +28,6 @@ BYTES_PER_SECOND = 256 * 1024
 """A file that grows for days is sent whole each time, but not more often than this on average."""
 FINISH_SECONDS, FINISH_SECONDS_HURRY = 60.0, 3.0
 """How long the last sending waits for a store that is away."""
-LOST_FOLDER = "trials.lost"
 _log = logging.getLogger(__name__)
 
 
@@ -100,22 +99,10 @@ class Mirror:
             ResourceError: the store cannot be used.
         """
         self._live = live
-        self._set_aside()
         self._replica.listing = {}
         self._replica.push()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
-
-    def _set_aside(self) -> None:
-        """Trials whose folders a rebuild has moved away begin anew in the store, too."""
-        listing = self._replica.listing
-        for lost in (self.root / LOST_FOLDER).glob("[0-9]*-[0-9]*"):
-            if any(name.startswith(f"{LOST_FOLDER}/{lost.name}/") for name in listing):
-                continue  # of an earlier rebuild
-            home = layout.trial_name(int(lost.name.partition("-")[0]))
-            if any(name.startswith(f"{home}/") for name in listing):
-                self._replica.forget(f"{home}/")
-                shutil.rmtree(self._workers / home, ignore_errors=True)
 
     def fetch(self, number: int, *names: str) -> None:
         """Bring these files of a trial; without names all that the driver needs, the crash note

@@ -42,8 +42,9 @@ class Places:
         return self._folder.trial(number)
 
     def checkpoint(self, number: int) -> Path:
-        """The folder with a trial's checkpoint, as far as it can be had."""
+        """The folder with a trial's checkpoint and steps, as far as they can be had."""
         if self._address is not None:
             with contextlib.suppress(TopotuneError):
+                self._files.fetch(number)
                 self._files.fetch(number, CHECKPOINT_FILE)
         return self._folder.trial(number)
