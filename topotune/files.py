@@ -90,15 +90,15 @@ def write_atomically(
         with partial.open("wb", buffering=0) as file:
             put(file.fileno(), content)
         fence()
+        if keep is not None and path.exists():
+            path.replace(keep)
+        partial.replace(path)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = error.filename or str(partial)  # a full disk's names none
         raise
-    if keep is not None and path.exists():
-        path.replace(keep)
-    partial.replace(path)
     sync_folder(path.parent)
 
 

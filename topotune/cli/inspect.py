@@ -84,8 +84,8 @@ def best(
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], name, as_json)
         return
-    from topotune.results.export import dump_yaml
     from topotune.results.leaderboard import valued
+    from topotune.results.yamltext import dump_yaml
     from topotune.search import status as reading
 
     report = reading.status(results_dir, name)
