@@ -24,7 +24,7 @@ from topotune.search.place.objects.address import (
     store_address,
 )
 from topotune.search.place.objects.courier import KEEP_SECONDS, Courier, sweep
-from topotune.search.place.objects.pull import fetch_trial
+from topotune.search.place.objects.pull import fetch
 from topotune.search.place.objects.store import ObjectStore, connect
 from topotune.search.place.output import Output
 
@@ -451,6 +451,6 @@ def test_what_a_trial_prints_is_stored_with_each_epoch_and_goes_on_elsewhere(
     assert store.read(stored) == b"one ***\ntwo\n"
     root = tmp_path / "reader"
     monkeypatch.setenv(SCRATCH, str(root))
-    fetch_trial(results_folder(place), "demo", 0, "output.txt", "error.txt")
+    fetch(results_folder(place), "demo", "output.txt", "error.txt", trial=0)
     (found,) = root.rglob("output.txt")
     assert found.read_bytes() == b"one ***\ntwo\n"

@@ -332,7 +332,7 @@ def package(
     from topotune.search import status as reading
     from topotune.search.place.folder import SearchFolder
     from topotune.search.place.objects.hold import holder
-    from topotune.search.place.objects.pull import fetch_folder
+    from topotune.search.place.objects.pull import fetch
 
     folder = SearchFolder.open(results_dir, name)
     driver = holder(folder, folder.config())
@@ -345,6 +345,6 @@ def package(
             return
         print_status(console(), report, limit=10)
         return
-    fetch_folder(results_dir, name, "code")
+    fetch(results_dir, name, "code/")
     if folder.code.is_dir():
         answer.bring(folder.code)

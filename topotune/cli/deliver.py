@@ -66,11 +66,11 @@ def export(
     log_to_stderr()
     from topotune.search.export import export_top
     from topotune.search.place.folder import SearchFolder
-    from topotune.search.place.objects.pull import fetch_folder
+    from topotune.search.place.objects.pull import fetch
 
     search = SearchFolder.open(results_dir, name)
     if on_cluster(context):
-        fetch_folder(results_dir, name, "code")
+        fetch(results_dir, name, "code/")
         sys.path.append(str(search.code))  # last: a file there stands in for no library
     exported = export_top(
         search,

@@ -307,7 +307,6 @@ def _run(
     from topotune.search.drive.book import Book
     from topotune.search.drive.recorder import Recorder, objectives
     from topotune.search.drive.retention import Retention
-    from topotune.search.place.objects.places import Places
     from topotune.search.place.shipping import Shipping
     from topotune.search.study.ledger import Ledger
     from topotune.search.study.store import StudyStore
@@ -349,7 +348,7 @@ def _run(
             },
             kept,
         )
-        recorder.recover(before, Places(folder, lease.files).checkpoint)
+        recorder.recover(before, lease.files.checkpoint)
         # Checkpoints that are not kept go after what was recorded of their trials is made whole.
         retention = Retention(folder, config, before, lease.files)
         del before  # of thousands of trials, for days

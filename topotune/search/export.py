@@ -34,7 +34,7 @@ from topotune.search.code.source import (
 from topotune.search.drive.recorder import leaderboard, objectives
 from topotune.search.place.addresses import experiment
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.objects.pull import fetch_files, fetch_folder, fetch_trial
+from topotune.search.place.objects.pull import fetch
 from topotune.search.place.shipping import open_store
 from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.tracking.registry import register_model
@@ -104,12 +104,11 @@ def export_top(
             f"export ({board.summary})"
         )
     exported = []
-    fetch_folder(folder.root.parent, folder.name, "sources")
-    fetch_files(folder.root.parent, folder.name, OUTBOX_FILE)
+    fetch(folder.root.parent, folder.name, "sources/", OUTBOX_FILE)
     now = Source.here(config, Path.cwd())
     for rank, row in enumerate(best, start=1):
         spec = parse_spec(row.spec, f"{folder.root}: trial {row.number}", {})
-        fetch_trial(folder.root.parent, folder.name, row.number, CHECKPOINT_FILE)
+        fetch(folder.root.parent, folder.name, CHECKPOINT_FILE, trial=row.number)
         starts = trial_starts(folder, row.number)
         differs = code_differences(folder, starts, now.hashes)
         if differs:

@@ -16,7 +16,7 @@ from topotune.errors import RunError, TrackingError
 from topotune.records import Outcome, TrialSummary
 from topotune.results.leaderboard import Leaderboard
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.objects.pull import fetch_trial
+from topotune.search.place.objects.pull import fetch
 from topotune.train.trace import RELAXATION_FILE, TRACE_FILE
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def draw_trial(folder: SearchFolder, row: TrialSummary, out: Path) -> list[Path]
     from topotune.results.relaxation import plot_relaxation
     from topotune.results.trace import plot_trace
 
-    fetch_trial(folder.root.parent, folder.name, row.number, TRACE_FILE, RELAXATION_FILE)
+    fetch(folder.root.parent, folder.name, TRACE_FILE, RELAXATION_FILE, trial=row.number)
     drawn = []
     for name, plot in {RELAXATION_FILE: plot_relaxation, TRACE_FILE: plot_trace}.items():
         source = folder.trial(row.number) / name

@@ -27,7 +27,7 @@ from topotune.search.place.folder import SearchFolder, searches
 from topotune.search.place.objects.address import store_address
 from topotune.search.place.objects.hold import Hold
 from topotune.search.place.objects.hold import holder as holder_of
-from topotune.search.place.objects.pull import fetch_trial
+from topotune.search.place.objects.pull import fetch
 from topotune.search.place.output import ERROR_FILE, OUTPUT_FILE, read
 from topotune.search.place.shipping import default_server, open_store
 from topotune.search.study.rows import read_study, summaries
@@ -169,7 +169,7 @@ def printed(results_dir: Path, name: str, number: int) -> str:
         ResourceError: the files cannot be read.
     """
     folder = SearchFolder.open(results_dir, name)
-    fetch_trial(results_dir, name, number, OUTPUT_FILE, ERROR_FILE)
+    fetch(results_dir, name, OUTPUT_FILE, ERROR_FILE, trial=number)
     home = folder.trial(number)
     try:
         found = {file: read(home / file) for file in (OUTPUT_FILE, ERROR_FILE)}

@@ -26,7 +26,7 @@ from topotune.results.leaderboard import Leaderboard
 from topotune.search.drive.book import Progress
 from topotune.search.figures import draw_search
 from topotune.search.place.folder import SearchFolder, write_text
-from topotune.search.place.objects.files import AllHere, TrialFiles
+from topotune.search.place.objects.files import TrialFiles
 from topotune.search.place.output import OUTPUT_FILE, tidy
 from topotune.search.study.rows import summaries
 from topotune.tracking.entries import RUNNING, Epoch, Metrics, Tags, now_ms, safe_tags
@@ -103,7 +103,7 @@ class Recorder:
         folder: the search's folder.
         config: the search.
         fence: called before its thread writes; raises if another driver has taken the search over.
-        files: brings trials' files here that are elsewhere, and is told what is deleted.
+        files: those of the trials, which may lie elsewhere.
         rows: all trials' rows as the driver has them; those of the study on disk by default.
     """
 
@@ -117,7 +117,7 @@ class Recorder:
     ) -> None:
         self._rows = rows or partial(summaries, folder, config)
         self._folder, self._config, self._fence = folder, config, fence
-        self._files = AllHere() if files is None else files
+        self._files = files or TrialFiles(folder)
         self._outbox = Outbox(folder.root, fence)
         self._work: queue.SimpleQueue[TrialSummary | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)

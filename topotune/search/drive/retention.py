@@ -5,7 +5,7 @@ from __future__ import annotations
 from topotune.config.models import SearchConfig
 from topotune.records import Outcome, TrialSummary
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.objects.files import AllHere, TrialFiles
+from topotune.search.place.objects.files import TrialFiles
 from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
 
 
@@ -18,7 +18,7 @@ class Retention:
         folder: the search's folder.
         config: the search; ``keep_checkpoints`` is how many stay.
         finished: rows of trials that ended before.
-        files: told what is deleted.
+        files: where they are deleted, too.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Retention:
         finished: list[TrialSummary],
         files: TrialFiles | None = None,
     ) -> None:
-        self._files = AllHere() if files is None else files
+        self._files = files or TrialFiles(folder)
         self._folder, self._keep = folder, config.keep_checkpoints
         self._sign = 1.0 if config.objective[0].direction == "maximize" else -1.0
         self._all = len(config.objective) > 1
@@ -57,4 +57,4 @@ class Retention:
     def _delete(self, number: int) -> None:
         for name in (CHECKPOINT_FILE, PREVIOUS_FILE):
             (self._folder.trial(number) / name).unlink(missing_ok=True)
-        self._files.forget(number, CHECKPOINT_FILE, PREVIOUS_FILE)
+        self._files.forget(number, CHECKPOINT_FILE)

@@ -32,6 +32,7 @@ from topotune.errors import ConfigError, ResourceError, SearchFolderError
 from topotune.files import write_atomically
 from topotune.redaction import redact
 from topotune.search.place.objects.address import shown_place
+from topotune.search.place.objects.pull import fetch, fetch_searches
 
 STUDY_FILE, STUDY_COPY = "study.jsonl", "study.copy.jsonl"
 LAYOUT = 2
@@ -124,7 +125,7 @@ class SearchFolder:
             SearchFolderError: a search of that name, or something else, is there.
         """
         folder = cls(results_dir.absolute() / config.name)
-        _fetch(results_dir, config.name)
+        fetch(results_dir, config.name, "search.json")
         folder._refuse_foreign()
         if folder.meta.exists():
             same = folder.config() == config
@@ -171,7 +172,7 @@ class SearchFolder:
                 version.
         """
         folder = cls(results_dir.absolute() / name)
-        _fetch(results_dir, name)
+        fetch(results_dir, name, "search.json")
         if SAFE_NAME.fullmatch(name) and _is_search(folder.root / "trials", is_folder=True):
             if not _is_search(folder.meta):
                 raise SearchFolderError(
@@ -270,8 +271,6 @@ def searches(results_dir: Path) -> list[SearchFolder]:
     Raises:
         ResourceError: it is an object store, and that cannot be asked.
     """
-    from topotune.search.place.objects.pull import fetch_searches
-
     if not results_dir.is_dir():
         return []
     there = fetch_searches(results_dir)
@@ -280,13 +279,6 @@ def searches(results_dir: Path) -> list[SearchFolder]:
         for path in sorted(results_dir.iterdir())
         if _is_search(path / "search.json") and (there is None or path.name in there)
     ]
-
-
-def _fetch(results_dir: Path, name: str) -> None:
-    """Bring a search's identity from an object store, if it lies in one."""
-    from topotune.search.place.objects.pull import fetch_search  # it reads folders, too
-
-    fetch_search(results_dir, name)
 
 
 def _is_search(path: Path, is_folder: bool = False) -> bool:

@@ -15,7 +15,6 @@ from topotune.search.drive.book import Book, Progress
 from topotune.search.drive.recorder import recorded
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.files import TrialFiles
-from topotune.search.place.objects.places import Places
 from topotune.search.ray.cluster import needs_of
 from topotune.search.ray.pulse import Pulse
 from topotune.search.ray.ray_internals import (
@@ -36,8 +35,8 @@ def execute(
     gpus: float,
     note: Callable[[str], None],
     source: Source,
-    most_at_once: int = 1,
-    files: TrialFiles | None = None,
+    most_at_once: int,
+    files: TrialFiles,
 ) -> None:
     """Let Ray Tune execute what the book hands out.
 
@@ -51,6 +50,7 @@ def execute(
         source: the code that workers are to run.
         most_at_once: trials that may wait for a device at once; what waits is what an autoscaler
             sees.
+        files: those of the trials, which may lie elsewhere.
 
     Raises:
         RunError: Ray itself failed.
@@ -91,13 +91,13 @@ def execute(
     def request(trial: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([whole if trial[ALONE] else shared])
 
-    places, modules = Places(folder, files), code_of(folder)
+    modules = code_of(folder)
 
     def left(number: int) -> Progress:
-        return recorded(places.checkpoint(number), book.live[number].spec)
+        return recorded(files.checkpoint(number), book.live[number].spec)
 
     guarded(book, lambda: book.take_over(left), None)
-    stalls = Stalls(config.limits.stall, places.signs)
+    stalls = Stalls(config.limits.stall, files.heartbeats)
     # Tune insists on a folder; nothing that it writes there is ever read.
     with tempfile.TemporaryDirectory(prefix="topotune-ray-") as scratch:
         tuner = tune.Tuner(
@@ -117,7 +117,7 @@ def execute(
                         source=source,
                     ),
                 ),
-                scheduler=StudyScheduler(book, places.died, left, note, request),
+                scheduler=StudyScheduler(book, files.died, left, note, request),
                 num_samples=-1,
                 reuse_actors=True,
             ),

@@ -12,7 +12,7 @@ from topotune.search.place.addresses import study_place, study_uri, tracking_uri
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.lease import Lease, lease_holder
 from topotune.search.place.objects.address import StoreAddress, store_address
-from topotune.search.place.objects.files import AllHere, TrialFiles
+from topotune.search.place.objects.files import TrialFiles
 from topotune.search.study.database import OPENING_SECONDS
 from topotune.search.study.patience import Patience
 from topotune.search.view import Listener
@@ -33,7 +33,7 @@ class Hold:
         listener: told what is waited for.
 
     Attributes:
-        files: what else the driver must do about trials' files.
+        files: those of the trials.
     """
 
     def __init__(self, folder: SearchFolder, config: SearchConfig, listener: Listener) -> None:
@@ -52,7 +52,7 @@ class Hold:
             patience = Patience(study_place(folder, config), listener.note, OPENING_SECONDS)
             self._tenure = Tenure(url, _key(address, folder.name), patience)
             self._mirror = Mirror(folder.root.parent, address, folder.name, listener)
-        self.files: TrialFiles = AllHere() if self._mirror is None else self._mirror
+        self.files = TrialFiles(folder, self._mirror)
 
     def __enter__(self) -> Self:
         """Take the search over.

@@ -22,8 +22,7 @@ _SAFE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _NAME = re.compile(rf"(?:{_SAFE}/){{0,9}}{_SAFE}")
 _TRIAL = re.compile(r"trials/([0-9]{4,7})/(.+)")
 _CRASHED = re.compile(r"crash-[0-9]+\.txt")
-_PREVIOUS = {PREVIOUS_FILE}
-_STAYS = {*_PREVIOUS, "driver.lock", HANG_FILE, DRIVER_CLAIM, WORKER_CLAIM}
+_STAYS = {PREVIOUS_FILE, "driver.lock", HANG_FILE, DRIVER_CLAIM, WORKER_CLAIM}
 _DRIVERS = {TRACE_FILE, RELAXATION_FILE}
 """The driver's files in a trial's folder."""
 _CHUNKS = (f"{TRACE_FOLDER}/", f"{RELAXATION_FOLDER}/")
@@ -77,11 +76,6 @@ def for_driver(name: str) -> bool:
         name: relative to the trial's folder.
     """
     return of_worker(name) and name not in (CHECKPOINT_FILE, GUARD_FILE, OUTPUT_FILE)
-
-
-def is_previous(name: str) -> bool:
-    """Whether a file is the version before another one, which stays where it was written."""
-    return name.rpartition("/")[2] in _PREVIOUS
 
 
 def rank(name: str) -> int:

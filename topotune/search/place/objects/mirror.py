@@ -130,8 +130,11 @@ class Mirror:
                     if number in self._settled:
                         continue  # every resume asks again for every trial
                     self._settled.add(number)
-                if not layout.is_previous(name):
-                    self._gone[f"{layout.trial_name(number)}/{name}"] = None
+                self._gone[f"{layout.trial_name(number)}/{name}"] = None
+
+    def worker_folder(self, number: int) -> Path:
+        """Where a worker of this node keeps a trial."""
+        return self._workers / layout.trial_name(number)
 
     def check(self) -> None:
         """Make sure that the search is ours in the store, as far as the last look there showed.

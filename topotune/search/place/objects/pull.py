@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,52 +13,41 @@ if TYPE_CHECKING:
     from topotune.search.place.objects.store import ObjectStore
 
 
-def _open(results_dir: Path) -> ObjectStore | None:
-    """The store that results are in; None of a mere folder, which needs none of its modules."""
-    address = store_address(results_dir)
-    if address is None:
-        return None
-    from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
+def fetch(results_dir: Path, name: str, *files: str, trial: int | None = None) -> None:
+    """Bring files of a search, if its results are in a store; what the store lacks goes here, too.
 
-    return ObjectStore(address, limit=READER_SECONDS)
+    On the machine that drove the search last the driver's files may be newer than the store's, and
+    stay as they are.
 
-
-def _ahead(results_dir: Path, name: str, store: ObjectStore) -> bool:
-    """Whether this machine drove the search last, so that its files may be newer here."""
-    from topotune.search.place.objects.mirror import driver_replica
-
-    return driver_replica(results_dir.absolute(), name, store).ahead
-
-
-def fetch_search(results_dir: Path, name: str) -> None:
-    """Bring a search's identity, as :func:`fetch_files`."""
-    fetch_files(results_dir, name, "search.json")
-
-
-def fetch_files(results_dir: Path, name: str, *files: str) -> None:
-    """Bring files that a search's driver writes, if its results are in a store and they are there.
-
-    What this machine itself wrote last is here already, and may be newer.
+    Args:
+        results_dir: where the search lies.
+        name: the search.
+        files: relative to its folder; a whole folder's name ends with ``/``.
+        trial: whose folder they are relative to instead.
 
     Raises:
         ResourceError: the store cannot be asked.
     """
     store = _open(results_dir)
-    if store is None or not SAFE_NAME.fullmatch(name) or _ahead(results_dir, name, store):
+    if store is None or not SAFE_NAME.fullmatch(name):
         return
-    _bring(store, results_dir, (f"{name}/{file}" for file in files))
-
-
-def _bring(store: ObjectStore, results_dir: Path, files: Iterable[str]) -> None:
-    """Bring files of a results folder; here, too, those are gone that the store lacks."""
+    from topotune.search.place.objects.mirror import driver_replica
     from topotune.search.place.objects.replica import each
 
+    results_dir = results_dir.absolute()
+    ahead = driver_replica(results_dir, name, store).ahead
+    home = "" if trial is None else f"{layout.trial_name(trial)}/"
+
     def one(file: str) -> None:
-        path = results_dir.absolute() / file
-        if not store.download(file, path):
+        path = results_dir / name / file
+        if not store.download(f"{name}/{file}", path):
             path.unlink(missing_ok=True)
 
-    each(one, list(files))
+    wanted = []
+    for file in (f"{home}{file}" for file in files):
+        inside = store.objects(f"{name}/{file[:-1]}") if file.endswith("/") else [""]
+        wanted += [found for inner in inside if layout.belongs(found := f"{file}{inner}")]
+    each(one, [file for file in wanted if not (ahead and layout.of_driver(file))])
 
 
 def fetch_searches(results_dir: Path) -> set[str] | None:
@@ -73,32 +61,15 @@ def fetch_searches(results_dir: Path) -> set[str] | None:
     from topotune.search.place.objects.replica import each
 
     names = [name for name in store.folders() if SAFE_NAME.fullmatch(name)]
-    each(lambda name: fetch_search(results_dir, name), names)
+    each(lambda name: fetch(results_dir, name, "search.json"), names)
     return set(names)
 
 
-def fetch_folder(results_dir: Path, name: str, folder: str) -> None:
-    """Bring a folder of a search (``code``, ``sources``), if its results are in a store.
+def _open(results_dir: Path) -> ObjectStore | None:
+    """The store that results are in; None of a mere folder, which needs none of its modules."""
+    address = store_address(results_dir)
+    if address is None:
+        return None
+    from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
 
-    Raises:
-        ResourceError: the store cannot be asked.
-    """
-    if (store := _open(results_dir)) is None:
-        return
-    files = [file for file in store.objects(f"{name}/{folder}") if layout.belongs(file)]
-    _bring(store, results_dir, (f"{name}/{folder}/{file}" for file in files))
-
-
-def fetch_trial(results_dir: Path, name: str, number: int, *files: str) -> None:
-    """Bring files of a trial, if its results are in a store; not the driver's to its own machine,
-    where they may be newer.
-
-    Raises:
-        ResourceError: the store cannot be asked.
-    """
-    if (store := _open(results_dir)) is None:
-        return
-    ahead = _ahead(results_dir, name, store)
-    home = f"{name}/{layout.trial_name(number)}"
-    wanted = [file for file in files if layout.of_worker(file) or not ahead]
-    _bring(store, results_dir, (f"{home}/{file}" for file in wanted))
+    return ObjectStore(address, limit=READER_SECONDS)

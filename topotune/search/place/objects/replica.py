@@ -19,6 +19,7 @@ from topotune.search.place.objects import layout
 from topotune.search.place.objects.store import ObjectStore, Stat
 from topotune.search.place.output import OUTPUT_FILE
 from topotune.search.ray.watchdog import GUARD_FILE
+from topotune.train.checkpoint import PREVIOUS_FILE
 
 _AT_ONCE = 8
 """Files on their way at a time; each waits for the network nearly all of its time."""
@@ -110,7 +111,7 @@ class Replica:
     def _replace(self) -> None:
         for name in list(self._files()):
             stale = self._needed(name) and name not in self.listing
-            if stale or layout.is_previous(name):
+            if stale or name == PREVIOUS_FILE:
                 (self.folder / name).unlink(missing_ok=True)
         names = [name for name in self.listing if self._needed(name)]
         self.fetch(names)
