@@ -97,7 +97,7 @@ def serve_dashboard(
 
     Raises:
         ResourceError: no port can be bound.
-        KeyboardInterrupt: this process was told to end (SIGINT, SIGTERM, SIGHUP) meanwhile.
+        KeyboardInterrupt: this process got SIGINT, SIGTERM or SIGHUP meanwhile.
         RunError: the server ended, or did not answer in time; with the end of its log.
         StoreOfflineError: the store cannot be opened.
     """

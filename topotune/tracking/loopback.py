@@ -1,4 +1,4 @@
-"""What servers for this machine alone need: a port of 127.0.0.1, and an end when one is told to."""
+"""What servers for this machine alone need: a port of 127.0.0.1, and an end at a signal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_port(port: int) -> None:
 
 
 def free_port(preferred: int) -> int:
-    """The preferred port of 127.0.0.1 if nobody has it, else any free one.
+    """The preferred port of 127.0.0.1 if it is free, else any free one.
 
     Raises:
         ResourceError: none can be bound.
