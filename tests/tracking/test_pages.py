@@ -29,7 +29,6 @@ from topotune.search.drive.recorder import Recorder, budget_text, leaderboard, s
 from topotune.search.place.folder import SearchFolder
 from topotune.search.status import serve
 from topotune.settings import TRACKING_URI
-from topotune.tracking.dashboard import serve_dashboard, server_address
 from topotune.tracking.entries import Metrics, Start, begun
 from topotune.tracking.labels import Labels, trial_name
 from topotune.tracking.mlflow import MlflowStore
@@ -45,6 +44,7 @@ from topotune.tracking.pages import (
     page_tags,
     search_view,
 )
+from topotune.tracking.serve import serve_dashboard, server_address
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import StoreOfflineError
 
