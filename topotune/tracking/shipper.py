@@ -203,16 +203,13 @@ class Shipper:
             self._last_error, self._offline_since = "", None
             return True
 
-    def rewind(self) -> None:
-        """Forget what was sent, so that everything is sent again (which stores it once)."""
-        with self._working:
-            self._forget()
-
     def _forget(self) -> None:
+        """Forget what was sent, so that everything is sent again, which stores it once."""
         self._progress.clear()
         self._refused.clear()
         with self._counting:
             self._begin()
+            self._look()
 
     def _failed(self, reason: str) -> None:
         reason = " ".join(redact(reason).split())[:300]
