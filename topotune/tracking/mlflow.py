@@ -39,7 +39,7 @@ from topotune.tracking.store import (
 )
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, RunInfo
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.tracking import MlflowClient
 
@@ -93,6 +93,7 @@ class MlflowStore:
         self._results_dir = results_dir
         self._connected: tuple[MlflowClient, str] | None = None
         self._connecting = threading.Lock()
+        self._open_runs: dict[str, RunInfo] = {}  # those made here that have not ended
 
     @classmethod
     def embedded(cls, results_dir: Path, experiment: str = DEFAULT_EXPERIMENT) -> MlflowStore:
@@ -249,6 +250,7 @@ class MlflowStore:
             tags[PARENT_TAG] = run.parent_id
         with translated():
             made = client.create_run(experiment_id, run.start_ms, tags, run.name)
+            self._open_runs[str(made.info.run_id)] = made.info
             return str(made.info.run_id)
 
     def log(self, run_id: str, batch: Sequence[Item]) -> None:
@@ -293,17 +295,17 @@ class MlflowStore:
 
         Not through the client, which remembers the place of a run of any store by its id.
         """
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         client, _ = self._connect()
-        place = str(client.get_run(run_id).info.artifact_uri)
+        place = str(self._info(run_id).artifact_uri)
         if not is_inside(place, artifacts):
             # Another process re-based them, which sees this folder under another path.
             with own_files(self._results_dir, self.experiment, _make_whole):
                 place = str(client.get_run(run_id).info.artifact_uri)
         if not is_inside(place, artifacts):
             raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
-        return get_artifact_repository(place)
+        return LocalArtifactRepository(place)
 
     def log_data(self, run_id: str, name: str, digest: str, rows: str) -> None:
         """A dataset input: by its name and digest it is one and the same in the experiment."""
@@ -320,8 +322,15 @@ class MlflowStore:
         """Set a final status; a run never ends before it began, whatever the clocks say."""
         client, _ = self._connect()
         with translated():
-            began = client.get_run(run_id).info.start_time
+            began = self._info(run_id).start_time
             client.set_terminated(run_id, status, max(end_ms, began))
+        self._open_runs.pop(run_id, None)
+
+    def _info(self, run_id: str) -> RunInfo:
+        """What never changes of a run. Asked of the store only for runs that this one did not make:
+        the store reads all metrics of a run for it."""
+        known = self._open_runs.get(run_id)
+        return known or self._connect()[0].get_run(run_id).info
 
     def reopen(self, run_id: str) -> None:
         """Set a run back to RUNNING."""
