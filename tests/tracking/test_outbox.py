@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.tracking.memory import MemoryStore
-from topotune.errors import ConfigError, LeaseLostError, SpoolError
+from topotune.errors import ConfigError, LeaseLostError, OutboxError
 from topotune.records import EpochReport, Outcome, Value
 from topotune.redaction import redact
 from topotune.tracking.entries import (
@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_call_can_be_repeated(tmp_path: P
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
     try:
-        with pytest.raises(SpoolError, match=r"outbox\.jsonl: the record cannot be written.*spa"):
+        with pytest.raises(OutboxError, match=r"outbox\.jsonl: the record cannot be written.*spa"):
             outbox.put(7, epoch(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -299,7 +299,7 @@ def test_a_record_that_is_not_forced_to_disk_is_not_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(SpoolError, match="the record cannot be written: Input/output error"):
+        with pytest.raises(OutboxError, match="the record cannot be written: Input/output error"):
             outbox.put(7, epoch(2))
     assert epochs(tmp_path) == ([1] if broken == "the line" else [])
     outbox.put(7, epoch(2))
@@ -330,18 +330,18 @@ def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
     outside.write_text("x")
     (tmp_path / "s/link.txt").symlink_to(outside)
     for path in (outside, tmp_path / "s/../outside.txt", tmp_path / "s/link.txt"):
-        with pytest.raises(SpoolError, match="outside the search folder"):
+        with pytest.raises(OutboxError, match="outside the search folder"):
             outbox.artifact(7, path)
-    with pytest.raises(SpoolError, match=r"gone\.txt: cannot be read"):
+    with pytest.raises(OutboxError, match=r"gone\.txt: cannot be read"):
         outbox.artifact(7, tmp_path / "s/gone.txt")
-    with pytest.raises(SpoolError, match="epoch: expected an integer"):
+    with pytest.raises(OutboxError, match="epoch: expected an integer"):
         outbox.put(7, epoch(-1))
-    with pytest.raises(SpoolError, match="at most"):
+    with pytest.raises(OutboxError, match="at most"):
         encode({"x": "y" * MAX_LINE})
-    with pytest.raises(SpoolError, match="COMPLETE, FAILED or INTERRUPTED"):
+    with pytest.raises(OutboxError, match="COMPLETE, FAILED or INTERRUPTED"):
         outbox.end(None, "PRUNED")
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(SpoolError):
+    with pytest.raises(OutboxError):
         Outbox(tmp_path / "file").put(1, epoch(1))
     assert not (tmp_path / "s" / OUTBOX_FILE).exists()
 
@@ -418,7 +418,7 @@ def test_a_payload_of_any_shape_raises_only_our_error(
             payload[field] = data.draw(strategy)
     try:
         entry = from_payload({**payload, "kind": kind})
-    except SpoolError:
+    except OutboxError:
         return
     for item in items(entry):
         assert clean_name(item.key) == item.key
@@ -430,9 +430,9 @@ def test_a_payload_of_any_shape_raises_only_our_error(
 
 def test_lines_that_pass_the_checksum_but_are_no_strict_json() -> None:
     for body in (b"[" * 100_000, b'{"a":NaN}', b"[]", b'{"a":', b"\xff"):
-        with pytest.raises(SpoolError):
+        with pytest.raises(OutboxError):
             decode(b"%08x %08x %b" % (zlib.crc32(body), len(body), body))
-    with pytest.raises(SpoolError, match="strict JSON"):
+    with pytest.raises(OutboxError, match="strict JSON"):
         encode({"a": math.nan})
 
 

@@ -32,10 +32,9 @@ from topotune.search.place.output import ERROR_FILE, OUTPUT_FILE, read
 from topotune.search.place.shipping import default_server, open_store
 from topotune.search.study.rows import read_study, summaries
 from topotune.search.view import SilentListener
-from topotune.tracking.dashboard import Dashboard, serve_dashboard
-from topotune.tracking.loopback import check_port
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.pages import VIEW_TAG, experiment_page, run_page, trials_page
+from topotune.tracking.serve import Dashboard, check_port, serve_dashboard
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import DATABASE_FILE, embedded_artifacts
 

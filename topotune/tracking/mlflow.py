@@ -17,11 +17,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from topotune.errors import ResourceError, TopotuneError
+from topotune.errors import ResourceError, RunError, TopotuneError
 from topotune.redaction import redact
-from topotune.tracking.answers import classified, one_line, turned_down
 from topotune.tracking.entries import Item
 from topotune.tracking.places import is_inside, own_files
 from topotune.tracking.store import (
@@ -54,6 +53,11 @@ _SETTINGS = {
 }
 _SEARCH_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _PAGE = 1000
+_FOREIGN = re.compile(r"API request to \S+ \S+ failed with error code (\d{3})\b")
+"""How MLflow says that an answer was not its own server's JSON."""
+_NETWORK = re.compile(
+    r"\[Errno -?\d+\] [^'\")]+|\w+ timed out[^'\")]*|too many \d+ error responses", re.IGNORECASE
+)
 _import_lock = threading.Lock()
 
 
@@ -367,12 +371,65 @@ def translated() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise classified(error) from None
+        raise _classified(error) from None
     except ResourceError as error:  # of the embedded store's own folder
         raise StoreOfflineError(str(error)) from None
     except TopotuneError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever its libraries raise, it comes out as ours
-        if turned_down(getattr(error, "response", None)):
-            raise StoreRefusedError(one_line(error)) from None
-        raise StoreOfflineError(f"{type(error).__name__}: {one_line(error)}") from None
+        if _turned_down(getattr(error, "response", None)):
+            raise StoreRefusedError(_one_line(error)) from None
+        raise StoreOfflineError(f"{type(error).__name__}: {_one_line(error)}") from None
+
+
+def _permanent(status: int, own: bool) -> bool:
+    """Whether an HTTP status means that this content will never be taken.
+
+    A wrong password (401, 403) or address (404 without a record) concerns every record alike:
+    setting them all aside would lose a search, so that these wait like an outage.
+
+    Args:
+        status: of the answer.
+        own: whether MLflow itself answered, in its JSON. A page of something in between (a
+            reverse proxy, a sign-in) judges no record, except for its size.
+    """
+    if not own:
+        return status == 413
+    return 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 429, 499)
+
+
+def _classified(error: Any) -> RunError:
+    """An MlflowException as refused for good, missing, or to be tried again."""
+    text = _one_line(error)
+    foreign = _FOREIGN.match(str(error))
+    if foreign is not None:
+        final = _permanent(int(foreign[1]), own=False)
+    elif error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        return RunMissingError(text)
+    else:
+        final = _permanent(int(error.get_http_status_code()), own=True)
+    return StoreRefusedError(text) if final else StoreOfflineError(text)
+
+
+def _turned_down(response: Any) -> bool:
+    """Whether an answer to an upload means that this file will never be taken.
+
+    Args:
+        response: of the library ``requests``, or what another library keeps in its place.
+    """
+    try:
+        body = response.json()
+        own = isinstance(body, dict) and isinstance(body.get("error_code"), str)
+        return _permanent(int(response.status_code), own)
+    except AttributeError:  # of another library: nothing is known
+        return False
+    except ValueError:  # no JSON
+        return _permanent(int(response.status_code), own=False)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, in a line, without secrets."""
+    text = " ".join(str(error).split())
+    if text.startswith("API request to") and (cause := _NETWORK.search(text)) is not None:
+        return f"no answer from the server: {cause[0].strip()}"
+    return redact(text)[:300] or type(error).__name__

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from topotune.errors import ResourceError, SpoolError
+from topotune.errors import OutboxError, ResourceError
 from topotune.files import append, make_folder
 from topotune.records import Outcome, Value
 from topotune.redaction import redact
@@ -71,28 +71,28 @@ def outbox_size(folder: Path) -> int:
     """Bytes of a search's outbox; 0 where there is none yet.
 
     Raises:
-        SpoolError: the file cannot be looked at.
+        OutboxError: the file cannot be looked at.
     """
     try:
         return os.stat(f"{folder}/{OUTBOX_FILE}").st_size  # noqa: PTH116 - a Path costs more
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except OSError as error:
-        raise SpoolError(f"{folder / OUTBOX_FILE}: cannot be read: {error.strerror}") from error
+        raise OutboxError(f"{folder / OUTBOX_FILE}: cannot be read: {error.strerror}") from error
 
 
 def read_piece(folder: Path, offset: int) -> Piece:
     """About a megabyte of the records of a search's folder, from an offset where a line starts.
 
     Raises:
-        SpoolError: the file cannot be read.
+        OutboxError: the file cannot be read.
     """
     chunk = read_chunk(folder / OUTBOX_FILE, offset)
     entries, damaged = [], list(chunk.damaged)
     for line in chunk.lines:
         try:
             entries.append((line.start, from_payload(line.payload)))
-        except SpoolError as error:
+        except OutboxError as error:
             damaged.append((line.start, str(error)))
     whole = bool(chunk.lines) and chunk.lines[-1].end == chunk.end
     last = chunk.lines[-1].start if whole else chunk.end
@@ -195,7 +195,7 @@ class Outbox:
         fence: called before each append; raises if another driver has taken the search over.
 
     Raises:
-        SpoolError: from every method: the file cannot be read or written (full, read-only or
+        OutboxError: from every method: the file cannot be read or written (full, read-only or
             missing disk), a path lies outside the search folder, or a value breaks a record's
             rule (a negative step, say). The file then ends as it did before, and the call can be
             repeated.
@@ -277,9 +277,9 @@ class Outbox:
                 make_folder(self._folder)
             append(self._path, lines, self._end, force)
         except ResourceError as error:
-            raise SpoolError(f"{self._path}: the record cannot be written: {error}") from error
+            raise OutboxError(f"{self._path}: the record cannot be written: {error}") from error
         except OSError as error:
-            raise SpoolError(
+            raise OutboxError(
                 f"{self._path}: the record cannot be written: {error.strerror or error}. "
                 "Make space or make the folder writable, then resume"
             ) from error
@@ -325,14 +325,14 @@ class Outbox:
         """A finished file inside the search folder; recorded again when its content changed."""
         real, root = path.resolve(), self._folder.resolve()
         if not real.is_relative_to(root):
-            raise SpoolError(
+            raise OutboxError(
                 f"artifact {path}: lies outside the search folder {root}. Write it there first"
             )
         try:
             with real.open("rb") as file:
                 whole = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
-            raise SpoolError(f"artifact {path}: cannot be read: {error.strerror}") from error
+            raise OutboxError(f"artifact {path}: cannot be read: {error.strerror}") from error
         name = real.relative_to(root).as_posix()
         with self._writing:
             self.put(trial, Artifact(name, folder, whole.hexdigest(), self._now(trial)))
@@ -343,7 +343,7 @@ class Outbox:
         A search is over (COMPLETE, FAILED) or was stopped to be resumed (INTERRUPTED).
         """
         if trial is None and outcome not in (Outcome.COMPLETE, Outcome.FAILED, INTERRUPTED):
-            raise SpoolError(f"a search ends COMPLETE, FAILED or INTERRUPTED, not {outcome!r}")
+            raise OutboxError(f"a search ends COMPLETE, FAILED or INTERRUPTED, not {outcome!r}")
         with self._writing:
             last = End(str(outcome), _reason(reason), self._now(trial))
             self.put(trial, *before, last)

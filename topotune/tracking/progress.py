@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from topotune.errors import SpoolError
+from topotune.errors import OutboxError
 from topotune.redaction import redact
 from topotune.tracking.entries import Item
 from topotune.tracking.outbox import OUTBOX_FILE
@@ -102,7 +102,7 @@ class Progress:
         """Replace the saved state as a whole. It is not forced to disk: losing it is harmless.
 
         Raises:
-            SpoolError: the folder cannot be written.
+            OutboxError: the folder cannot be written.
         """
         data = {
             "store": self._store,
@@ -117,7 +117,7 @@ class Progress:
             stat = partial.stat()
             partial.replace(self._path)
         except OSError as error:
-            raise SpoolError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise OutboxError(f"{self._path}: cannot be written: {error.strerror}") from error
         self._seen = (stat.st_ino, stat.st_mtime_ns)
 
 
@@ -136,7 +136,7 @@ class Refused:
         except FileNotFoundError:
             lines = []
         except OSError as error:
-            raise SpoolError(f"{self._path}: cannot be read: {error.strerror}") from error
+            raise OutboxError(f"{self._path}: cannot be read: {error.strerror}") from error
         for line in lines:
             try:
                 old = json.loads(line)
@@ -154,7 +154,7 @@ class Refused:
         """Set an item aside.
 
         Raises:
-            SpoolError: the folder cannot be written.
+            OutboxError: the folder cannot be written.
         """
         identity = (offset, item.kind, item.key)
         if identity in self._known:
@@ -171,7 +171,7 @@ class Refused:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise SpoolError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise OutboxError(f"{self._path}: cannot be written: {error.strerror}") from error
         self._known.add(identity)
         _log.warning("%s %r was refused: %s", item.kind, item.key, line["reason"])
 

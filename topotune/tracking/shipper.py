@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from topotune.errors import SpoolError, TopotuneError
+from topotune.errors import OutboxError, TopotuneError
 from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
 from topotune.tracking.entries import Entry, size
@@ -83,7 +83,7 @@ class Shipper:
         longest_delay: seconds between two tries, at most, while the store cannot be reached.
 
     Raises:
-        SpoolError: ``refused.jsonl`` cannot be read.
+        OutboxError: ``refused.jsonl`` cannot be read.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Shipper:
             self._thread.join(timeout)
         try:
             self._look()
-        except SpoolError as error:
+        except OutboxError as error:
             self._failed(str(error))
         return self.status()
 
@@ -192,7 +192,7 @@ class Shipper:
                     if self._ahead == 0:  # what another store refused is offered anew
                         self._refused.clear()
                     self._send()
-            except (StoreOfflineError, SpoolError, OSError) as error:
+            except (StoreOfflineError, OutboxError, OSError) as error:
                 self._failed(str(error))
                 return False
             except Exception as error:  # noqa: BLE001 - a thread that died would send nothing more
@@ -203,16 +203,13 @@ class Shipper:
             self._last_error, self._offline_since = "", None
             return True
 
-    def rewind(self) -> None:
-        """Forget what was sent, so that everything is sent again (which stores it once)."""
-        with self._working:
-            self._forget()
-
     def _forget(self) -> None:
+        """Forget what was sent, so that everything is sent again, which stores it once."""
         self._progress.clear()
         self._refused.clear()
         with self._counting:
             self._begin()
+            self._look()
 
     def _failed(self, reason: str) -> None:
         reason = " ".join(redact(reason).split())[:300]

@@ -196,7 +196,7 @@ class SearchFolder:
 
     def _refuse_foreign(self) -> None:
         """A folder from elsewhere must not make us read or write what lies outside of it, nor wait
-        for what nobody writes."""
+        for what is never written."""
         for place, folders, files in os.walk(self.root):
             for name in (*folders, *files):
                 path = Path(place, name)

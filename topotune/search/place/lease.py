@@ -84,7 +84,7 @@ class Lease:
 
     Args:
         path: the lease's file.
-        note: told when another machine's lease is watched, and when it is taken over.
+        note: gets a line when another machine's lease is watched, and when it is taken over.
     """
 
     def __init__(self, path: Path, note: Callable[[str], None] = lambda text: None) -> None:
@@ -132,7 +132,7 @@ class Lease:
             if file is not None:
                 with contextlib.suppress(OSError, LeaseLostError, ResourceError):
                     self.check(force=True)
-                    file.truncate(0)  # holds nobody up, and tells who slept that it is not theirs
+                    file.truncate(0)  # no one waits for it, and a driver that slept finds it lost
                 file.close()
 
     def check(self, force: bool = False) -> None:
@@ -143,7 +143,7 @@ class Lease:
 
         Raises:
             LeaseLostError: another driver took it while this process could not run.
-            ResourceError: the file cannot be read now, so nobody knows.
+            ResourceError: the file cannot be read now.
         """
         with self._writing:
             now = _time_since_boot()
@@ -197,7 +197,7 @@ class Lease:
                     self._me = replace(self._me, beat=self._me.beat + 1)
                     self._write()
                 except LeaseLostError:
-                    return  # whoever changes something next is told
+                    return  # raised by the next change
                 except ResourceError as error:
                     _log.warning("%s; the next beat tries again", error)
 
@@ -215,12 +215,12 @@ class Lease:
 
 
 def lease_holder(path: Path) -> str | None:
-    """Who drives the search ("pid 12 on host"), or None if nobody does.
+    """Who drives the search ("pid 12 on host"), or None without a driver.
 
     Of another machine's driver only its word is known, and the answer says so.
 
     Raises:
-        ResourceError: the file cannot be read, so nobody knows.
+        ResourceError: the file cannot be read.
     """
     holder = _read(path)
     try:

@@ -19,7 +19,7 @@ driver     everything else: ``search.json``, ``search.yaml``, ``study.jsonl``, `
            ``crash-N.txt`` and the joined traces with their pictures. It also deletes a worker's
            files when the worker is done: checkpoints that are not among the best, chunks that are
            joined, a crash note that is read
-nobody     stays on its machine: locks, half-written files, and the ``previous`` versions, which
+local      stays on its machine: locks, half-written files, and the ``previous`` versions, which
            guard against a file torn by a crash: an object is whole or absent
 =========  ========================================================================================
 

@@ -140,7 +140,7 @@ def store_address(results_dir: Path) -> StoreAddress | None:
     """The store that a results folder stands for; None of a folder that is just a folder.
 
     Only where this machine itself keeps such folders, and under the address's own digest: a mark
-    in a folder from elsewhere makes nobody send anything.
+    in a folder from elsewhere sends nothing.
     """
     folder = results_dir.absolute()
     if folder.parent != scratch() / "stores":

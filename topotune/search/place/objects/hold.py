@@ -30,7 +30,7 @@ class Hold:
     Args:
         folder: the search's folder here.
         config: the search, its study's address written down.
-        listener: told what is waited for.
+        listener: gets a line about what is waited for.
 
     Attributes:
         files: those of the trials.
@@ -78,7 +78,7 @@ class Hold:
 
         Raises:
             LeaseLostError: another driver has taken it over.
-            ResourceError: nobody knows.
+            ResourceError: that cannot be found out now.
         """
         self._lease.check()
         if self._tenure is not None and self._mirror is not None:
@@ -108,10 +108,10 @@ class Hold:
 
 
 def holder(folder: SearchFolder, config: SearchConfig) -> str | None:
-    """Who drives a search ("pid 12 on host"); None if nobody does.
+    """Who drives a search ("pid 12 on host"); None without a driver.
 
     Raises:
-        ResourceError: nobody knows.
+        ResourceError: that cannot be found out now.
     """
     address, url = store_address(folder.root.parent), study_uri(config)
     if address is None or url is None:

@@ -38,7 +38,7 @@ class Mirror:
         results_dir: the folder that stands for the address.
         address: the store.
         name: the search.
-        listener: told when the store is away for long.
+        listener: gets a line when the store is away for long.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Mirror:
             try:
                 self._round()
             except LeaseLostError as error:
-                self._lost = error  # whoever changes something next is told
+                self._lost = error  # raised by the next change
                 return
             except Exception as error:  # noqa: BLE001 - the next round, or the end, tries again
                 if not self._over.is_set():

@@ -77,8 +77,8 @@ class Replica:
 
     @property
     def ahead(self) -> bool:
-        """Whether nobody has written there since this machine did, so that the folder here is as
-        new as the store, or newer; not one that others have deleted."""
+        """Whether no other machine has written there since this one did, so that the folder here is
+        as new as the store, or newer; not one that others have deleted."""
         return self.ours and all((self.folder / name).exists() for name in self._sent)
 
     @property
@@ -129,11 +129,11 @@ class Replica:
         each(one, [name for name in names if layout.belongs(name)])
 
     def check(self) -> None:
-        """Make sure that nobody has taken the writing over.
+        """Make sure that no other writer has taken over.
 
         Raises:
             LeaseLostError: somebody has.
-            ResourceError: the store cannot be asked, so nobody knows.
+            ResourceError: the store cannot be asked.
         """
         found = self.store.read(self._claim)
         if found != self._mine.encode():

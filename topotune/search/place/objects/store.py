@@ -57,7 +57,7 @@ class ObjectStore:
 
     Args:
         address: where.
-        note: told in a line when waiting for the store begins and when it is over.
+        note: gets a line when waiting for the store begins and when it is over.
         limit: seconds after which the waiting ends in an error.
         beat: called about once a second during long calls, as a sign of life.
         meanwhile: said when the waiting begins: where things are until the store is back.
@@ -136,7 +136,7 @@ class ObjectStore:
         return self._patient("read", name, call)
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace an object as a whole: a reader, and whoever comes after a crash, finds the old
+        """Replace an object as a whole: a reader, also after a crash, finds the old
         one or the new one."""
 
         def call() -> None:
@@ -218,7 +218,7 @@ class ObjectStore:
 
     def _patient(self, verb: str, name: str, call: Callable[[], T]) -> T:
         """The call's value, as soon as the store gives it."""
-        began, delay, told = time.monotonic(), _FIRST_DELAY, False
+        began, delay, noted = time.monotonic(), _FIRST_DELAY, False
         while True:
             try:
                 with self._beating():
@@ -232,7 +232,7 @@ class ObjectStore:
                     ) from error
             else:
                 self.trouble = ""
-                if told:
+                if noted:
                     self.note("the object store is back; going on")
                 return value
             waited = time.monotonic() - began
@@ -241,8 +241,8 @@ class ObjectStore:
                     f"object store {self.address}: cannot {verb} {name}, for {waited:.0f} s now: "
                     f"{text}. Nothing that is finished is lost: go on when it is back"
                 )
-            if not told:
-                told = True
+            if not noted:
+                noted = True
                 self.note(
                     f"the object store {self.address} does not answer, waiting: {text}"
                     + self._meanwhile

@@ -134,7 +134,7 @@ class Tenure:
     def check(self) -> None:
         """Make sure that it is still ours; cheap enough to ask before every change.
 
-        While the database is away nobody can take it, and nothing can be changed there: that is
+        While the database is away no other can take it, and nothing can be changed there: that is
         no answer, and who waits for the database asks again when it is back.
 
         Raises:
@@ -196,7 +196,7 @@ class Tenure:
 
 
 def tenant(url: URL, search: str) -> str | None:
-    """Who drives a search, by its last word; None where nobody has shown a sign of life lately.
+    """Who drives a search, by its last word; None without a recent sign of life.
 
     Raises:
         ResourceError: the database cannot be asked.
