@@ -207,7 +207,7 @@ class Outbox:
         self._writing = threading.RLock()
         self._runs: dict[int | None, _Known] = {}
         self._ended: dict[int, int] = {}
-        self._end = 0
+        self._end = self._size = 0  # of its whole lines; of the file
         self._forced = -math.inf
         self._read()
 
@@ -215,7 +215,7 @@ class Outbox:
         """Learn what the file holds. Of trials that have ended little is kept: there are many."""
         self._runs.clear()
         self._ended.clear()
-        self._end = 0
+        self._end, self._size = 0, outbox_size(self._folder)
         for piece in read_pieces(self._folder):
             for offset, reason in piece.damaged:
                 _log.warning("%s: damaged line at byte %d skipped: %s", self._path, offset, reason)
@@ -227,10 +227,11 @@ class Outbox:
 
     def forget(self, trial: int | None) -> None:
         """Keep only how a trial has ended, if it has: what is left to record of it is little."""
-        known = self._runs.get(trial)
-        if trial is not None and known is not None and known.end is not None:
-            self._ended[trial] = hash(known.end)
-            del self._runs[trial]
+        with self._writing:
+            known = self._runs.get(trial)
+            if trial is not None and known is not None and known.end is not None:
+                self._ended[trial] = hash(known.end)
+                del self._runs[trial]
 
     def _known(self, trial: int | None) -> _Known:
         known = self._runs.get(trial)
@@ -250,10 +251,8 @@ class Outbox:
             force: whether they must be on disk at once.
         """
         with self._writing:
-            if (
-                outbox_size(self._folder) != self._end
-            ):  # cut or replaced: what it holds now is what counts
-                self._read()
+            if outbox_size(self._folder) != self._size:
+                self._read()  # cut or replaced: what it holds now is what counts
             known, lines = self._known(trial), b""
             added = []
             for body in bodies:
@@ -294,6 +293,7 @@ class Outbox:
                 "Make space or make the folder writable, then resume"
             ) from error
         self._end += len(lines)
+        self._size = self._end
 
     def _cut(self, file: int) -> None:
         """Cut off what a crash in mid-write has left at the end."""

@@ -270,7 +270,8 @@ class Shipper:
     def _pass_on(self, failures: list[StoreOfflineError]) -> None:
         """Send the next piece, or hold it back where the store has failed too often."""
         piece = self._read(self._ahead)
-        for trial, entries in self._groups(piece, None).items():
+        end = min(piece.end, self._counted)  # what came since the count is counted and sent later
+        for trial, entries in self._groups(piece, end).items():
             items = sum(size(entry) for _, entry in entries)
             sent = trial not in self._held and self._try(entries, failures)
             with self._counting:
@@ -278,7 +279,7 @@ class Shipper:
                 if not sent:
                     held = self._held.setdefault(trial, _Held(entries[0][0], 0))
                     held.items += items
-        self._ahead = piece.end
+        self._ahead = end
 
     def _retry(self, failures: list[StoreOfflineError]) -> None:
         """Offer again what is held back, from where the last round broke off."""
@@ -289,7 +290,7 @@ class Shipper:
             offset, known = start, {t: h.offset for t, h in self._held.items() if h.offset >= start}
             while offset < self._ahead and len(failures) < _MOST_FAILURES:
                 piece = self._read(offset)
-                for trial, entries in self._groups(piece, known).items():
+                for trial, entries in self._groups(piece, self._ahead, known).items():
                     if not self._try(entries, failures):
                         known.pop(trial)
                         continue
@@ -302,18 +303,19 @@ class Shipper:
             self._held = {trial: held for trial, held in self._held.items() if held.items > 0}
 
     def _groups(
-        self, piece: Piece, known: Mapping[int | None, int] | None
+        self, piece: Piece, end: int, known: Mapping[int | None, int] | None = None
     ) -> dict[int | None, list[tuple[int, Entry]]]:
         """A piece's records by their runs: those that the store fails on come last, and before
         them the search itself, whose page links to the trials' runs.
 
         Args:
             piece: the piece.
-            known: only runs that are held back, and from where on; None for all of the piece.
+            end: where to stop.
+            known: only runs that are held back, and from where on; None for all.
         """
         groups: dict[int | None, list[tuple[int, Entry]]] = {}
         for offset, entry in piece.entries:
-            if known is None or known.get(entry.trial, self._ahead) <= offset < self._ahead:
+            if offset < end and (known is None or known.get(entry.trial, end) <= offset):
                 groups.setdefault(entry.trial, []).append((offset, entry))
         order = sorted(groups, key=lambda trial: (self._failures[trial], trial is None))
         return {trial: groups[trial] for trial in order}

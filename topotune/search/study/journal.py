@@ -257,7 +257,7 @@ def _made_whole(paths: Sequence[Path], note: Callable[[str], None]) -> tuple[byt
             mended = "what follows is cut off" if path == best else f"made whole from {best.name}"
             note(f"warning: {path.name} {state if there else 'is missing'}; {moved}{mended}")
             write_bytes(path, whole, aside)
-        elif there and path.stat().st_size != len(whole):
+        elif there and (one.whole != whole or path.stat().st_size != len(whole)):
             write_bytes(path, whole)  # a turn that a crash tore, or kept from the copy
     return whole, found[best].crc
 
