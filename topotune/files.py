@@ -124,6 +124,8 @@ def append(path: Path, content: bytes, end: int, force: bool = True) -> None:
                 raise OSError(errno.EIO, f"it has {size} bytes of the {end} that were written")
             if size > end:
                 os.ftruncate(handle, end)
+            if not end:  # a name that is not on disk would lose all of it
+                sync_folder(path.parent)
             try:
                 put(handle, content, force)
             except BaseException:
@@ -131,8 +133,6 @@ def append(path: Path, content: bytes, end: int, force: bool = True) -> None:
                 raise
         finally:
             os.close(handle)
-        if not end:
-            sync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

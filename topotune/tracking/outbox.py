@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from topotune.errors import ResourceError, SpoolError
-from topotune.files import make_folder, sync_folder
+from topotune.files import append, make_folder
 from topotune.records import Outcome, Value
 from topotune.redaction import redact
 from topotune.tracking.entries import (
@@ -222,6 +222,8 @@ class Outbox:
             for _, entry in piece.entries:
                 self._runs.setdefault(entry.trial, _Known()).add(entry.body)
             self._end = piece.end
+        if torn := self._size - self._end:
+            _log.warning("%s: %d bytes of an unfinished line are cut off", self._path, torn)
         for trial in list(self._runs):
             self.forget(trial)
 
@@ -269,22 +271,11 @@ class Outbox:
 
     def _append(self, lines: bytes, force: bool) -> None:
         self._fence()
+        force = force or time.monotonic() - self._forced >= FORCE_SECONDS
         try:
             if self._end == 0:
                 make_folder(self._folder)
-            with self._path.open("ab", buffering=0) as file:
-                if self._end == 0:  # a name that is not on disk would lose all of it
-                    sync_folder(self._folder)
-                self._cut(file.fileno())
-                try:
-                    if file.write(lines) != len(lines):
-                        raise OSError("only a part of the record was written")
-                    if force or time.monotonic() - self._forced >= FORCE_SECONDS:
-                        os.fsync(file.fileno())
-                        self._forced = time.monotonic()
-                except OSError:
-                    file.truncate(self._end)
-                    raise
+            append(self._path, lines, self._end, force)
         except ResourceError as error:
             raise SpoolError(f"{self._path}: the record cannot be written: {error}") from error
         except OSError as error:
@@ -292,15 +283,10 @@ class Outbox:
                 f"{self._path}: the record cannot be written: {error.strerror or error}. "
                 "Make space or make the folder writable, then resume"
             ) from error
+        if force:
+            self._forced = time.monotonic()
         self._end += len(lines)
         self._size = self._end
-
-    def _cut(self, file: int) -> None:
-        """Cut off what a crash in mid-write has left at the end."""
-        torn = os.fstat(file).st_size - self._end
-        if torn > 0:
-            _log.warning("%s: %d bytes of an unfinished line cut off", self._path, torn)
-            os.ftruncate(file, self._end)
 
     def _now(self, trial: int | None) -> int:
         """Unix milliseconds, after every stamp of the run: a clock may be set back."""

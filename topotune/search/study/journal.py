@@ -108,9 +108,8 @@ def _choose(paths: Sequence[Path]) -> tuple[Path, dict[Path, _Found]]:
     if any(one.reach > end and one.last != crc for one in found.values()):
         hurt = " and ".join(f"{p.name} at line {f.fault}" for p, f in found.items() if f.fault)
         raise SearchFolderError(
-            f"{paths[0]}: the study is damaged ({hurt}), and no copy of it holds what came after "
-            "that. Bring one back from a backup, then resume; leaderboard.json holds the last "
-            "known results"
+            f"{paths[0]}: the study is damaged ({hurt}), so that none of its files is whole. Bring "
+            "one back from a backup, then resume; leaderboard.json holds the last known results"
         )
     return best, found
 
@@ -228,7 +227,6 @@ class Journal(BaseJournalBackend):
         """
         if not (self._turn or force or any(copy.new for copy in self._copies)):
             return
-        self._fence()
         for left, body in enumerate(self._turn, start=1 - len(self._turn)):
             self._crc = zlib.crc32(body, self._crc)
             line = b'%b,"crc":"%08x%b"}\n' % (body, self._crc, b"+" if left else b"")
@@ -236,6 +234,7 @@ class Journal(BaseJournalBackend):
                 copy.new += line
         self._turn = []
         for copy in self._copies:
+            self._fence()  # for each: the write before it may have hung for long
             if self._anew:
                 write_bytes(copy.path, bytes(copy.new))
                 copy.end = copy.forced = len(copy.new)
