@@ -177,7 +177,7 @@ class Recorder:
         """
         for row in finished:
             if row.state in {outcome.value for outcome in Outcome}:
-                self._record_best(row)
+                self._count(row)
                 if not self._outbox.has_end(row.number, row.state, row.reason):
                     if checkpoint is not None and row.spec:
                         folder, spec = checkpoint(row.number), TrialSpec.from_dict(row.spec)
@@ -186,12 +186,14 @@ class Recorder:
                 chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
                 if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
                     self._work.put(row)
+        self._record_best()  # at the present step only: rows do not say in which order they ended
         board = Leaderboard.of(finished, self._config.name, objectives(self._config))
         self._describe(board, RUNNING)
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
-        self._record_best(row)
+        self._count(row)
+        self._record_best()
         self._record_end(row)
         self._work.put(row)
 
@@ -206,15 +208,18 @@ class Recorder:
         last = (Metrics(costs, 0, at), Tags(safe_tags(tags), at))
         self._outbox.end(row.number, row.state, row.reason, *last)
 
-    def _record_best(self, row: TrialSummary) -> None:
-        """The best so far in each objective, with the number of trials that have ended, this one
-        among them, as its step. Forced to disk with the trial's end, which follows."""
+    def _count(self, row: TrialSummary) -> None:
+        """A trial that has ended, which may be the best so far."""
         self._ended += 1
         if row.state == Outcome.COMPLETE and not row.violated:
             for objective, value in zip(self._config.objective, row.values, strict=False):
                 name = f"best_{objective.metric}"
                 better = max if objective.direction == "maximize" else min
                 self._best[name] = better(self._best.get(name, value), value)
+
+    def _record_best(self) -> None:
+        """The best so far in each objective, with the number of trials that have ended as its
+        step. Forced to disk with the trial's end, which follows."""
         self._outbox.metrics(None, self._best, self._ended, now_ms(), force=False)
 
     def drop(self) -> None:
