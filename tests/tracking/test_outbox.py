@@ -55,8 +55,9 @@ from topotune.tracking.outbox import (
     read_all,
     read_piece,
 )
+from topotune.tracking.progress import PROGRESS_FILE, REFUSED_FILE
 from topotune.tracking.shipper import Shipper, ShipStatus
-from topotune.tracking.store import check_tracking_uri, embedded_store_uri
+from topotune.tracking.store import StoreRefusedError, check_tracking_uri, embedded_store_uri
 
 FUZZ = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -231,6 +232,39 @@ def test_what_is_recorded_while_much_is_sent_counts_once(tmp_path: Path) -> None
         assert shipper.ship_once()
         assert (status := shipper.status()).shipped == status.recorded
     assert status.recorded > 40 * len(wide)
+
+
+@pytest.mark.parametrize("name", [PROGRESS_FILE, REFUSED_FILE])
+def test_a_flipped_bit_in_what_a_shipper_remembers_moves_and_hides_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    class Picky(MemoryStore):
+        def log(self, run_id: str, batch: Sequence[Item]) -> None:
+            if any(item.key == "bad" for item in batch):
+                raise StoreRefusedError("no")
+            super().log(run_id, batch)
+
+    folder, store = tmp_path / "search", Picky()
+    outbox = Outbox(folder)
+    for trial in (1, 3):
+        outbox.put(trial, epoch(1), Metrics({"bad": 1.0}, 1, 5))
+    assert Shipper(folder, store, "s", "demo").ship_once()
+    content = (folder / name).read_bytes()
+    one, three = store.points
+    first = set(store.points[one])
+    outbox.put(1, epoch(2))
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    for place in range(len(content)):
+        for path, before in kept.items():
+            path.write_bytes(before)
+        flawed = bytearray(content)
+        flawed[place] ^= 2
+        (folder / name).write_bytes(flawed)
+        shipper = Shipper(folder, store, "s", "demo")
+        assert shipper.ship_once()
+        assert (shipper.status().refused, shipper.status().pending) == (2, 0)
+        assert {run: len(points) for run, points in store.points.items()} == {one: 6, three: 3}
+        store.points[one] = set(first)
 
 
 def test_what_another_writer_left_is_seen(tmp_path: Path) -> None:

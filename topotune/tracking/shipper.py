@@ -18,7 +18,7 @@ from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
 from topotune.tracking.entries import Entry, size
 from topotune.tracking.outbox import Piece, outbox_size, read_piece
-from topotune.tracking.progress import Progress, Refused
+from topotune.tracking.progress import REFUSED_FILE, Progress, Refused
 from topotune.tracking.store import RunMissingError, Store, StoreOfflineError, StoreRefusedError
 
 _FIRST_DELAY = 1.0
@@ -116,6 +116,9 @@ class Shipper:
 
     def _begin(self) -> None:
         """Go on from what is saved as sent; the outbox is counted anew."""
+        if len(self._refused) < self._progress.refused:
+            _log.warning("%s: lacks refused items; all is sent again", self._folder / REFUSED_FILE)
+            self._progress.offset = self._progress.refused = 0
         self._counted = self._recorded = self._damaged = 0
         self._ahead = self._progress.offset  # what lies before is sent, but for what is held back
         self._passed = 0  # items before that
@@ -225,6 +228,7 @@ class Shipper:
         """Count what the outbox holds, and see what another shipper sent meanwhile."""
         with self._counting:
             if self._progress.refresh():
+                self._refused.refresh()
                 self._begin()
             if outbox_size(self._folder) < max(self._counted, self._ahead):
                 _log.warning("%s: the outbox was cut; it is sent again", self._folder)
@@ -263,6 +267,7 @@ class Shipper:
             offset = min((held.offset for held in self._held.values()), default=self._ahead)
             if offset != self._progress.offset:
                 self._progress.offset = offset
+                self._progress.refused = len(self._refused)
                 self._progress.save()
         if failures:
             raise failures[0]
