@@ -177,6 +177,23 @@ def test_every_flipped_bit_is_found_by_its_line(tmp_path: Path) -> None:
             JournalReader((path, copy)).read_logs(0)
 
 
+@pytest.mark.parametrize("hurt", [0, 1], ids=["the file", "its copy"])
+def test_any_flipped_bit_of_the_last_line_is_mended(hurt: int, tmp_path: Path) -> None:
+    """Also that of its newline, after which the file is as long as before."""
+    paths = tmp_path / "study.jsonl", tmp_path / "study.copy.jsonl"
+    journal = Journal(paths)
+    for number in range(3):
+        journal.append_logs([{"op_code": 0, "study_name": f"study {number}"}])
+        journal.commit(force=True)
+    content = paths[0].read_bytes()
+    for place in range(content[:-1].rindex(b"\n") + 1, len(content)):
+        flawed = bytearray(content)
+        flawed[place] ^= 4
+        paths[hurt].write_bytes(flawed)
+        Journal(paths)
+        assert [path.read_bytes() for path in paths] == [content] * 2
+
+
 def test_stock_optuna_reads_the_file_and_goes_on_reading(tmp_path: Path) -> None:
     desk = half_done(tmp_path)
     path = study_files(desk.folder)[0]

@@ -207,7 +207,7 @@ class Outbox:
         self._writing = threading.RLock()
         self._runs: dict[int | None, _Known] = {}
         self._ended: dict[int, int] = {}
-        self._end = 0
+        self._end = self._size = 0  # of its whole lines; of the file
         self._forced = -math.inf
         self._read()
 
@@ -215,22 +215,25 @@ class Outbox:
         """Learn what the file holds. Of trials that have ended little is kept: there are many."""
         self._runs.clear()
         self._ended.clear()
-        self._end = 0
+        self._end, self._size = 0, outbox_size(self._folder)
         for piece in read_pieces(self._folder):
             for offset, reason in piece.damaged:
                 _log.warning("%s: damaged line at byte %d skipped: %s", self._path, offset, reason)
             for _, entry in piece.entries:
                 self._runs.setdefault(entry.trial, _Known()).add(entry.body)
             self._end = piece.end
+        if torn := self._size - self._end:
+            _log.warning("%s: %d bytes of an unfinished line are cut off", self._path, torn)
         for trial in list(self._runs):
             self.forget(trial)
 
     def forget(self, trial: int | None) -> None:
         """Keep only how a trial has ended, if it has: what is left to record of it is little."""
-        known = self._runs.get(trial)
-        if trial is not None and known is not None and known.end is not None:
-            self._ended[trial] = hash(known.end)
-            del self._runs[trial]
+        with self._writing:
+            known = self._runs.get(trial)
+            if trial is not None and known is not None and known.end is not None:
+                self._ended[trial] = hash(known.end)
+                del self._runs[trial]
 
     def _known(self, trial: int | None) -> _Known:
         known = self._runs.get(trial)
@@ -250,10 +253,8 @@ class Outbox:
             force: whether they must be on disk at once.
         """
         with self._writing:
-            if (
-                outbox_size(self._folder) != self._end
-            ):  # cut or replaced: what it holds now is what counts
-                self._read()
+            if outbox_size(self._folder) != self._size:
+                self._read()  # cut or replaced: what it holds now is what counts
             known, lines = self._known(trial), b""
             added = []
             for body in bodies:
@@ -270,8 +271,7 @@ class Outbox:
 
     def _append(self, lines: bytes, force: bool) -> None:
         self._fence()
-        now = time.monotonic()
-        force = force or now - self._forced >= FORCE_SECONDS
+        force = force or time.monotonic() - self._forced >= FORCE_SECONDS
         try:
             if self._end == 0:
                 make_folder(self._folder)
@@ -283,9 +283,10 @@ class Outbox:
                 f"{self._path}: the record cannot be written: {error.strerror or error}. "
                 "Make space or make the folder writable, then resume"
             ) from error
-        self._end += len(lines)
         if force:
-            self._forced = now
+            self._forced = time.monotonic()
+        self._end += len(lines)
+        self._size = self._end
 
     def _now(self, trial: int | None) -> int:
         """Unix milliseconds, after every stamp of the run: a clock may be set back."""

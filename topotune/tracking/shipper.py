@@ -18,7 +18,7 @@ from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
 from topotune.tracking.entries import Entry, size
 from topotune.tracking.outbox import Piece, outbox_size, read_piece
-from topotune.tracking.progress import Progress, Refused
+from topotune.tracking.progress import REFUSED_FILE, Progress, Refused
 from topotune.tracking.store import RunMissingError, Store, StoreOfflineError, StoreRefusedError
 
 _FIRST_DELAY = 1.0
@@ -116,6 +116,9 @@ class Shipper:
 
     def _begin(self) -> None:
         """Go on from what is saved as sent; the outbox is counted anew."""
+        if len(self._refused) < self._progress.refused:
+            _log.warning("%s: lacks refused items; all is sent again", self._folder / REFUSED_FILE)
+            self._progress.offset = self._progress.refused = 0
         self._counted = self._recorded = self._damaged = 0
         self._ahead = self._progress.offset  # what lies before is sent, but for what is held back
         self._passed = 0  # items before that
@@ -222,6 +225,7 @@ class Shipper:
         """Count what the outbox holds, and see what another shipper sent meanwhile."""
         with self._counting:
             if self._progress.refresh():
+                self._refused.refresh()
                 self._begin()
             if outbox_size(self._folder) < max(self._counted, self._ahead):
                 _log.warning("%s: the outbox was cut; it is sent again", self._folder)
@@ -260,6 +264,7 @@ class Shipper:
             offset = min((held.offset for held in self._held.values()), default=self._ahead)
             if offset != self._progress.offset:
                 self._progress.offset = offset
+                self._progress.refused = len(self._refused)
                 self._progress.save()
         if failures:
             raise failures[0]
@@ -267,7 +272,8 @@ class Shipper:
     def _pass_on(self, failures: list[StoreOfflineError]) -> None:
         """Send the next piece, or hold it back where the store has failed too often."""
         piece = self._read(self._ahead)
-        for trial, entries in self._groups(piece, None).items():
+        end = min(piece.end, self._counted)  # what came since the count is counted and sent later
+        for trial, entries in self._groups(piece, end).items():
             items = sum(size(entry) for _, entry in entries)
             sent = trial not in self._held and self._try(entries, failures)
             with self._counting:
@@ -275,7 +281,7 @@ class Shipper:
                 if not sent:
                     held = self._held.setdefault(trial, _Held(entries[0][0], 0))
                     held.items += items
-        self._ahead = piece.end
+        self._ahead = end
 
     def _retry(self, failures: list[StoreOfflineError]) -> None:
         """Offer again what is held back, from where the last round broke off."""
@@ -286,7 +292,7 @@ class Shipper:
             offset, known = start, {t: h.offset for t, h in self._held.items() if h.offset >= start}
             while offset < self._ahead and len(failures) < _MOST_FAILURES:
                 piece = self._read(offset)
-                for trial, entries in self._groups(piece, known).items():
+                for trial, entries in self._groups(piece, self._ahead, known).items():
                     if not self._try(entries, failures):
                         known.pop(trial)
                         continue
@@ -299,18 +305,19 @@ class Shipper:
             self._held = {trial: held for trial, held in self._held.items() if held.items > 0}
 
     def _groups(
-        self, piece: Piece, known: Mapping[int | None, int] | None
+        self, piece: Piece, end: int, known: Mapping[int | None, int] | None = None
     ) -> dict[int | None, list[tuple[int, Entry]]]:
         """A piece's records by their runs: those that the store fails on come last, and before
         them the search itself, whose page links to the trials' runs.
 
         Args:
             piece: the piece.
-            known: only runs that are held back, and from where on; None for all of the piece.
+            end: where to stop.
+            known: only runs that are held back, and from where on; None for all.
         """
         groups: dict[int | None, list[tuple[int, Entry]]] = {}
         for offset, entry in piece.entries:
-            if known is None or known.get(entry.trial, self._ahead) <= offset < self._ahead:
+            if offset < end and (known is None or known.get(entry.trial, end) <= offset):
                 groups.setdefault(entry.trial, []).append((offset, entry))
         order = sorted(groups, key=lambda trial: (self._failures[trial], trial is None))
         return {trial: groups[trial] for trial in order}

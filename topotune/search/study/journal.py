@@ -115,9 +115,8 @@ def _join(
     if any(one.reach and one.last != crc for one in left.values()):
         hurt = " and ".join(f"{p.name} at line {f.fault}" for p, f in found.items() if f.fault)
         raise SearchFolderError(
-            f"{paths[0]}: the study is damaged ({hurt}), and no copy of it holds what came after "
-            "that. Bring one back from a backup, then resume; leaderboard.json holds the last "
-            "known results"
+            f"{paths[0]}: the study is damaged ({hurt}), so that none of its files is whole. Bring "
+            "one back from a backup, then resume; leaderboard.json holds the last known results"
         )
     return whole, crc, found
 
@@ -232,7 +231,6 @@ class Journal(BaseJournalBackend):
         """
         if not (self._turn or force or any(copy.new for copy in self._copies)):
             return
-        self._fence()
         for left, body in enumerate(self._turn, start=1 - len(self._turn)):
             self._crc = zlib.crc32(body, self._crc)
             line = b'%b,"crc":"%08x%b"}\n' % (body, self._crc, b"+" if left else b"")
@@ -240,6 +238,7 @@ class Journal(BaseJournalBackend):
                 copy.new += line
         self._turn = []
         for copy in self._copies:
+            self._fence()  # for each: the write before it may have hung for long
             if self._anew:
                 write_bytes(copy.path, bytes(copy.new))
                 copy.end = copy.forced = len(copy.new)
@@ -262,7 +261,7 @@ def _made_whole(paths: Sequence[Path], note: Callable[[str], None]) -> tuple[byt
             mended = "what follows is cut off" if cut else f"made whole from {others}"
             note(f"warning: {path.name} {state if there else 'is missing'}; {moved}{mended}")
             write_bytes(path, whole, aside)
-        elif there and path.stat().st_size != len(whole):
+        elif there and (one.whole != whole or path.stat().st_size != len(whole)):
             write_bytes(path, whole)  # a turn that a crash tore, or kept from the copy
     return whole, crc
 
