@@ -74,7 +74,9 @@ def test_study_postgresql_restarted(
 def test_study_damaged(site: Site, seen: Seen) -> None:
     """Driver killed and study file truncated, scrambled, emptied, a bit of it flipped, removed, one
     after the other: detected; made whole from its copy; said; nothing lost."""
-    driver = site.start("search", site.search_file())
+    trials = len(DAMAGES)
+    budget = {"trials": trials, "epochs": 3}
+    driver = site.start("search", site.search_file(budget=budget))
     path = site.root / STUDY_FILE
     for trial, damage in enumerate(DAMAGES):
         site.reach(driver, trial, 1)
@@ -87,7 +89,7 @@ def test_study_damaged(site: Site, seen: Seen) -> None:
     driver.finish()
     aside = sorted(file.name for file in site.root.glob("study.damaged-*.jsonl"))
     assert len(aside) == 2, f"moved aside: {aside}"  # the others have nothing to look at
-    seen(f"made whole {len(DAMAGES)} times; {audit(site, kills=len(DAMAGES))}")
+    seen(f"made whole {trials} times; {audit(site, kills=trials, trials=trials)}")
 
 
 @pytest.mark.faults_full
@@ -100,7 +102,7 @@ def test_study_damaged_twice(site: Site, seen: Seen) -> None:
     for path in files:
         scramble(path)
     for command in ("status", "resume"):
-        refused = " ".join(site.start(command, NAME).finish(2, 60).split())
+        refused = " ".join(site.start(command, NAME).finish(2, 120).split())
         assert "the study is damaged (study.jsonl at line" in refused, f"{command}: {refused}"
         assert "Bring one back from a backup" in refused, f"{command}: {refused}"
     files[1].write_bytes(backup)

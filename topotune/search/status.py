@@ -132,7 +132,7 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
 def is_finished(folder: SearchFolder) -> bool:
     """Whether a search is known to have nothing left to do.
 
-    Not where its study cannot be read: the driver that opens it waits for it, or rebuilds it.
+    Not where its study cannot be read: the driver that opens it waits for it, or mends it.
     """
     try:
         return _status(folder).finished
