@@ -76,11 +76,7 @@ def test_objects_are_written_read_listed_and_deleted(store: ObjectStore, tmp_pat
     store.write("a b/c.txt", b"one")
     store.write("a b/d/e.txt", b"")
     store.write("top.txt", b"three")
-    assert {name: stat.size for name, stat in store.objects("a b").items()} == {
-        "c.txt": 3,
-        "d/e.txt": 0,
-    }
-    assert abs(store.objects()["top.txt"].changed - time.time()) < 300
+    assert store.objects("a b") == {"c.txt": 3, "d/e.txt": 0}
     assert store.folders() == ["a b"]
     assert store.download("a b/c.txt", tmp_path / "deep" / "c.txt")
     assert (tmp_path / "deep" / "c.txt").read_bytes() == b"one"

@@ -113,7 +113,7 @@ class Courier:
         with contextlib.suppress(OSError, TopotuneError):
             # Another worker of this node may have taken the trial over, and use the folder.
             if self._opened and self._alone and self._replica.clean and self._replica.ours:
-                self._replica.drop_state()
+                self._state.unlink(missing_ok=True)
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self._state.with_suffix(".lock").unlink(missing_ok=True)
         if self._lock is not None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from topotune.errors import LeaseLostError, TopotuneError
 from topotune.search.place.objects import layout
 from topotune.search.place.objects.address import StoreAddress, shown_place, worker_folder
-from topotune.search.place.objects.replica import Replica, each
-from topotune.search.place.objects.store import READER_SECONDS, ObjectStore, Stat
+from topotune.search.place.objects.replica import Replica, bring
+from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.search.view import Listener
 from topotune.tracking.outbox import OUTBOX_FILE
@@ -38,7 +38,7 @@ class Mirror:
         results_dir: the folder that stands for the address.
         address: the store.
         name: the search.
-        listener: told when the store is away for long.
+        listener: notified when the store is away for long.
     """
 
     def __init__(
@@ -66,27 +66,20 @@ class Mirror:
         Raises:
             ResourceError: the store or the folder cannot be used.
         """
-        behind = self._replica.open()
-        listing = self._replica.listing
-        trials = {found[0] for name in listing if (found := layout.split_trial(name))}
-        self._settled = {
-            number
-            for number in trials
-            if f"{layout.trial_name(number)}/{CHECKPOINT_FILE}" not in listing
-        }
-        if not behind:
-            self._catch_up(listing)
-
-    def _catch_up(self, listing: dict[str, Stat]) -> None:
-        """Bring what workers have written and is not here in that size."""
-        late = []
-        for name, stat in listing.items():
-            found = layout.split_trial(name)
-            if found and layout.for_driver(found[1]):
-                path = self.root / name
-                if not path.is_file() or path.stat().st_size != stat.size:
-                    late.append(name)
-        self._replica.fetch(late)
+        behind, listing = self._replica.open()
+        late, unsettled, trials = [], set(), set()
+        for name, size in listing.items():
+            if (found := layout.split_trial(name)) is None:
+                continue
+            number, file = found
+            trials.add(number)
+            if file == CHECKPOINT_FILE:
+                unsettled.add(number)
+            if layout.for_driver(file) and _size(self.root / name) != size:
+                late.append(name)
+        self._settled = trials - unsettled
+        if not behind:  # else all of them were brought
+            self._replica.fetch(late)
 
     def begin(self, live: Callable[[], Iterable[int]]) -> None:
         """Send all that is here, and keep both alike from now on.
@@ -99,7 +92,6 @@ class Mirror:
             ResourceError: the store cannot be used.
         """
         self._live = live
-        self._replica.listing = {}
         self._replica.push()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
@@ -112,7 +104,7 @@ class Mirror:
         wanted = list(names) or [
             n for n in store.objects(prefix) if layout.for_driver(n) or n == GUARD_FILE
         ]
-        each(lambda n: store.download(f"{prefix}/{n}", self.root / home / n), wanted)
+        bring(store, prefix, self.root / home, wanted)
         if names:
             return
         note = self._workers / home / GUARD_FILE  # of a worker here that could not send it
@@ -150,7 +142,7 @@ class Mirror:
             try:
                 self._round()
             except LeaseLostError as error:
-                self._lost = error  # whoever changes something next is told
+                self._lost = error  # the next check raises it
                 return
             except Exception as error:  # noqa: BLE001 - the next round, or the end, tries again
                 if not self._over.is_set():
@@ -194,7 +186,7 @@ class Mirror:
         """Send all that is left; what could not be sent and how to go on, empty if all is there.
 
         Args:
-            hurry: as for :meth:`gather`.
+            hurry: whether it may take no more than a few seconds.
 
         Raises:
             LeaseLostError: another driver has taken the search over in the store.
@@ -252,10 +244,11 @@ class Mirror:
 
 
 def _size(path: Path) -> int:
+    """Of a file, in bytes; -1 of none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
-        return 0
+        return -1
 
 
 def driver_replica(results_dir: Path, name: str, store: ObjectStore) -> Replica:
