@@ -30,6 +30,7 @@ from topotune.search.place.folder import SearchFolder, searches
 from topotune.search.place.lease import Holder, this_machine
 from topotune.search.place.objects import mirror as mirrors
 from topotune.search.place.objects.address import SCRATCH, StoreAddress, results_folder
+from topotune.search.place.objects.files import TrialFiles
 from topotune.search.place.objects.mirror import Mirror
 from topotune.search.place.objects.replica import Replica
 from topotune.search.place.objects.store import ObjectStore
@@ -146,6 +147,22 @@ def test_what_the_driver_writes_goes_and_what_workers_write_comes(
     again.open()
     assert (again.root / "study.jsonl").read_text() == "two"
     again.close()
+
+
+def test_traces_that_were_not_joined_are_found_by_the_next_driver(place: str) -> None:
+    store = ObjectStore(StoreAddress.parse(place))
+    for name in ("0003/trace/epoch-00001.npz", "0004/trace.npz", "0005/checkpoint.pt"):
+        store.write(f"demo/trials/{name}", b"of a worker")
+    one = _mirror(place)
+    chunks = one.root / "trials" / "0003" / "trace"
+    chunks.mkdir(parents=True)
+    (chunks / "epoch-00002.npz").write_text("of a worker that the next one did not go on from")
+    one.open()
+    files = TrialFiles(SearchFolder(one.root), one)
+    assert [number for number in range(6) if files.has_chunks(number)] == [3]
+    files.fetch(3)
+    assert [path.name for path in chunks.iterdir()] == ["epoch-00001.npz"]
+    one.close()
 
 
 def test_a_checkpoint_goes_after_what_was_recorded_of_its_trial(

@@ -274,7 +274,6 @@ def test_every_file_has_one_writer() -> None:
     for name in worker:
         assert layout.of_worker(name), name
         assert not layout.of_driver(f"trials/0007/{name}"), name
-    assert layout.for_worker("output.txt")  # goes on where it was
     assert not layout.for_driver("output.txt")  # until somebody asks for it
     for name in nobody:
         assert not layout.of_driver(name), name

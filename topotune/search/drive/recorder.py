@@ -183,8 +183,7 @@ class Recorder:
                         folder, spec = checkpoint(row.number), TrialSpec.from_dict(row.spec)
                         self.progress(row.number, recorded(folder, spec))
                     self._record_end(row)
-                chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
-                if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
+                if self._files.has_chunks(row.number):
                     self._work.put(row)
         board = Leaderboard.of(finished, self._config.name, objectives(self._config))
         self._describe(board, RUNNING)

@@ -53,7 +53,6 @@ class Courier:
             self._state,
             layout.WORKER_CLAIM,
             layout.of_worker,
-            layout.for_worker,
         )
         self._alone = False
         self._lock = self._hold()

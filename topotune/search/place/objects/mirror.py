@@ -39,6 +39,9 @@ class Mirror:
         address: the store.
         name: the search.
         listener: notified when the store is away for long.
+
+    Attributes:
+        chunked: the trials whose traces were not joined when the search was taken over.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Mirror:
         self._touched: set[int] = set()
         self._gone: dict[str, None] = {}
         self._settled: set[int] = set()
+        self.chunked: set[int] = set()
         self._again: dict[str, float] = {}
         self._changing = threading.Lock()
         self._over = threading.Event()
@@ -61,25 +65,15 @@ class Mirror:
         self._lost: LeaseLostError | None = None
 
     def open(self) -> None:
-        """Take the search over in the store, and bring here what the driver needs of it.
+        """Take the search over in the store, and bring here what its last driver wrote.
 
         Raises:
             ResourceError: the store or the folder cannot be used.
         """
-        behind, listing = self._replica.open()
-        late, unsettled, trials = [], set(), set()
-        for name, size in listing.items():
-            if (found := layout.split_trial(name)) is None:
-                continue
-            number, file = found
-            trials.add(number)
-            if file == CHECKPOINT_FILE:
-                unsettled.add(number)
-            if layout.for_driver(file) and _size(self.root / name) != size:
-                late.append(name)
-        self._settled = trials - unsettled
-        if not behind:  # else all of them were brought
-            self._replica.fetch(late)
+        files = [found for name in self._replica.open() if (found := layout.split_trial(name))]
+        unsettled = {number for number, file in files if file == CHECKPOINT_FILE}
+        self._settled = {number for number, _ in files} - unsettled
+        self.chunked = {number for number, file in files if layout.is_chunk(file)}
 
     def begin(self, live: Callable[[], Iterable[int]]) -> None:
         """Send all that is here, and keep both alike from now on.
@@ -100,18 +94,22 @@ class Mirror:
         """Bring these files of a trial; without names all that the driver needs, the crash note
         included."""
         store, home = ObjectStore(self.address, limit=READER_SECONDS), layout.trial_name(number)
-        prefix = f"{self._name}/{home}"
-        wanted = list(names) or [
-            n for n in store.objects(prefix) if layout.for_driver(n) or n == GUARD_FILE
-        ]
-        bring(store, prefix, self.root / home, wanted)
+        prefix, folder = f"{self._name}/{home}", self.root / home
         if names:
+            bring(store, prefix, folder, names)
             return
+        listing = store.objects(prefix)
+        for path in folder.glob("*/*"):  # of a worker before, whose epochs were trained again
+            name = path.relative_to(folder).as_posix()
+            if layout.is_chunk(name) and name not in listing:
+                path.unlink()
+        wanted = (name for name in listing if layout.for_driver(name) or name == GUARD_FILE)
+        bring(store, prefix, folder, wanted)
         note = self._workers / home / GUARD_FILE  # of a worker here that could not send it
         with contextlib.suppress(OSError):
             if note.stat().st_size:
-                (self.root / home).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(note, self.root / home / GUARD_FILE)
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(note, folder / GUARD_FILE)
 
     def forget(self, number: int, *names: str) -> None:
         """Delete a trial's files from the store, soon."""
@@ -244,26 +242,14 @@ class Mirror:
 
 
 def _size(path: Path) -> int:
-    """Of a file, in bytes; -1 of none."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
-        return -1
+        return 0
 
 
 def driver_replica(results_dir: Path, name: str, store: ObjectStore) -> Replica:
     """A search's folder and its copy in the store."""
-
-    def needed(path: str) -> bool:
-        trial = layout.split_trial(path)
-        return layout.of_driver(path) or (trial is not None and layout.for_driver(trial[1]))
-
-    return Replica(
-        store,
-        name,
-        results_dir / name,
-        results_dir / ".state" / f"{name}.json",
-        layout.DRIVER_CLAIM,
-        layout.of_driver,
-        needed,
-    )
+    state = results_dir / ".state" / f"{name}.json"
+    folder = results_dir / name
+    return Replica(store, name, folder, state, layout.DRIVER_CLAIM, layout.of_driver)

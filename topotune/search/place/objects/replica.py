@@ -36,7 +36,6 @@ class Replica:
         state: a file beside it that remembers what is known of the store; losing it costs time.
         claim: name of the object that says who writes.
         owned: whether this writer writes a file, by its name relative to the folder.
-        needed: whether the next writer needs a file of the last one.
     """
 
     def __init__(
@@ -47,11 +46,10 @@ class Replica:
         state: Path,
         claim: str,
         owned: Callable[[str], bool],
-        needed: Callable[[str], bool],
     ) -> None:
         self.store, self.folder = store, folder
         self._prefix, self._state, self._claim = prefix, state, f"{prefix}/{claim}"
-        self._owned, self._needed = owned, needed
+        self._owned = owned
         self._writing = threading.RLock()
         self._sent: dict[str, tuple[int, int]] = {}
         self._mine = ""
@@ -78,20 +76,20 @@ class Replica:
         """Whether what was written there last was written by this."""
         return bool(self._mine) and self.store.read(self._claim) == self._mine.encode()
 
-    def open(self) -> tuple[bool, dict[str, int]]:
+    def open(self) -> dict[str, int]:
         """Take the writing over, the folder brought up to the store first.
 
         Returns:
-            Whether it had to be, and what the store has: sizes by names relative to the folder.
+            What the store has: sizes by names relative to the folder.
 
         Raises:
             ResourceError: the store or the folder cannot be used.
         """
         with self._writing:
             make_folder(self.folder)
-            behind = not self.ahead
+            ahead = self.ahead
             listing = self.store.objects(self._prefix)
-            if behind:
+            if not ahead:
                 # Forgotten first: a kill half-way through must not leave a mixture that looks ours.
                 self._state.unlink(missing_ok=True)
                 self._mine, self._sent = "", {}
@@ -101,22 +99,19 @@ class Replica:
             self.store.write(self._claim, claim.encode())
             self._mine = claim
             self._note_down()
-            return behind, listing
+            return listing
 
     def _replace(self, listing: dict[str, int]) -> None:
-        for name in self._files():
-            if name == PREVIOUS_FILE or (self._needed(name) and name not in listing):
+        # The guard of a worker holds its note open, and reads none of an earlier worker.
+        names = [name for name in listing if self._owned(name) and name != GUARD_FILE]
+        for name in list(self._files()):
+            stale = self._owned(name) and name not in listing and name != GUARD_FILE
+            if stale or name == PREVIOUS_FILE:
                 (self.folder / name).unlink(missing_ok=True)
-        names = [name for name in listing if self._needed(name)]
-        self.fetch(names)
-        for name in names:
-            if self._owned(name):
-                with contextlib.suppress(FileNotFoundError):
-                    self._sent[name] = _look(self.folder / name)
-
-    def fetch(self, names: Iterable[str]) -> None:
-        """Bring files from the store; what the store lacks stays as it is."""
         bring(self.store, self._prefix, self.folder, names)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                self._sent[name] = _look(self.folder / name)
 
     def check(self) -> None:
         """Make sure that no other process has taken the writing over.
