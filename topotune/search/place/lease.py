@@ -87,7 +87,7 @@ class Lease(ABC):
 
     Args:
         place: what is driven, for messages.
-        note: told when another machine's lease is watched, and when it is taken over.
+        note: called with a line when another machine's lease is watched, and when it is taken over.
     """
 
     def __init__(self, place: str, note: Callable[[str], None]) -> None:
@@ -101,7 +101,7 @@ class Lease(ABC):
 
     @abstractmethod
     def _acquire(self) -> None:
-        """Write our name where nobody else's lives; leaves nothing open where that fails."""
+        """Write our name where no other holder lives; leaves nothing open where that fails."""
 
     @abstractmethod
     def _look(self) -> Holder | None:
@@ -275,7 +275,7 @@ class FileLease(Lease):
             if file is not None:
                 with contextlib.suppress(OSError, LeaseLostError, ResourceError):
                     self.check(force=True)
-                    file.truncate(0)  # nobody has to watch it, and a suspended holder finds out
+                    file.truncate(0)  # an empty one need not be watched
                 file.close()
 
     def _lock(self, file: IO[str]) -> bool:

@@ -29,7 +29,7 @@ class SearchLease:
     Args:
         folder: the search's folder here.
         config: the search, its study's address written down.
-        listener: told what is waited for.
+        listener: notified of what is waited for.
 
     Attributes:
         files: those of the trials.

@@ -19,7 +19,7 @@ from topotune.tracking.store import DEFAULT_EXPERIMENT
 
 CLOSE_SECONDS = 60.0
 CLOSE_SECONDS_HURRY = 3.0
-"""With a store that cannot be reached, or a search that was told to stop: the outbox keeps all."""
+"""With a store that cannot be reached, or a search that stops early: the outbox keeps all."""
 
 
 def look_first(folder: SearchFolder, config: SearchConfig, note: Callable[[str], None]) -> None:
@@ -74,7 +74,7 @@ class Shipping:
     Args:
         folder: the search's folder.
         config: the search.
-        listener: told once if the store cannot be reached.
+        listener: notified once if the store cannot be reached.
     """
 
     def __init__(self, folder: SearchFolder, config: SearchConfig, listener: Listener) -> None:
@@ -117,7 +117,7 @@ class Shipping:
         """Send what is left, within bounds; one line on the final count.
 
         Args:
-            hurry: the search was told to stop, and its process is soon to be gone.
+            hurry: the search stops early, and its process is soon to be gone.
         """
         if self._closed is None:
             hurry = hurry or bool(self._shipper.status().last_error)

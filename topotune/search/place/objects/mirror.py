@@ -47,14 +47,13 @@ class Mirror:
     def __init__(
         self, results_dir: Path, address: StoreAddress, name: str, listener: Listener
     ) -> None:
-        self.address, self._name, self._listener = address, name, listener
+        self.address, self._name = address, name
         self.root, self._results_dir = results_dir / name, results_dir
         meanwhile = f"What is not saved there yet is kept in {self.root}"
         self._store = ObjectStore(address, listener.note, meanwhile=meanwhile)
         self._workers = worker_folder(address, name)
         self._replica = driver_replica(results_dir, name, self._store)
         self._live: Callable[[], Iterable[int]] = tuple
-        self._touched: set[int] = set()
         self._gone: dict[str, None] = {}
         self._settled: set[int] = set()
         self.chunked: set[int] = set()
@@ -114,7 +113,6 @@ class Mirror:
     def forget(self, number: int, *names: str) -> None:
         """Delete a trial's files from the store, soon."""
         with self._changing:
-            self._touched.add(number)
             for name in names:
                 if name == CHECKPOINT_FILE:
                     if number in self._settled:
@@ -147,18 +145,13 @@ class Mirror:
                     _log.warning("%s", error)
 
     def _round(self) -> None:
-        live = set(self._live())
         with self._changing:
-            touched, self._touched = self._touched, set()
             gone = list(self._gone)
-        try:
-            names = self._names(touched | live)
-            # An ended trial's checkpoint goes when the store has what was recorded of it.
-            self._replica.push([*names, OUTBOX_FILE] if gone else names)
-        except BaseException:
-            with self._changing:
-                self._touched |= touched
-            raise
+        # What replaces these files goes first, such as the joined trace; and an ended trial's
+        # checkpoint goes when the store has what was recorded of it.
+        ended = {found[0] for name in gone if (found := layout.split_trial(name))}
+        names = self._names(ended.union(self._live()))
+        self._replica.push([*names, OUTBOX_FILE] if gone else names)
         self._delete(gone)
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
@@ -166,9 +159,10 @@ class Mirror:
         now = time.monotonic()
         names = []
         for path in self.root.iterdir():
-            if path.is_file() and now >= self._again.get(path.name, 0.0):
-                self._again[path.name] = now + _size(path) / BYTES_PER_SECOND
-                names.append(path.name)
+            with contextlib.suppress(FileNotFoundError):  # a half-written one that is renamed
+                if path.is_file() and now >= self._again.get(path.name, 0.0):
+                    self._again[path.name] = now + path.stat().st_size / BYTES_PER_SECOND
+                    names.append(path.name)
         for home in map(layout.trial_name, numbers):
             if (self.root / home).is_dir():
                 names += [f"{home}/{path.name}" for path in (self.root / home).iterdir()]
@@ -189,33 +183,30 @@ class Mirror:
         Raises:
             LeaseLostError: another driver has taken the search over in the store.
         """
-        self._stop(hurry)
-
-        def last() -> None:
-            self._replica.push()
-            self._delete(list(self._gone))
-
-        error = self._within(last, hurry)
+        self._store.limit = FINISH_SECONDS_HURRY if hurry else FINISH_SECONDS
+        self._over.set()
+        if self._thread is not None and not (hurry and self._store.trouble):
+            self._thread.join(FINISH_SECONDS_HURRY if hurry else None)
+        if hurry and self._store.trouble:  # a stop has no time to wait for it
+            error = f"it is away: {self._store.trouble}"
+        else:
+            error = self._last(hurry)
         self.check()
-        return self._unsaved(error) if error else ""
-
-    def _unsaved(self, error: str) -> str:
-        return (
+        return error and (
             f"search {self._name!r}: not all of it is saved in {self.address}: {error}. The study "
             f"has every trial; pages, ledger and records for MLflow wait in {self.root}. When the "
             f"store is back, on this machine: topotune sync {self._name} --results-dir "
             f"{shown_place(self._results_dir)}"
         )
 
-    def _within(self, call: Callable[[], None], hurry: bool) -> str:
-        """Call, for a few seconds at most where there is hurry; what went wrong, else empty."""
-        if hurry and self._store.trouble:  # a stop has no time to wait for it
-            return f"it is away: {self._store.trouble}"
+    def _last(self, hurry: bool) -> str:
+        """Send and delete what is left; what went wrong, else empty."""
         errors = ["it does not answer"]
 
         def run() -> None:
             try:
-                call()
+                self._replica.push()
+                self._delete(list(self._gone))
                 errors.clear()
             except LeaseLostError as error:
                 self._lost = error
@@ -227,25 +218,12 @@ class Mirror:
         thread.join(FINISH_SECONDS_HURRY + 1.0 if hurry else None)
         return "".join(errors)
 
-    def _stop(self, hurry: bool) -> None:
-        self._store.limit = FINISH_SECONDS_HURRY if hurry else FINISH_SECONDS
-        self._over.set()
-        if self._thread is not None and not (hurry and self._store.trouble):
-            self._thread.join(FINISH_SECONDS_HURRY if hurry else None)
-
     def close(self) -> None:
         """End, whatever is left: nothing more is written."""
         self._store.limit, self._store.stopping = 0.0, lambda: True
         self._over.set()
         if self._thread is not None and not self._store.trouble:
             self._thread.join(FINISH_SECONDS_HURRY)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def driver_replica(results_dir: Path, name: str, store: ObjectStore) -> Replica:
