@@ -210,7 +210,7 @@ def _go_on(cluster: Cluster, trained: Path) -> None:
     assert checkpoints == {f"trials/{board['best']:04d}/checkpoint.pt"}
     wanted = {"search.json", "study.jsonl", "leaderboard.json", "outbox.jsonl"}
     assert wanted <= names
-    assert {f"trials/{n:04d}/{f}" for n in (0, 1) for f in ("trace.npz", "trace.png")} <= names
+    assert {f"trials/{n:04d}/trace.npz" for n in (0, 1)} <= names
     assert not [name for name in names if "/trace/" in name]
     assert not [name for name in names if name.endswith((".previous.pt", ".lock", ".partial"))]
 
