@@ -305,7 +305,7 @@ def _run(
     The order of the steps is part of the guarantees; the comments say why.
     """
     from topotune.search.drive.book import Book
-    from topotune.search.drive.recorder import Recorder, objectives
+    from topotune.search.drive.recorder import Recorder, board_of
     from topotune.search.drive.retention import Retention
     from topotune.search.place.shipping import Shipping
     from topotune.search.study.ledger import Ledger
@@ -348,7 +348,7 @@ def _run(
             },
             kept,
         )
-        recorder.recover(before, lease.files.checkpoint)
+        recorder.recover(before)
         # Checkpoints that are not kept go after what was recorded of their trials is made whole.
         retention = Retention(folder, config, before, lease.files)
         del before  # of thousands of trials, for days
@@ -372,7 +372,7 @@ def _run(
         try:
             ledger.save()
             rows = store.rows(ledger.trials)  # with the driver's patience, not a reader's
-            board = Leaderboard.of(rows, config.name, objectives(config))
+            board = board_of(rows, config)
             recorder.close(board, outcome, reason)
         except TopotuneError as error:
             # What ended the search usually hurts here, too; the first cause is the one to tell.

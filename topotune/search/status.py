@@ -20,7 +20,7 @@ from topotune.errors import (
     TopotuneError,
 )
 from topotune.results.leaderboard import Leaderboard, standing
-from topotune.search.drive.recorder import objectives
+from topotune.search.drive.recorder import board_of
 from topotune.search.figures import draw_search, draw_trial, send_figures
 from topotune.search.live import Live
 from topotune.search.place.folder import SearchFolder, searches
@@ -148,7 +148,7 @@ def _status(folder: SearchFolder) -> SearchStatus:
     return SearchStatus(
         folder=folder,
         config=config,
-        board=Leaderboard.of(rows, config.name, objectives(config)),
+        board=board_of(rows, config),
         holder=holder,
         wall_seconds=spent.wall_seconds,
         live=Live.read(folder.live, holder),

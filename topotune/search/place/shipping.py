@@ -78,12 +78,9 @@ class Shipping:
     """
 
     def __init__(self, folder: SearchFolder, config: SearchConfig, listener: Listener) -> None:
-        self._listener = listener
-        self._name = config.name
-        store = open_store(folder, config)
-        self._label = store.label
-        self._store = store
-        self._shipper = Shipper(folder.root, store, folder.search_id, config.name)
+        self._listener, self._name = listener, config.name
+        self._store = open_store(folder, config)
+        self._shipper = Shipper(folder.root, self._store, folder.search_id, config.name)
         self._closed: ShipStatus | None = None
         self._warned = False
 
@@ -107,7 +104,7 @@ class Shipping:
         if not self._warned:
             self._warned = True
             self._listener.note(
-                f"warning: tracking store {redact(self._label)} cannot be reached: "
+                f"warning: tracking store {redact(self._store.label)} cannot be reached: "
                 f"{status.last_error}. The search goes on; its records are kept in the results "
                 "folder and sent when the store is back"
             )
