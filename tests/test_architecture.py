@@ -165,8 +165,8 @@ def test_light_imports_stay_light(statement: str) -> None:
 
 ONLY_FOR_CLUSTERS_AND_STORES = (
     *("torch", "ray", "mlflow", "pyarrow", "psycopg"),
-    *(f"topotune.search.place.objects.{name}" for name in ("store", "replica", "mirror", "tenure")),
-    *("topotune.search.ray.sharing", "topotune.service"),
+    *(f"topotune.search.place.objects.{name}" for name in ("store", "replica", "mirror")),
+    *("topotune.search.place.row_lease", "topotune.search.ray.sharing", "topotune.service"),
 )
 
 

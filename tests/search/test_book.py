@@ -23,7 +23,7 @@ from topotune.search.drive.book import Progress, Turn
 from topotune.search.drive.retention import Retention
 from topotune.search.driver import extended
 from topotune.search.place.folder import SearchFolder, searches
-from topotune.search.place.lease import Lease, lease_holder
+from topotune.search.place.lease import FileLease, lease_holder
 from topotune.search.ray.tune import StudySearcher
 from topotune.search.status import status
 from topotune.search.study.ledger import MAX_GAP, Ledger
@@ -317,21 +317,21 @@ def test_the_lease_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
     path = tmp_path / "driver.lock"
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from topotune.search.place.lease import Lease\n"
-        "with Lease(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "from topotune.search.place.lease import FileLease\n"
+        "with FileLease(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == "held\n"
-            with pytest.raises(SearchFolderError, match=f"pid {other.pid} on"), Lease(path):
+            with pytest.raises(SearchFolderError, match=f"pid {other.pid} on"), FileLease(path):
                 pass
             assert lease_holder(path) == f"pid {other.pid} on {os.uname().nodename}"
         finally:
             other.kill()
     assert lease_holder(path) is None
-    with Lease(path):
+    with FileLease(path):
         assert str(os.getpid()) in (lease_holder(path) or "")
     assert lease_holder(path) is None
 

@@ -536,7 +536,7 @@ class Recording(Site):
             patch.setattr(recorder_module, "recorded", checkpoint)
             recorder.start({})
             try:
-                recorder.recover(desk.store.rows({}), lambda number: Path(f"{number:04d}"))
+                recorder.recover(desk.store.rows({}))
                 desk.book.take_over(lambda number: self.worked(specs[number], number))
                 self.work(desk)
                 desk.store.close()

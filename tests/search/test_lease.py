@@ -17,7 +17,7 @@ from topotune.errors import LeaseLostError, ResourceError, SearchFolderError
 from topotune.search import driver
 from topotune.search.place import lease as module
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.lease import Lease, lease_holder
+from topotune.search.place.lease import FileLease, lease_holder
 from topotune.search.ray.cluster import Cluster, Node
 from topotune.search.status import all_status
 
@@ -39,7 +39,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_holder_beats_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "driver.lock"
-    with Lease(path) as lease:
+    with FileLease(path) as lease:
         first = json.loads(path.read_text())["beat"]
         deadline = time.monotonic() + 20
         while json.loads(path.read_text())["beat"] < first + 2:
@@ -56,7 +56,7 @@ def test_a_dead_holder_on_another_machine_is_replaced_after_watching(tmp_path: P
     assert lease_holder(path) == "pid 41 on elsewhere, if it still lives"
     notes: list[str] = []
     began = time.monotonic()
-    with Lease(path, notes.append) as lease:
+    with FileLease(path, notes.append) as lease:
         assert time.monotonic() - began >= 1.0
         lease.check(force=True)
     assert "pid 41 on elsewhere left its lease" in notes[0]
@@ -77,7 +77,10 @@ def test_a_living_holder_on_another_machine_is_respected(tmp_path: Path) -> None
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(SearchFolderError, match="driven by pid 41 on elsewhere"), Lease(path):
+        with (
+            pytest.raises(SearchFolderError, match="driven by pid 41 on elsewhere"),
+            FileLease(path),
+        ):
             pass
     finally:
         over.set()
@@ -87,7 +90,7 @@ def test_a_living_holder_on_another_machine_is_respected(tmp_path: Path) -> None
 
 def test_who_was_replaced_is_told_and_touches_nothing(tmp_path: Path) -> None:
     path = tmp_path / "driver.lock"
-    with Lease(path) as lease:
+    with FileLease(path) as lease:
         foreign(path)
         time.sleep(0.3)  # longer than a look is trusted, and three beats
         with pytest.raises(LeaseLostError, match="taken over by pid 41 on elsewhere"):
@@ -103,7 +106,7 @@ def test_a_dead_holder_on_this_machine_is_replaced_at_once(tmp_path: Path) -> No
     mine = json.loads(path.read_text()) | {"machine": module.this_machine()}
     path.write_text(json.dumps(mine).ljust(511) + "\n")  # killed: the kernel dropped its lock
     notes: list[str] = []
-    with Lease(path, notes.append):
+    with FileLease(path, notes.append):
         pass
     assert notes == []
 
@@ -113,7 +116,7 @@ def test_content_that_names_nobody_holds_nobody_up(content: str, tmp_path: Path)
     path = tmp_path / "driver.lock"
     path.write_text(content)
     assert lease_holder(path) is None
-    with Lease(path) as lease:
+    with FileLease(path) as lease:
         lease.check(force=True)
 
 
@@ -144,7 +147,7 @@ def test_a_lease_that_cannot_be_looked_at_ends_no_listing(
 @pytest.mark.parametrize("left", ["empty", "missing", "unreadable"])
 def test_who_slept_through_a_whole_other_driver_has_lost_it(left: str, tmp_path: Path) -> None:
     path = tmp_path / "driver.lock"
-    with Lease(path) as lease:
+    with FileLease(path) as lease:
         if left == "missing":
             path.unlink()
         else:
@@ -158,7 +161,7 @@ def test_who_slept_through_a_whole_other_driver_has_lost_it(left: str, tmp_path:
 def test_a_beat_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "driver.lock"
     failed = threading.Event()
-    with Lease(path):
+    with FileLease(path):
 
         def full(*_: object) -> None:
             failed.set()
@@ -180,7 +183,7 @@ def test_a_lease_that_cannot_be_written_is_an_error_of_ours(
     def exhausted(*_: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    lease = Lease(tmp_path / "driver.lock")
+    lease = FileLease(tmp_path / "driver.lock")
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", exhausted)
         with pytest.raises(ResourceError, match="cannot be written: Too many open files"):
@@ -225,7 +228,7 @@ def test_of_two_commands_that_begin_one_search_one_writes(
         (folder.root / "search.json.partial").touch()
         other.__enter__()
 
-    other = Lease(folder.lock)
+    other = FileLease(folder.lock)
     monkeypatch.setattr(driver, "preflight", meanwhile)
     with pytest.raises(SearchFolderError, match=f"driven by pid {os.getpid()}"):
         driver.start(config, "", tmp_path, Deaf())

@@ -16,7 +16,7 @@ from topotune.errors import LeaseLostError
 from topotune.search import live as module
 from topotune.search.drive.book import Book
 from topotune.search.live import Live, LiveFile
-from topotune.search.place.lease import Lease
+from topotune.search.place.lease import FileLease
 from topotune.search.ray.cluster import Cluster, Node
 from topotune.search.ray.pulse import Pulse
 from topotune.search.status import status
@@ -79,7 +79,7 @@ def test_only_the_living_drivers_word_counts(tmp_path: Path) -> None:
 
 def test_status_shows_it_while_the_search_is_driven(tmp_path: Path) -> None:
     desk = Desk(tmp_path, make_config())
-    with Lease(desk.folder.lock, lambda text: None):
+    with FileLease(desk.folder.lock, lambda text: None):
         LiveFile(desk.folder.live).show(view("1 waiting: \x1b[2Jeach needs 1 GPU"))
         report = status(tmp_path, "demo")
         assert report.live is not None

@@ -24,17 +24,18 @@ from topotune.records import EpochReport, Outcome, OverheadOptions, TrialSpec
 from topotune.search import driver, status
 from topotune.search.drive.book import Progress
 from topotune.search.drive.recorder import recorded
+from topotune.search.place import lease as leases
 from topotune.search.place.addresses import public_study
 from topotune.search.place.folder import SearchFolder, searches
 from topotune.search.place.lease import Holder, this_machine
 from topotune.search.place.objects import mirror as mirrors
-from topotune.search.place.objects import tenure as tenures
 from topotune.search.place.objects.address import SCRATCH, StoreAddress, results_folder
-from topotune.search.place.objects.hold import Hold, holder
+from topotune.search.place.objects.files import TrialFiles
 from topotune.search.place.objects.mirror import Mirror
 from topotune.search.place.objects.replica import Replica
 from topotune.search.place.objects.store import ObjectStore
-from topotune.search.place.objects.tenure import Tenure, tenant
+from topotune.search.place.row_lease import RowLease, row_holder
+from topotune.search.place.search_lease import SearchLease, holder
 from topotune.search.ray.tune import PAYLOAD
 from topotune.search.ray.worker import TrialActor, trial_config
 from topotune.search.study.patience import Patience
@@ -148,6 +149,22 @@ def test_what_the_driver_writes_goes_and_what_workers_write_comes(
     again.close()
 
 
+def test_traces_that_were_not_joined_are_found_by_the_next_driver(place: str) -> None:
+    store = ObjectStore(StoreAddress.parse(place))
+    for name in ("0003/trace/epoch-00001.npz", "0004/trace.npz", "0005/checkpoint.pt"):
+        store.write(f"demo/trials/{name}", b"of a worker")
+    one = _mirror(place)
+    chunks = one.root / "trials" / "0003" / "trace"
+    chunks.mkdir(parents=True)
+    (chunks / "epoch-00002.npz").write_text("of a worker that the next one did not go on from")
+    one.open()
+    files = TrialFiles(SearchFolder(one.root), one)
+    assert [number for number in range(6) if files.has_chunks(number)] == [3]
+    files.fetch(3)
+    assert [path.name for path in chunks.iterdir()] == ["epoch-00001.npz"]
+    one.close()
+
+
 def test_a_checkpoint_goes_after_what_was_recorded_of_its_trial(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,31 +265,31 @@ def test_names_that_lead_elsewhere_are_not_brought(place: str, tmp_path: Path) -
 def test_one_driver_at_a_time_across_machines(
     database: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tenures, "EXPIRY_SECONDS", 3.0)
-    monkeypatch.setattr(tenures, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "EXPIRY_SECONDS", 3.0)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.3)
     url, told = make_url(database.uri), list[str]()
 
-    def take() -> Tenure:
-        return Tenure(url, "s3://bucket/x/demo", Patience("db", told.append, 5.0))
+    def take() -> RowLease:
+        return RowLease(url, "s3://bucket/x/demo", Patience("db", told.append, 5.0))
 
-    assert tenant(url, "s3://bucket/x/demo") is None
+    assert row_holder(url, "s3://bucket/x/demo") is None
     with take() as first:
         first.check()
-        assert f"pid {first._me.pid} on" in str(tenant(url, "s3://bucket/x/demo"))
+        assert f"pid {first._me.pid} on" in str(row_holder(url, "s3://bucket/x/demo"))
         with pytest.raises(SearchFolderError, match=r"is being driven by pid \d+ on "), take():
             pass
-        with Tenure(url, "s3://bucket/x/other", Patience("db")):
+        with RowLease(url, "s3://bucket/x/other", Patience("db")):
             pass
-    assert tenant(url, "s3://bucket/x/demo") is None
+    assert row_holder(url, "s3://bucket/x/demo") is None
 
     def left_by(holder: Holder) -> None:
         """As a driver that was killed leaves it."""
         gone = take()
         with gone:
-            assert gone._swap(gone._held, tenures._written(holder))
+            assert gone._swap(gone._held, holder.to_json())
 
     left_by(Holder(1, "another-host", "another machine", "dead"))
-    assert str(tenant(url, "s3://bucket/x/demo")) == "pid 1 on another-host"
+    assert str(row_holder(url, "s3://bucket/x/demo")) == "pid 1 on another-host"
     began = time.monotonic()
     with take() as second:
         assert time.monotonic() - began >= 3.0
@@ -286,7 +303,7 @@ def test_one_driver_at_a_time_across_machines(
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     left_by(Holder(ended.pid, "here", this_machine(), "dead"))
-    assert tenant(url, "s3://bucket/x/demo") is None
+    assert row_holder(url, "s3://bucket/x/demo") is None
     began = time.monotonic()
     with take():  # a process of this machine that is gone needs no watching
         assert time.monotonic() - began < 3.0
@@ -295,10 +312,10 @@ def test_one_driver_at_a_time_across_machines(
 def test_a_driver_that_was_cut_off_is_told_and_a_restarted_database_costs_nobody_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tenures, "BEAT_SECONDS", 0.3)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.3)
     with Postgres() as database:
         url = make_url(database.uri)
-        with Tenure(url, "s3://bucket/demo", Patience("db")) as mine:
+        with RowLease(url, "s3://bucket/demo", Patience("db")) as mine:
             database.stop()
             time.sleep(1.2)
             mine.check()  # nobody can take it now, either
@@ -307,11 +324,11 @@ def test_a_driver_that_was_cut_off_is_told_and_a_restarted_database_costs_nobody
             mine.check()
             with mine._working:  # suspended; meanwhile another machine watched it to the end
                 other = replace(mine._me, host="far", token="another")
-                assert mine._swap(mine._held, tenures._written(other))
+                assert mine._swap(mine._held, other.to_json())
             _wait(lambda: mine._lost)
             with pytest.raises(LeaseLostError, match=r"taken over by pid \d+ on far"):
                 mine.check()
-        assert "on far" in str(tenant(url, "s3://bucket/demo"))  # left alone by who lost it
+        assert "on far" in str(row_holder(url, "s3://bucket/demo"))  # left alone by who lost it
 
 
 def test_a_search_is_found_by_any_machine_with_little_of_it_brought(
@@ -320,11 +337,11 @@ def test_a_search_is_found_by_any_machine_with_little_of_it_brought(
     results = results_folder(place)
     folder = SearchFolder.check_free(results, config)
     folder.root.mkdir(parents=True)
-    with Hold(folder, config, SilentListener()) as hold:
+    with SearchLease(folder, config, SilentListener()) as lease:
         SearchFolder.create(results, config, "# the file")
         (folder.trial(0)).mkdir()
         (folder.root / "leaderboard.md").write_text("large")
-        hold.begin()
+        lease.begin()
         store = StudyStore(folder, config)
         assert store.next() is not None
         store.close()

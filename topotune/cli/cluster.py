@@ -331,8 +331,8 @@ def package(
     from topotune.errors import SearchFolderError
     from topotune.search import status as reading
     from topotune.search.place.folder import SearchFolder
-    from topotune.search.place.objects.hold import holder
     from topotune.search.place.objects.pull import fetch
+    from topotune.search.place.search_lease import holder
 
     folder = SearchFolder.open(results_dir, name)
     driver = holder(folder, folder.config())

@@ -30,8 +30,8 @@ from topotune.search.live import LiveFile
 from topotune.search.place.addresses import check_addresses, remembered, study_place
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.address import store_address
-from topotune.search.place.objects.hold import Hold, check_stores
 from topotune.search.place.output import tidy_killed
+from topotune.search.place.search_lease import SearchLease, check_stores
 from topotune.search.place.shipping import look_first
 from topotune.search.ray.session import RaySession
 from topotune.search.ray.watchdog import GUARD_FILE
@@ -113,7 +113,7 @@ def start(
         with RaySession(address, listener, interrupts) as ray_session:
             workers = _workers(config, ray_session, own)
             make_folder(folder.root)
-            with Hold(folder, config, listener) as lease:
+            with SearchLease(folder, config, listener) as lease:
                 # Looks again: another command may have begun the same search meanwhile.
                 folder = SearchFolder.create(results_dir, config, source)
                 interrupts.kept = what_is_kept(config.name, begun=True)
@@ -148,7 +148,7 @@ def resume(
     """
     listener = SafeListener(listener)
     folder = SearchFolder.open(results_dir, name)
-    with Interrupts() as interrupts, Hold(folder, folder.config(), listener) as lease:
+    with Interrupts() as interrupts, SearchLease(folder, folder.config(), listener) as lease:
         config = folder.config()
         interrupts.kept = what_is_kept(name, begun=True)
         check_addresses(config, results_dir)
@@ -233,7 +233,7 @@ def _train(
     folder: SearchFolder,
     book: Book,
     listener: Listener,
-    lease: Hold,
+    lease: SearchLease,
     shipping: Shipping,
     live: LiveFile,
     workers: _Workers,
@@ -296,7 +296,7 @@ def _run(
     config: SearchConfig,
     listener: Listener,
     interrupts: Interrupts,
-    lease: Hold,
+    lease: SearchLease,
     workers: _Workers | None,
 ) -> SearchReport:
     """One session of a search; without workers, of one that is finished: what an earlier session
@@ -305,7 +305,7 @@ def _run(
     The order of the steps is part of the guarantees; the comments say why.
     """
     from topotune.search.drive.book import Book
-    from topotune.search.drive.recorder import Recorder, objectives
+    from topotune.search.drive.recorder import Recorder, board_of
     from topotune.search.drive.retention import Retention
     from topotune.search.place.shipping import Shipping
     from topotune.search.study.ledger import Ledger
@@ -348,7 +348,7 @@ def _run(
             },
             kept,
         )
-        recorder.recover(before, lease.files.checkpoint)
+        recorder.recover(before)
         # Checkpoints that are not kept go after what was recorded of their trials is made whole.
         retention = Retention(folder, config, before, lease.files)
         del before  # of thousands of trials, for days
@@ -372,7 +372,7 @@ def _run(
         try:
             ledger.save()
             rows = store.rows(ledger.trials)  # with the driver's patience, not a reader's
-            board = Leaderboard.of(rows, config.name, objectives(config))
+            board = board_of(rows, config)
             recorder.close(board, outcome, reason)
         except TopotuneError as error:
             # What ended the search usually hurts here, too; the first cause is the one to tell.

@@ -20,15 +20,15 @@ from topotune.errors import (
     TopotuneError,
 )
 from topotune.results.leaderboard import Leaderboard, standing
-from topotune.search.drive.recorder import objectives
+from topotune.search.drive.recorder import board_of
 from topotune.search.figures import draw_search, draw_trial, send_figures
 from topotune.search.live import Live
 from topotune.search.place.folder import SearchFolder, searches
 from topotune.search.place.objects.address import store_address
-from topotune.search.place.objects.hold import Hold
-from topotune.search.place.objects.hold import holder as holder_of
 from topotune.search.place.objects.pull import fetch
 from topotune.search.place.output import ERROR_FILE, OUTPUT_FILE, read
+from topotune.search.place.search_lease import SearchLease
+from topotune.search.place.search_lease import holder as holder_of
 from topotune.search.place.shipping import default_server, open_store
 from topotune.search.study.rows import read_study, summaries
 from topotune.search.view import SilentListener
@@ -147,7 +147,7 @@ def _status(folder: SearchFolder) -> SearchStatus:
     return SearchStatus(
         folder=folder,
         config=config,
-        board=Leaderboard.of(rows, config.name, objectives(config)),
+        board=board_of(rows, config),
         holder=holder,
         wall_seconds=spent.wall_seconds,
         live=Live.read(folder.live, holder),
@@ -336,11 +336,11 @@ def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
 
 
 def _sync_store(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
-    """As :func:`sync`, of a search in an object store, which no driver may have meanwhile."""
-    with Hold(folder, folder.config(), SilentListener()) as hold:
-        hold.begin()
+    """As :func:`sync`, of a search in an object store: which no driver may have meanwhile."""
+    with SearchLease(folder, folder.config(), SilentListener()) as lease:
+        lease.begin()
         text, complete = _ship(folder, timeout)
-        if unsaved := hold.finish(hurry=False):
+        if unsaved := lease.finish(hurry=False):
             return f"{text}\n{unsaved}", False
     return text, complete
 

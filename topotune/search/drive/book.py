@@ -165,7 +165,7 @@ class Book:
             self.store.hand_back(number)
 
     def next(self) -> Handout | Turn:
-        """The next trial to run, or why there is none now."""
+        """The next trial to run, or why none can run now."""
         if self.stopping or self.fatal:
             return Turn.END
         if over := self._over_budget():

@@ -77,7 +77,12 @@ def budget_text(config: SearchConfig) -> str:
 
 def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
     """The present leaderboard of a search, from its study."""
-    return Leaderboard.of(summaries(folder, config), config.name, objectives(config))
+    return board_of(summaries(folder, config), config)
+
+
+def board_of(rows: Sequence[TrialSummary], config: SearchConfig) -> Leaderboard:
+    """The leaderboard of a search's trials."""
+    return Leaderboard.of(rows, config.name, objectives(config))
 
 
 def recorded(folder: Path, spec: TrialSpec) -> Progress:
@@ -163,17 +168,14 @@ class Recorder:
         """Record what a trial's worker sends; what is recorded is ignored."""
         self._outbox.put(number, *progress.entries, *map(Epoch, progress.reports), force=False)
 
-    def recover(
-        self,
-        finished: list[TrialSummary],
-        checkpoint: Callable[[int], Path] | None = None,
-    ) -> None:
+    def recover(self, finished: list[TrialSummary]) -> None:
         """Record again what a killed driver may have left out; what is recorded is ignored.
+
+        A trial's checkpoint is kept until its end is recorded, and says what this machine's outbox
+        lacks, also where that was lost.
 
         Args:
             finished: rows of the trials.
-            checkpoint: brings a trial's folder here with its checkpoint. It is kept until the
-                trial's end is recorded, also where this machine's outbox was lost.
         """
         ended = [row for row in finished if row.state in {outcome.value for outcome in Outcome}]
 
@@ -185,15 +187,13 @@ class Recorder:
             if known(row):
                 self._count(row)
             else:
-                if checkpoint is not None and row.spec:
-                    folder, spec = checkpoint(row.number), TrialSpec.from_dict(row.spec)
-                    self.progress(row.number, recorded(folder, spec))
+                if row.spec:
+                    folder = self._files.checkpoint(row.number)
+                    self.progress(row.number, recorded(folder, TrialSpec.from_dict(row.spec)))
                 self._record_end(row)
-            chunks = (TRACE_FOLDER, RELAXATION_FOLDER)
-            if any((self._folder.trial(row.number) / name).is_dir() for name in chunks):
+            if self._files.has_chunks(row.number):
                 self._work.put(row)
-        board = Leaderboard.of(finished, self._config.name, objectives(self._config))
-        self._describe(board, RUNNING)
+        self._describe(board_of(finished, self._config), RUNNING)
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
@@ -265,9 +265,7 @@ class Recorder:
                 self._finish_trial(row)
                 self._filed += 1
                 if self._filed % LEADERBOARD_EVERY == 1 and (began := time.monotonic()) >= again:
-                    config = self._config
-                    board = Leaderboard.of(self._rows(), config.name, objectives(config))
-                    self._renew(board, RUNNING)
+                    self._renew(board_of(self._rows(), self._config), RUNNING)
                     now = time.monotonic()
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search

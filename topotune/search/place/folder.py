@@ -168,7 +168,7 @@ class SearchFolder:
         """An existing search's folder.
 
         Raises:
-            SearchFolderError: there is none, its identity is unreadable, or it is of another
+            SearchFolderError: it does not exist, its identity is unreadable, or it is of another
                 version.
         """
         folder = cls(results_dir.absolute() / name)
@@ -196,7 +196,7 @@ class SearchFolder:
 
     def _refuse_foreign(self) -> None:
         """A folder from elsewhere must not make us read or write what lies outside of it, nor wait
-        for what is never written."""
+        for a pipe without a writer."""
         for place, folders, files in os.walk(self.root):
             for name in (*folders, *files):
                 path = Path(place, name)

@@ -19,7 +19,7 @@ from topotune.tracking.store import DEFAULT_EXPERIMENT
 
 CLOSE_SECONDS = 60.0
 CLOSE_SECONDS_HURRY = 3.0
-"""With a store that cannot be reached, or a search that is stopped: the outbox keeps all."""
+"""With a store that cannot be reached, or a search that stops early: the outbox keeps all."""
 
 
 def look_first(folder: SearchFolder, config: SearchConfig, note: Callable[[str], None]) -> None:
@@ -74,16 +74,13 @@ class Shipping:
     Args:
         folder: the search's folder.
         config: the search.
-        listener: gets one line if the store cannot be reached.
+        listener: notified once if the store cannot be reached.
     """
 
     def __init__(self, folder: SearchFolder, config: SearchConfig, listener: Listener) -> None:
-        self._listener = listener
-        self._name = config.name
-        store = open_store(folder, config)
-        self._label = store.label
-        self._store = store
-        self._shipper = Shipper(folder.root, store, folder.search_id, config.name)
+        self._listener, self._name = listener, config.name
+        self._store = open_store(folder, config)
+        self._shipper = Shipper(folder.root, self._store, folder.search_id, config.name)
         self._closed: ShipStatus | None = None
         self._warned = False
 
@@ -107,7 +104,7 @@ class Shipping:
         if not self._warned:
             self._warned = True
             self._listener.note(
-                f"warning: tracking store {redact(self._label)} cannot be reached: "
+                f"warning: tracking store {redact(self._store.label)} cannot be reached: "
                 f"{status.last_error}. The search goes on; its records are kept in the results "
                 "folder and sent when the store is back"
             )
@@ -117,7 +114,7 @@ class Shipping:
         """Send what is left, within bounds; one line on the final count.
 
         Args:
-            hurry: the search is being stopped, and its process will soon be gone.
+            hurry: the search stops early, and its process is soon to be gone.
         """
         if self._closed is None:
             hurry = hurry or bool(self._shipper.status().last_error)

@@ -43,7 +43,7 @@ class StoreAddress:
         """Take an address apart.
 
         Raises:
-            ConfigError: it is none, holds secrets, or names an option that does not exist.
+            ConfigError: it is not an address, holds secrets, or has an unknown option.
         """
         place = f"results address {text.partition('://')[0]}://..."
         fix = "Write s3://BUCKET/PREFIX or gs://BUCKET/PREFIX"
@@ -111,6 +111,22 @@ def scratch() -> Path:
     return (Path(given) if given else Path("~/.cache/topotune").expanduser()).absolute()
 
 
+def write_scratch(path: Path, content: bytes) -> None:
+    """Write a file of such a copy, whole or not at all, in a folder that is made.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be written: {error.strerror}. Make space, or set {SCRATCH} to a "
+            "folder with more"
+        ) from error
+
+
 def results_folder(text: str) -> Path:
     """The folder to work in for a results place: the path itself, or the one here that stands for
     an address; it is made.
@@ -140,7 +156,7 @@ def store_address(results_dir: Path) -> StoreAddress | None:
     """The store that a results folder stands for; None of a folder that is just a folder.
 
     Only where this machine itself keeps such folders, and under the address's own digest: a mark
-    in a folder from elsewhere sends nothing.
+    in a folder from elsewhere does not count.
     """
     folder = results_dir.absolute()
     if folder.parent != scratch() / "stores":

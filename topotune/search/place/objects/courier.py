@@ -53,23 +53,12 @@ class Courier:
             self._state,
             layout.WORKER_CLAIM,
             layout.of_worker,
-            layout.for_worker,
         )
-        self._alone = False
-        self._lock = self._hold()
-        self._opened = False
-
-    def _hold(self) -> int | None:
-        """A lock that says that the folder is in use; None where it cannot be had."""
-        try:
+        with contextlib.suppress(OSError):
             self._state.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._state.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError:
-            return None
-        with contextlib.suppress(OSError):  # an orphan of a killed driver, say: the claim tells
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._alone = True
-        return lock
+        # Held by another process, an orphan of a killed driver, say: the claim tells them apart.
+        self._lock, self._alone = _lock(self._state)
+        self._opened = False
 
     def fetch(self) -> None:
         """Take the trial over, as far as the store or this node has it, whichever has more.
@@ -113,7 +102,7 @@ class Courier:
         with contextlib.suppress(OSError, TopotuneError):
             # Another worker of this node may have taken the trial over, and use the folder.
             if self._opened and self._alone and self._replica.clean and self._replica.ours:
-                self._replica.drop_state()
+                self._state.unlink(missing_ok=True)
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self._state.with_suffix(".lock").unlink(missing_ok=True)
         if self._lock is not None:
@@ -131,16 +120,28 @@ def sweep(now: float | None = None) -> list[Path]:
             newest = max(path.stat().st_mtime for path in (home, *home.iterdir()))
             if now - newest < KEEP_SECONDS:
                 continue
-            lock = os.open(state.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
         except OSError:
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            state.with_suffix(".json").unlink(missing_ok=True)
-            shutil.rmtree(home)
-            gone.append(home)
-        except OSError:  # in use
-            continue
-        finally:
+        lock, alone = _lock(state)
+        with contextlib.suppress(OSError):
+            if alone:
+                state.with_suffix(".json").unlink(missing_ok=True)
+                shutil.rmtree(home)
+                gone.append(home)
+        if lock is not None:
             os.close(lock)
     return gone
+
+
+def _lock(state: Path) -> tuple[int | None, bool]:
+    """The lock of a trial's folder on this node, None where it cannot be opened; and whether no
+    other process holds it."""
+    try:
+        lock = os.open(state.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        return None, False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return lock, False
+    return lock, True

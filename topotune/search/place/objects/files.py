@@ -10,6 +10,7 @@ from topotune.errors import TopotuneError
 from topotune.search.place.folder import SearchFolder
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.train.checkpoint import CHECKPOINT_FILE
+from topotune.train.trace import RELAXATION_FOLDER, TRACE_FOLDER
 
 if TYPE_CHECKING:
     from topotune.search.place.objects.mirror import Mirror
@@ -40,6 +41,13 @@ class TrialFiles:
         """These files of a trial, or folders whose names end with ``/``, are deleted here."""
         if self._mirror is not None:
             self._mirror.forget(number, *names)
+
+    def has_chunks(self, number: int) -> bool:
+        """Whether an ended trial's traces were not joined by an earlier session."""
+        if self._mirror is not None:
+            return number in self._mirror.chunked
+        folders = (TRACE_FOLDER, RELAXATION_FOLDER)
+        return any((self._folder.trial(number) / name).is_dir() for name in folders)
 
     def heartbeats(self, number: int) -> Path:
         """The folder that a worker's guard writes to. Where that is another machine's, it shows

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from topotune.search.place.output import OUTPUT_FILE
-from topotune.search.ray.watchdog import GUARD_FILE, HANG_FILE
+from topotune.search.place.output import ERROR_FILE, OUTPUT_FILE
+from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.tracking.progress import PROGRESS_FILE
-from topotune.train.checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from topotune.train.checkpoint import CHECKPOINT_FILE
 from topotune.train.trace import (
     RELAXATION_FILE,
     RELAXATION_FOLDER,
@@ -22,9 +22,9 @@ _SAFE = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _NAME = re.compile(rf"(?:{_SAFE}/){{0,9}}{_SAFE}")
 _TRIAL = re.compile(r"trials/([0-9]{4,7})/(.+)")
 _CRASHED = re.compile(r"crash-[0-9]+\.txt")
-_STAYS = {PREVIOUS_FILE, "driver.lock", HANG_FILE, DRIVER_CLAIM, WORKER_CLAIM}
-_DRIVERS = {TRACE_FILE, RELAXATION_FILE}
-"""The driver's files in a trial's folder."""
+_STAYS = ("driver.lock", DRIVER_CLAIM)
+_UNFINISHED = (".partial", ".tmp")
+_WORKERS = (CHECKPOINT_FILE, ERROR_FILE, GUARD_FILE, OUTPUT_FILE)
 _CHUNKS = (f"{TRACE_FOLDER}/", f"{RELAXATION_FOLDER}/")
 
 
@@ -39,15 +39,12 @@ def of_driver(name: str) -> bool:
     Args:
         name: relative to the search's folder, with ``/``.
     """
-    base = name.rpartition("/")[2]
-    if not belongs(name) or base in _STAYS or base.endswith((".partial", ".tmp")):
-        return False
-    if name.startswith(("study.", "mlflow/")):
+    if (trial := split_trial(name)) is not None:
+        return trial[1] in (TRACE_FILE, RELAXATION_FILE) or bool(_CRASHED.fullmatch(trial[1]))
+    if name.startswith("study."):
         return name == "study.jsonl"  # of one in PostgreSQL, which can be built again from it
-    trial = _TRIAL.fullmatch(name)
-    if trial is None:
-        return not name.startswith("trials/")
-    return trial[2] in _DRIVERS or bool(_CRASHED.fullmatch(trial[2]))
+    stays = name in _STAYS or name.endswith(_UNFINISHED) or name.startswith("trials/")
+    return belongs(name) and not stays
 
 
 def of_worker(name: str) -> bool:
@@ -56,16 +53,12 @@ def of_worker(name: str) -> bool:
     Args:
         name: relative to the trial's folder, with ``/``.
     """
-    if not belongs(name) or name in _STAYS or name.endswith((".partial", ".tmp")):
-        return False
-    if "/" in name:
-        return name.startswith(_CHUNKS)
-    return name not in _DRIVERS and not _CRASHED.fullmatch(name)
+    return name in _WORKERS or (is_chunk(name) and not name.endswith(_UNFINISHED))
 
 
-def for_worker(name: str) -> bool:
-    """Whether the next worker of a trial needs a file of the last one."""
-    return of_worker(name) and name != GUARD_FILE
+def is_chunk(name: str) -> bool:
+    """Whether a worker's file is a trace that the driver joins with others when the trial ends."""
+    return belongs(name) and name.startswith(_CHUNKS)
 
 
 def for_driver(name: str) -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 from topotune.errors import LeaseLostError, TopotuneError
 from topotune.search.place.objects import layout
 from topotune.search.place.objects.address import StoreAddress, shown_place, worker_folder
-from topotune.search.place.objects.replica import Replica, each
-from topotune.search.place.objects.store import READER_SECONDS, ObjectStore, Stat
+from topotune.search.place.objects.replica import Replica, bring
+from topotune.search.place.objects.store import READER_SECONDS, ObjectStore
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.search.view import Listener
 from topotune.tracking.outbox import OUTBOX_FILE
@@ -38,22 +38,25 @@ class Mirror:
         results_dir: the folder that stands for the address.
         address: the store.
         name: the search.
-        listener: gets a line when the store is away for long.
+        listener: notified when the store is away for long.
+
+    Attributes:
+        chunked: the trials whose traces were not joined when the search was taken over.
     """
 
     def __init__(
         self, results_dir: Path, address: StoreAddress, name: str, listener: Listener
     ) -> None:
-        self.address, self._name, self._listener = address, name, listener
+        self.address, self._name = address, name
         self.root, self._results_dir = results_dir / name, results_dir
         meanwhile = f"What is not saved there yet is kept in {self.root}"
         self._store = ObjectStore(address, listener.note, meanwhile=meanwhile)
         self._workers = worker_folder(address, name)
         self._replica = driver_replica(results_dir, name, self._store)
         self._live: Callable[[], Iterable[int]] = tuple
-        self._touched: set[int] = set()
         self._gone: dict[str, None] = {}
         self._settled: set[int] = set()
+        self.chunked: set[int] = set()
         self._again: dict[str, float] = {}
         self._changing = threading.Lock()
         self._over = threading.Event()
@@ -61,32 +64,15 @@ class Mirror:
         self._lost: LeaseLostError | None = None
 
     def open(self) -> None:
-        """Take the search over in the store, and bring here what the driver needs of it.
+        """Take the search over in the store, and bring here what its last driver wrote.
 
         Raises:
             ResourceError: the store or the folder cannot be used.
         """
-        behind = self._replica.open()
-        listing = self._replica.listing
-        trials = {found[0] for name in listing if (found := layout.split_trial(name))}
-        self._settled = {
-            number
-            for number in trials
-            if f"{layout.trial_name(number)}/{CHECKPOINT_FILE}" not in listing
-        }
-        if not behind:
-            self._catch_up(listing)
-
-    def _catch_up(self, listing: dict[str, Stat]) -> None:
-        """Bring what workers have written and is not here in that size."""
-        late = []
-        for name, stat in listing.items():
-            found = layout.split_trial(name)
-            if found and layout.for_driver(found[1]):
-                path = self.root / name
-                if not path.is_file() or path.stat().st_size != stat.size:
-                    late.append(name)
-        self._replica.fetch(late)
+        files = [found for name in self._replica.open() if (found := layout.split_trial(name))]
+        unsettled = {number for number, file in files if file == CHECKPOINT_FILE}
+        self._settled = {number for number, _ in files} - unsettled
+        self.chunked = {number for number, file in files if layout.is_chunk(file)}
 
     def begin(self, live: Callable[[], Iterable[int]]) -> None:
         """Send all that is here, and keep both alike from now on.
@@ -99,7 +85,6 @@ class Mirror:
             ResourceError: the store cannot be used.
         """
         self._live = live
-        self._replica.listing = {}
         self._replica.push()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
@@ -108,23 +93,26 @@ class Mirror:
         """Bring these files of a trial; without names all that the driver needs, the crash note
         included."""
         store, home = ObjectStore(self.address, limit=READER_SECONDS), layout.trial_name(number)
-        prefix = f"{self._name}/{home}"
-        wanted = list(names) or [
-            n for n in store.objects(prefix) if layout.for_driver(n) or n == GUARD_FILE
-        ]
-        each(lambda n: store.download(f"{prefix}/{n}", self.root / home / n), wanted)
+        prefix, folder = f"{self._name}/{home}", self.root / home
         if names:
+            bring(store, prefix, folder, names)
             return
+        listing = store.objects(prefix)
+        for path in folder.glob("*/*"):  # of a worker before, whose epochs were trained again
+            name = path.relative_to(folder).as_posix()
+            if layout.is_chunk(name) and name not in listing:
+                path.unlink()
+        wanted = (name for name in listing if layout.for_driver(name) or name == GUARD_FILE)
+        bring(store, prefix, folder, wanted)
         note = self._workers / home / GUARD_FILE  # of a worker here that could not send it
         with contextlib.suppress(OSError):
             if note.stat().st_size:
-                (self.root / home).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(note, self.root / home / GUARD_FILE)
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(note, folder / GUARD_FILE)
 
     def forget(self, number: int, *names: str) -> None:
         """Delete a trial's files from the store, soon."""
         with self._changing:
-            self._touched.add(number)
             for name in names:
                 if name == CHECKPOINT_FILE:
                     if number in self._settled:
@@ -150,25 +138,20 @@ class Mirror:
             try:
                 self._round()
             except LeaseLostError as error:
-                self._lost = error  # raised by the next change
+                self._lost = error  # the next check raises it
                 return
             except Exception as error:  # noqa: BLE001 - the next round, or the end, tries again
                 if not self._over.is_set():
                     _log.warning("%s", error)
 
     def _round(self) -> None:
-        live = set(self._live())
         with self._changing:
-            touched, self._touched = self._touched, set()
             gone = list(self._gone)
-        try:
-            names = self._names(touched | live)
-            # An ended trial's checkpoint goes when the store has what was recorded of it.
-            self._replica.push([*names, OUTBOX_FILE] if gone else names)
-        except BaseException:
-            with self._changing:
-                self._touched |= touched
-            raise
+        # What replaces these files goes first, such as the joined trace; and an ended trial's
+        # checkpoint goes when the store has what was recorded of it.
+        ended = {found[0] for name in gone if (found := layout.split_trial(name))}
+        names = self._names(ended.union(self._live()))
+        self._replica.push([*names, OUTBOX_FILE] if gone else names)
         self._delete(gone)
 
     def _names(self, numbers: Iterable[int]) -> list[str]:
@@ -176,9 +159,10 @@ class Mirror:
         now = time.monotonic()
         names = []
         for path in self.root.iterdir():
-            if path.is_file() and now >= self._again.get(path.name, 0.0):
-                self._again[path.name] = now + _size(path) / BYTES_PER_SECOND
-                names.append(path.name)
+            with contextlib.suppress(FileNotFoundError):  # a half-written one that is renamed
+                if path.is_file() and now >= self._again.get(path.name, 0.0):
+                    self._again[path.name] = now + path.stat().st_size / BYTES_PER_SECOND
+                    names.append(path.name)
         for home in map(layout.trial_name, numbers):
             if (self.root / home).is_dir():
                 names += [f"{home}/{path.name}" for path in (self.root / home).iterdir()]
@@ -194,38 +178,35 @@ class Mirror:
         """Send all that is left; what could not be sent and how to go on, empty if all is there.
 
         Args:
-            hurry: as for :meth:`gather`.
+            hurry: whether it may take no more than a few seconds.
 
         Raises:
             LeaseLostError: another driver has taken the search over in the store.
         """
-        self._stop(hurry)
-
-        def last() -> None:
-            self._replica.push()
-            self._delete(list(self._gone))
-
-        error = self._within(last, hurry)
+        self._store.limit = FINISH_SECONDS_HURRY if hurry else FINISH_SECONDS
+        self._over.set()
+        if self._thread is not None and not (hurry and self._store.trouble):
+            self._thread.join(FINISH_SECONDS_HURRY if hurry else None)
+        if hurry and self._store.trouble:  # a stop has no time to wait for it
+            error = f"it is away: {self._store.trouble}"
+        else:
+            error = self._last(hurry)
         self.check()
-        return self._unsaved(error) if error else ""
-
-    def _unsaved(self, error: str) -> str:
-        return (
+        return error and (
             f"search {self._name!r}: not all of it is saved in {self.address}: {error}. The study "
             f"has every trial; pages, ledger and records for MLflow wait in {self.root}. When the "
             f"store is back, on this machine: topotune sync {self._name} --results-dir "
             f"{shown_place(self._results_dir)}"
         )
 
-    def _within(self, call: Callable[[], None], hurry: bool) -> str:
-        """Call, for a few seconds at most where there is hurry; what went wrong, else empty."""
-        if hurry and self._store.trouble:  # a stop has no time to wait for it
-            return f"it is away: {self._store.trouble}"
+    def _last(self, hurry: bool) -> str:
+        """Send and delete what is left; what went wrong, else empty."""
         errors = ["it does not answer"]
 
         def run() -> None:
             try:
-                call()
+                self._replica.push()
+                self._delete(list(self._gone))
                 errors.clear()
             except LeaseLostError as error:
                 self._lost = error
@@ -237,12 +218,6 @@ class Mirror:
         thread.join(FINISH_SECONDS_HURRY + 1.0 if hurry else None)
         return "".join(errors)
 
-    def _stop(self, hurry: bool) -> None:
-        self._store.limit = FINISH_SECONDS_HURRY if hurry else FINISH_SECONDS
-        self._over.set()
-        if self._thread is not None and not (hurry and self._store.trouble):
-            self._thread.join(FINISH_SECONDS_HURRY if hurry else None)
-
     def close(self) -> None:
         """End, whatever is left: nothing more is written."""
         self._store.limit, self._store.stopping = 0.0, lambda: True
@@ -251,26 +226,8 @@ class Mirror:
             self._thread.join(FINISH_SECONDS_HURRY)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def driver_replica(results_dir: Path, name: str, store: ObjectStore) -> Replica:
     """A search's folder and its copy in the store."""
-
-    def needed(path: str) -> bool:
-        trial = layout.split_trial(path)
-        return layout.of_driver(path) or (trial is not None and layout.for_driver(trial[1]))
-
-    return Replica(
-        store,
-        name,
-        results_dir / name,
-        results_dir / ".state" / f"{name}.json",
-        layout.DRIVER_CLAIM,
-        layout.of_driver,
-        needed,
-    )
+    state = results_dir / ".state" / f"{name}.json"
+    folder = results_dir / name
+    return Replica(store, name, folder, state, layout.DRIVER_CLAIM, layout.of_driver)

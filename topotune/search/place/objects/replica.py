@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from topotune.errors import LeaseLostError, ResourceError
-from topotune.files import make_folder, write_atomically
+from topotune.errors import LeaseLostError
+from topotune.files import make_folder
 from topotune.search.place.objects import layout
-from topotune.search.place.objects.store import ObjectStore, Stat
+from topotune.search.place.objects.address import write_scratch
+from topotune.search.place.objects.store import ObjectStore
 from topotune.search.place.output import OUTPUT_FILE
 from topotune.search.ray.watchdog import GUARD_FILE
 from topotune.train.checkpoint import PREVIOUS_FILE
@@ -35,7 +36,6 @@ class Replica:
         state: a file beside it that remembers what is known of the store; losing it costs time.
         claim: name of the object that says who writes.
         owned: whether this writer writes a file, by its name relative to the folder.
-        needed: whether the next writer needs a file of the last one.
     """
 
     def __init__(
@@ -46,16 +46,13 @@ class Replica:
         state: Path,
         claim: str,
         owned: Callable[[str], bool],
-        needed: Callable[[str], bool],
     ) -> None:
         self.store, self.folder = store, folder
         self._prefix, self._state, self._claim = prefix, state, f"{prefix}/{claim}"
-        self._owned, self._needed = owned, needed
+        self._owned = owned
         self._writing = threading.RLock()
         self._sent: dict[str, tuple[int, int]] = {}
         self._mine = ""
-        self.listing: dict[str, Stat] = {}
-        """What the store held when it was last listed, by names relative to the folder."""
         self._remember()
 
     def _remember(self) -> None:
@@ -66,19 +63,12 @@ class Replica:
 
     def _note_down(self) -> None:
         data = {"claim": self._mine, "sent": self._sent}
-        try:
-            self._state.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._state, json.dumps(data).encode())
-        except OSError as error:
-            raise ResourceError(
-                f"{self._state}: cannot be written: {error.strerror}. Make space, or set "
-                "TOPOTUNE_SCRATCH to a folder with more"
-            ) from error
+        write_scratch(self._state, json.dumps(data).encode())
 
     @property
     def ahead(self) -> bool:
-        """Whether no other machine has written there since this one did, so that the folder here is
-        as new as the store, or newer; not one that others have deleted."""
+        """Whether this machine wrote there last, so that the folder here is as new as the store, or
+        newer; not one that others have deleted."""
         return self.ours and all((self.folder / name).exists() for name in self._sent)
 
     @property
@@ -86,53 +76,48 @@ class Replica:
         """Whether what was written there last was written by this."""
         return bool(self._mine) and self.store.read(self._claim) == self._mine.encode()
 
-    def open(self) -> bool:
-        """Take the writing over, the folder brought up to the store first; whether it had to be.
+    def open(self) -> dict[str, int]:
+        """Take the writing over, the folder brought up to the store first.
+
+        Returns:
+            What the store has: sizes by names relative to the folder.
 
         Raises:
             ResourceError: the store or the folder cannot be used.
         """
         with self._writing:
             make_folder(self.folder)
-            behind = not self.ahead
-            self.listing = self.store.objects(self._prefix)
-            if behind:
+            ahead = self.ahead
+            listing = self.store.objects(self._prefix)
+            if not ahead:
                 # Forgotten first: a kill half-way through must not leave a mixture that looks ours.
                 self._state.unlink(missing_ok=True)
                 self._mine, self._sent = "", {}
-                self._replace()
+                self._replace(listing)
             who = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
             claim = json.dumps(who)
             self.store.write(self._claim, claim.encode())
             self._mine = claim
             self._note_down()
-            return behind
+            return listing
 
-    def _replace(self) -> None:
+    def _replace(self, listing: dict[str, int]) -> None:
+        # The guard of a worker holds its note open, and reads none of an earlier worker.
+        names = [name for name in listing if self._owned(name) and name != GUARD_FILE]
         for name in list(self._files()):
-            stale = self._needed(name) and name not in self.listing
+            stale = self._owned(name) and name not in listing and name != GUARD_FILE
             if stale or name == PREVIOUS_FILE:
                 (self.folder / name).unlink(missing_ok=True)
-        names = [name for name in self.listing if self._needed(name)]
-        self.fetch(names)
+        bring(self.store, self._prefix, self.folder, names)
         for name in names:
-            if self._owned(name):
-                with contextlib.suppress(FileNotFoundError):
-                    self._sent[name] = _look(self.folder / name)
-
-    def fetch(self, names: Iterable[str]) -> None:
-        """Bring files from the store, several at a time; what the store lacks stays as it is."""
-
-        def one(name: str) -> None:
-            self.store.download(f"{self._prefix}/{name}", self.folder / name)
-
-        each(one, [name for name in names if layout.belongs(name)])
+            with contextlib.suppress(FileNotFoundError):
+                self._sent[name] = _look(self.folder / name)
 
     def check(self) -> None:
-        """Make sure that no other writer has taken over.
+        """Make sure that no other process has taken the writing over.
 
         Raises:
-            LeaseLostError: somebody has.
+            LeaseLostError: one has.
             ResourceError: the store cannot be asked.
         """
         found = self.store.read(self._claim)
@@ -158,16 +143,7 @@ class Replica:
             ResourceError: the store or the folder cannot be used.
         """
         with self._writing:
-            changed: dict[int, list[tuple[str, tuple[int, int]]]] = {}
-            for name in self._files() if names is None else names:
-                if not self._owned(name):
-                    continue
-                try:
-                    look = _look(self.folder / name)
-                except FileNotFoundError:
-                    continue
-                if self._sent.get(name) != look and (look[0] or name not in _EMPTY_IS_NOTHING):
-                    changed.setdefault(layout.rank(name), []).append((name, look))
+            changed = self._changed(names)
             if not changed:
                 return 0
             self.check()
@@ -178,41 +154,38 @@ class Replica:
                     self._sent[name] = look
 
             try:
-                for rank in sorted(changed):
-                    each(one, changed[rank])
+                for rank in (0, 1):
+                    each(one, [found for found in changed if layout.rank(found[0]) == rank])
             finally:
                 self._note_down()
-            return sum(map(len, changed.values()))
+            return len(changed)
+
+    def _changed(self, names: Iterable[str] | None = None) -> list[tuple[str, tuple[int, int]]]:
+        """Files of ours that the store does not have as they are, each with how it looks."""
+        changed = []
+        for name in filter(self._owned, self._files() if names is None else names):
+            with contextlib.suppress(FileNotFoundError):
+                look = _look(self.folder / name)
+                nothing = not look[0] and name in _EMPTY_IS_NOTHING
+                if self._sent.get(name) != look and not nothing:
+                    changed.append((name, look))
+        return changed
 
     @property
     def clean(self) -> bool:
         """Whether all that is here is in the store, too."""
-        for name in self._files():
-            with contextlib.suppress(FileNotFoundError):
-                look = _look(self.folder / name)
-                nothing = not look[0] and name in _EMPTY_IS_NOTHING
-                if self._owned(name) and not nothing and self._sent.get(name) != look:
-                    return False
-        return True
+        return not self._changed()
 
     def forget(self, name: str) -> None:
         """Delete a file, or a folder whose name ends with ``/``, from the store."""
         with self._writing:
             self.check()
-            path = f"{self._prefix}/{name}"
             if name.endswith("/"):
-                self.store.delete_folder(path.removesuffix("/"))
+                self.store.delete_folder(f"{self._prefix}/{name[:-1]}")
+                self._sent = {k: v for k, v in self._sent.items() if not k.startswith(name)}
             else:
-                self.store.delete(path)
-            gone = [
-                k for k in self._sent if k == name or (name.endswith("/") and k.startswith(name))
-            ]
-            for known in gone:
-                del self._sent[known]
-
-    def drop_state(self) -> None:
-        """Remember nothing of the store: the folder here is going to be deleted."""
-        self._state.unlink(missing_ok=True)
+                self.store.delete(f"{self._prefix}/{name}")
+                self._sent.pop(name, None)
 
     def _files(self) -> Iterator[str]:
         for place, _, files in os.walk(self.folder):
@@ -228,6 +201,12 @@ _EMPTY_IS_NOTHING = (GUARD_FILE, OUTPUT_FILE)
 def _look(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def bring(store: ObjectStore, prefix: str, folder: Path, names: Iterable[str]) -> None:
+    """Download files, several at a time; what the store lacks stays as it is."""
+    wanted = [name for name in names if layout.belongs(name)]
+    each(lambda name: store.download(f"{prefix}/{name}", folder / name), wanted)
 
 
 def each(call: Callable[[Any], object], values: list[Any]) -> None:

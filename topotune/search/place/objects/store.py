@@ -9,15 +9,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 from topotune.errors import ResourceError
-from topotune.files import write_atomically
 from topotune.redaction import redact
-from topotune.search.place.objects.address import StoreAddress
+from topotune.search.place.objects.address import StoreAddress, write_scratch
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -44,20 +42,12 @@ _REFUSED = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Stat:
-    """An object's size in bytes and, in Unix seconds, the store's time of its last change."""
-
-    size: int
-    changed: float
-
-
 class ObjectStore:
     """The objects below an address, by names relative to it.
 
     Args:
         address: where.
-        note: gets a line when waiting for the store begins and when it is over.
+        note: called with a line when waiting for the store begins and when it is over.
         limit: seconds after which the waiting ends in an error.
         beat: called about once a second during long calls, as a sign of life.
         meanwhile: said when the waiting begins: where things are until the store is back.
@@ -92,16 +82,16 @@ class ObjectStore:
                 self._opened = connect(self.address)
             return self._opened
 
-    def objects(self, folder: str = "") -> dict[str, Stat]:
-        """Every object below a folder, by its name relative to that folder."""
+    def objects(self, folder: str = "") -> dict[str, int]:
+        """Sizes of all objects below a folder, by their names relative to that folder."""
         from pyarrow.fs import FileSelector, FileType
 
         base = self._path(folder)
 
-        def call() -> dict[str, Stat]:
+        def call() -> dict[str, int]:
             selector = FileSelector(base, recursive=True, allow_not_found=True)
             return {
-                info.path[len(base) + 1 :]: Stat(info.size, (info.mtime_ns or 0) / 1e9)
+                info.path[len(base) + 1 :]: info.size
                 for info in self._system.get_file_info(selector)
                 if info.type == FileType.File
             }
@@ -120,7 +110,7 @@ class ObjectStore:
         return self._patient("list", ".", call)
 
     def read(self, name: str) -> bytes | None:
-        """An object's content as one request gives it; None where there is none."""
+        """An object's content as one request gives it; None where it is missing."""
 
         def call() -> bytes | None:
             try:
@@ -136,8 +126,8 @@ class ObjectStore:
         return self._patient("read", name, call)
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace an object as a whole: a reader, also after a crash, finds the old
-        one or the new one."""
+        """Replace an object as a whole: a reader, also after a crash, finds the old one or the new
+        one."""
 
         def call() -> None:
             path = self._path(name)
@@ -169,14 +159,7 @@ class ObjectStore:
         content = self.read(name)
         if content is None:
             return False
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, content)
-        except OSError as error:
-            raise ResourceError(
-                f"{path}: cannot be written: {error.strerror}. Make space, or set TOPOTUNE_SCRATCH "
-                "to a folder with more"
-            ) from error
+        write_scratch(path, content)
         return True
 
     def delete(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The right to drive a search wherever its results are, and what comes with it."""
+"""The lease of a search wherever its results are, and what comes with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from topotune.config.models import SearchConfig
 from topotune.errors import ConfigError
 from topotune.search.place.addresses import study_place, study_uri, tracking_uri
 from topotune.search.place.folder import SearchFolder
-from topotune.search.place.lease import Lease, lease_holder
+from topotune.search.place.lease import FileLease, Lease, lease_holder
 from topotune.search.place.objects.address import StoreAddress, store_address
 from topotune.search.place.objects.files import TrialFiles
 from topotune.search.study.database import OPENING_SECONDS
@@ -20,51 +20,49 @@ from topotune.settings import STUDY_URI, TRACKING_URI
 
 if TYPE_CHECKING:
     from topotune.search.place.objects.mirror import Mirror
-    from topotune.search.place.objects.tenure import Tenure
 
 
-class Hold:
-    """Held between ``__enter__`` and ``__exit__``: the lease of the folder here and, for a search
-    in an object store, the row of the study's database and the claim in the store.
+class SearchLease:
+    """Held between ``__enter__`` and ``__exit__``: the lease in the folder here and, for a search
+    in an object store, the one in the study's database and the claim in the store.
 
     Args:
         folder: the search's folder here.
         config: the search, its study's address written down.
-        listener: gets a line about what is waited for.
+        listener: notified of what is waited for.
 
     Attributes:
         files: those of the trials.
     """
 
     def __init__(self, folder: SearchFolder, config: SearchConfig, listener: Listener) -> None:
-        self._lease = Lease(folder.lock, listener.note)
-        self._tenure: Tenure | None = None
+        self._leases: list[Lease] = [FileLease(folder.lock, listener.note)]
         self._mirror: Mirror | None = None
         self._stack = ExitStack()
         address = store_address(folder.root.parent)
         if address is not None:  # a folder's driver needs none of these modules
             from topotune.search.place.objects.mirror import Mirror
-            from topotune.search.place.objects.tenure import Tenure
+            from topotune.search.place.row_lease import RowLease
 
             check_stores(address, config)
             url = study_uri(config)
             assert url is not None  # check_stores() refuses a study without
             patience = Patience(study_place(folder, config), listener.note, OPENING_SECONDS)
-            self._tenure = Tenure(url, _key(address, folder.name), patience)
+            self._leases.append(RowLease(url, f"{address.place}/{folder.name}", patience))
             self._mirror = Mirror(folder.root.parent, address, folder.name, listener)
         self.files = TrialFiles(folder, self._mirror)
 
     def __enter__(self) -> Self:
-        """Take the search over.
+        """Acquire them all.
 
         Raises:
-            SearchFolderError: another process drives it.
+            SearchFolderError: another process drives the search.
             ResourceError: the folder, the database or the store cannot be used.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._lease)
-            if self._tenure is not None and self._mirror is not None:
-                stack.enter_context(self._tenure)
+            for lease in self._leases:
+                stack.enter_context(lease)
+            if self._mirror is not None:
                 stack.callback(self._mirror.close)
                 self._mirror.open()
             self._stack = stack.pop_all()
@@ -78,11 +76,11 @@ class Hold:
 
         Raises:
             LeaseLostError: another driver has taken it over.
-            ResourceError: that cannot be found out now.
+            ResourceError: it cannot be found out.
         """
-        self._lease.check()
-        if self._tenure is not None and self._mirror is not None:
-            self._tenure.check()
+        for lease in self._leases:
+            lease.check()
+        if self._mirror is not None:
             self._mirror.check()
 
     def begin(self, live: Callable[[], Iterable[int]] = tuple) -> None:
@@ -108,17 +106,17 @@ class Hold:
 
 
 def holder(folder: SearchFolder, config: SearchConfig) -> str | None:
-    """Who drives a search ("pid 12 on host"); None without a driver.
+    """Who drives a search ("pid 12 on host"); None where it is not driven.
 
     Raises:
-        ResourceError: that cannot be found out now.
+        ResourceError: it cannot be found out.
     """
     address, url = store_address(folder.root.parent), study_uri(config)
     if address is None or url is None:
         return lease_holder(folder.lock)
-    from topotune.search.place.objects.tenure import tenant
+    from topotune.search.place.row_lease import row_holder
 
-    return tenant(url, _key(address, folder.name))
+    return row_holder(url, f"{address.place}/{folder.name}")
 
 
 def check_stores(address: StoreAddress, config: SearchConfig) -> None:
@@ -141,7 +139,3 @@ def check_stores(address: StoreAddress, config: SearchConfig) -> None:
             "that is changed in place",
             f"Name a tracking server: tracking.uri, or {TRACKING_URI}=http://HOST:5000",
         )
-
-
-def _key(address: StoreAddress, name: str) -> str:
-    return f"{address.place}/{name}"
