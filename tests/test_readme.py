@@ -1,4 +1,4 @@
-"""What the README shows is true: its files load, its code runs, its commands exist."""
+"""What the README and docs show is true: files load, code runs, commands and links exist."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from topotune.config.file import parse_search, parse_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = "\n".join([README, *(path.read_text(encoding="utf-8") for path in DOCS)])
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGES, re.DOTALL)
+LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *DOCS]
 
 
 def blocks(language: str) -> list[str]:
@@ -24,9 +27,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Every topotune command line of the README."""
+    """Every topotune command line of the pages."""
     lines = [line.partition("#")[0] for text in blocks("console") for line in text.splitlines()]
-    lines += re.findall(r"`(topotune [^`]*)`", README)
+    lines += re.findall(r"`(topotune [^`]*)`", PAGES)
     found = [re.search(r"(?:^|/)topotune (.*)$", line) for line in lines]
     return [shlex.split(match[1]) for match in found if match]
 
@@ -47,7 +50,7 @@ def test_the_commands_that_install_and_test_are_what_ci_runs() -> None:
 
 def test_the_pair_for_cpus_is_the_pinned_one() -> None:
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    (pair,) = re.findall(r"`(torch==\S+) (torchvision==\S+)`", README)
+    (pair,) = re.findall(r"`(torch==\S+) (torchvision==\S+)`", PAGES)
     assert set(pair) <= set(pinned)
 
 
@@ -70,7 +73,7 @@ def test_code_runs_in_order(tmp_path: Path) -> None:
 
 def test_the_readme_task_is_the_tested_one() -> None:
     tested = (ROOT / "tests" / "user_task.py").read_text(encoding="utf-8").partition("\n\n")[2]
-    assert tested.strip() in README
+    assert tested.strip() in PAGES
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
@@ -88,3 +91,17 @@ def test_files_that_commands_name_exist() -> None:
         for word in arguments:
             if word.startswith("search_spaces/"):
                 assert (ROOT / word).is_file()
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda path: str(path.name))
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([\w./]+(?:/|\.py))`", text)
+    homes = (ROOT, ROOT / "topotune", ROOT / "topotune" / "search", ROOT / "tests" / "search")
+    assert len(names) > 60
+    assert not [name for name in names if not any((home / name).exists() for home in homes)]
