@@ -172,10 +172,11 @@ def _charts(metrics: Sequence[str]) -> dict[str, Any]:
         | {"displayName": name, "isGenerated": True, "deleted": False}
         for i, name in enumerate(map(clean_name, dict.fromkeys(metrics)))
     ]
-    names = ("Model metrics", "System metrics")
+    # MLflow puts the section of step/... first; named here, it is folded and the objective is seen.
+    names = {section: "Model metrics", "step": "step", "system": "System metrics"}
     sections = [
         {"uuid": uuid, "name": name, "display": uuid == section, "isReordered": True}
-        for uuid, name in zip((section, "system"), names, strict=True)
+        for uuid, name in names.items()
     ]
     return {"compareRunCharts": charts, "compareRunSections": sections}
 
