@@ -18,6 +18,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from topotune.errors import ResourceError, SearchFolderError
 from topotune.files import append
 from topotune.search.place.folder import not_written, write_bytes
 
+_LOOKS = 3
 _START = b'{"op_code":'
 _CHECK = re.compile(rb',"crc":"([0-9a-f]{8})(\+?)"\}\Z')
 
@@ -102,7 +104,8 @@ def _choose(paths: Sequence[Path]) -> tuple[Path, dict[Path, _Found]]:
         SearchFolderError: something is lost that none of them holds.
         ResourceError: one cannot be read.
     """
-    found = {path: _examine(_read(path)) for path in paths}
+    contents = [_read(path) for path in paths]  # at once: a driver may be appending to them
+    found = {path: _examine(content) for path, content in zip(paths, contents, strict=True)}
     best = max(paths, key=lambda path: len(found[path].whole))
     end, crc = len(found[best].whole), found[best].crc
     if any(one.reach > end and one.last != crc for one in found.values()):
@@ -133,12 +136,19 @@ class JournalReader(BaseJournalBackend):
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """The records that have come since the last call; from 0 on, all."""
         if log_number_from == 0 or self._path is None:
-            self._path, found = _choose(self._paths)
+            self._path, found = self._chosen()
             new, self._end = found[self._path], 0
         else:
             new = _examine(_read(self._path, self._end), self._crc)
         self._end, self._crc = self._end + len(new.whole), new.crc
         return _records(new.whole)
+
+    def _chosen(self) -> tuple[Path, dict[Path, _Found]]:
+        for _ in range(_LOOKS - 1):
+            # Where one file is damaged, a turn that came between reading the two seems lost.
+            with suppress(SearchFolderError):
+                return _choose(self._paths)
+        return _choose(self._paths)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Refuse.
