@@ -33,6 +33,7 @@ from topotune.records import EpochReport, Outcome, TrialSpec
 from topotune.search.drive.book import Progress
 from topotune.search.place.folder import SearchFolder
 from topotune.search.status import is_finished
+from topotune.search.study import journal as journal_module
 from topotune.search.study.journal import Journal, JournalReader
 from topotune.search.study.patience import Patience
 from topotune.search.study.rows import summaries
@@ -192,6 +193,33 @@ def test_any_flipped_bit_of_the_last_line_is_mended(hurt: int, tmp_path: Path) -
         paths[hurt].write_bytes(flawed)
         Journal(paths)
         assert [path.read_bytes() for path in paths] == [content] * 2
+
+
+@pytest.mark.parametrize("hurt", [0, 1], ids=["the file", "its copy"])
+def test_a_turn_that_comes_while_a_reader_looks_is_not_taken_for_lost(
+    hurt: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = tmp_path / "study.jsonl", tmp_path / "study.copy.jsonl"
+    journal = Journal(paths)
+
+    def turn() -> None:
+        journal.append_logs([{"op_code": 0, "study_name": "another"}])
+        journal.commit(force=True)
+
+    for _ in range(3):
+        turn()
+    flipped(paths[hurt])
+    looks, read = [], journal_module._read
+
+    def watched(path: Path, start: int = 0) -> bytes:
+        content = read(path, start)
+        looks.append(path)
+        if len(looks) == 1:
+            turn()
+        return content
+
+    monkeypatch.setattr(journal_module, "_read", watched)
+    assert len(list(JournalReader((paths[1 - hurt], paths[hurt])).read_logs(0))) == 4
 
 
 def test_stock_optuna_reads_the_file_and_goes_on_reading(tmp_path: Path) -> None:

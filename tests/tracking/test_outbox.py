@@ -234,6 +234,22 @@ def test_what_is_recorded_while_much_is_sent_counts_once(tmp_path: Path) -> None
     assert status.recorded > 40 * len(wide)
 
 
+def test_closing_sends_what_was_recorded_while_it_sent(tmp_path: Path) -> None:
+    """A sync beside a running search catches up with it."""
+    outbox, numbers = Outbox(tmp_path), iter((2, 3))
+
+    class Busy(MemoryStore):
+        def log(self, run_id: str, batch: Sequence[Item]) -> None:
+            super().log(run_id, batch)
+            for number in numbers:
+                outbox.put(7, epoch(number))
+                break
+
+    outbox.put(7, epoch(1))
+    status = Shipper(tmp_path, Busy(), "s", "demo").close(20.0)
+    assert (status.recorded, status.shipped, status.pending) == (9, 9, 0)
+
+
 @pytest.mark.parametrize("name", [PROGRESS_FILE, REFUSED_FILE])
 def test_a_flipped_bit_in_what_a_shipper_remembers_moves_and_hides_nothing(
     name: str, tmp_path: Path

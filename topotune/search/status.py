@@ -353,5 +353,5 @@ def _ship(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
     if count.refused:
         text += f", {count.refused} refused (see refused.jsonl)"
     if count.pending:
-        text += f", {count.pending} wait: {count.last_error}"
+        text += f", {count.pending} wait: {count.last_error or 'recorded meanwhile'}"
     return text, count.complete

@@ -141,7 +141,7 @@ class Shipper:
             else:
                 self._stop.wait(delay)
                 delay = min(2 * delay, self._longest_delay)
-        while not (self.ship_once() and self.status().pending == 0):
+        while not (self.ship_once() and self._caught_up()):
             left = self._deadline - time.monotonic()
             if left <= 0:
                 break
@@ -160,11 +160,17 @@ class Shipper:
             self.start()
         if self._thread is not None:
             self._thread.join(timeout)
+        self._caught_up()
+        return self.status()
+
+    def _caught_up(self) -> bool:
+        """Whether nothing waits, also of what was recorded meanwhile: a search may be running."""
         try:
             self._look()
         except OutboxError as error:
             self._failed(str(error))
-        return self.status()
+            return False
+        return self.status().pending == 0
 
     def status(self) -> ShipStatus:
         """How it stands, from memory: cheap, and never waits for the store."""

@@ -270,6 +270,8 @@ class Recorder:
                     again = now + (now - began) / LEADERBOARD_SHARE
             except Exception as error:  # noqa: BLE001 - a page must not end a search
                 _log.warning("trial %d: its files are missing: %s", row.number, error)
+            finally:
+                self._outbox.forget(row.number)
 
     def _finish_trial(self, row: TrialSummary) -> None:
         self._files.fetch(row.number)
@@ -290,7 +292,6 @@ class Recorder:
             used = (trial / chunks).rename(trial / f"{chunks}.used")
             shutil.rmtree(used)
             self._files.forget(row.number, f"{chunks}/")
-        self._outbox.forget(row.number)
 
     def _describe(self, board: Leaderboard, outcome: str) -> None:
         """Tell on the search's page how it stands."""

@@ -18,6 +18,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from topotune.errors import ResourceError, SearchFolderError
 from topotune.files import append
 from topotune.search.place.folder import not_written, write_bytes
 
+_LOOKS = 3
 _START = b'{"op_code":'
 _CHECK = re.compile(rb',"crc":"([0-9a-f]{8})(\+?)"\}\Z')
 
@@ -140,9 +142,16 @@ class JournalReader(BaseJournalBackend):
         """The records that have come since the last call; from 0 on, all."""
         if log_number_from == 0:
             self._end = self._crc = 0
-        whole, self._crc, _ = _join(self._paths, self._end, self._crc)
+        whole, self._crc, _ = self._look()
         self._end += len(whole)
         return _records(whole)
+
+    def _look(self) -> tuple[bytes, int, dict[Path, _Found]]:
+        for _ in range(_LOOKS - 1):
+            # Where one file is damaged, a turn that came between reading the two seems lost.
+            with suppress(SearchFolderError):
+                return _join(self._paths, self._end, self._crc)
+        return _join(self._paths, self._end, self._crc)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Refuse.
