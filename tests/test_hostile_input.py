@@ -27,9 +27,9 @@ from topotune.config.models import SearchConfig
 from topotune.errors import (
     CheckpointError,
     ConfigError,
+    OutboxError,
     RunError,
     SearchFolderError,
-    SpoolError,
     TrackingError,
 )
 from topotune.records import TrialSpec
@@ -142,10 +142,10 @@ def test_a_new_search_does_not_follow_a_link(tmp_path: Path) -> None:
 def test_an_artifact_of_a_foreign_outbox_stays_inside(path: str) -> None:
     record = {"kind": "artifact", "trial": 0, "path": "a", "folder": "", "digest": "", "at": 1}
     from_payload(record)
-    with pytest.raises(SpoolError, match="not a path inside"):
+    with pytest.raises(OutboxError, match="not a path inside"):
         from_payload({**record, "path": path})
     if path:
-        with pytest.raises(SpoolError, match="not a path inside"):
+        with pytest.raises(OutboxError, match="not a path inside"):
             from_payload({**record, "folder": path})
 
 

@@ -20,7 +20,7 @@ The tree::
         +-- GpuMemoryError         a GPU's memory was full; the trial is tried once more
         +-- StoppedError           training goes on but cannot learn; the trial ends as pruned
         +-- LeaseLostError         another driver took the search over; nothing more is written
-        +-- SpoolError             the write-ahead spool cannot be written
+        +-- OutboxError            the outbox cannot be written
         +-- TrackingError          the tracking server refused what it was sent
         +-- VerificationError      an exported config did not reproduce its recorded metric
 
@@ -193,8 +193,8 @@ class LeaseLostError(RunError):
     """Another driver took the search over while this process was suspended or cut off."""
 
 
-class SpoolError(RunError):
-    """The write-ahead spool of metrics cannot be written."""
+class OutboxError(RunError):
+    """The outbox, the write-ahead log of all that MLflow gets, cannot be written."""
 
 
 class TrackingError(RunError):

@@ -90,15 +90,15 @@ def write_atomically(
         with partial.open("wb", buffering=0) as file:
             put(file.fileno(), content)
         fence()
+        if keep is not None and path.exists():
+            path.replace(keep)
+        partial.replace(path)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = error.filename or str(partial)  # a full disk's names none
         raise
-    if keep is not None and path.exists():
-        path.replace(keep)
-    partial.replace(path)
     sync_folder(path.parent)
 
 
@@ -124,6 +124,8 @@ def append(path: Path, content: bytes, end: int, force: bool = True) -> None:
                 raise OSError(errno.EIO, f"it has {size} bytes of the {end} that were written")
             if size > end:
                 os.ftruncate(handle, end)
+            if not end:  # a name that is not on disk would lose all of it
+                sync_folder(path.parent)
             try:
                 put(handle, content, force)
             except BaseException:
@@ -131,8 +133,6 @@ def append(path: Path, content: bytes, end: int, force: bool = True) -> None:
                 raise
         finally:
             os.close(handle)
-        if not end:
-            sync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

@@ -147,6 +147,9 @@ def check_finished(cluster: OneMachine, one: Client, eve: Client, name: str) -> 
         spec = load_spec(config)
         assert spec.task == "paced_rings:Paced"
         assert dict(spec.params) == row["params"]
+    drawn = f"topotune-plots/{name}/trial-0000/trace.png"
+    assert one.run("plot", name, "--trial", "0") == f"{drawn}\n"
+    assert (one.folder / drawn).read_bytes().startswith(b"\x89PNG")
     assert f"trial {status['trials'][0]['number']}:" in one.run("best", name)
     job = eve.list()[name]["job"]
     assert f"{name}: finished; " in eve.run("resume", name)

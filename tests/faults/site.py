@@ -110,8 +110,10 @@ class Site(Processes):
         self._trained = folder / "trained.txt"
 
     def __enter__(self) -> Self:
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup: commands inherit that
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        # Ray in this process leaves handlers of its own, which end it without a cleanup; and what
+        # nohup ignores would be ignored by the commands, too.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)
         self.shared.mkdir(parents=True, exist_ok=True)
         return super().__enter__()
 

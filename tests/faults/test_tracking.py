@@ -16,8 +16,8 @@ from tests.faults.invariants import audit, known_reference, reference
 from tests.faults.site import NAME, Driver, Seen, Site
 from tests.proxy import Proxy
 from topotune.bench.scaling.processes import free_port
-from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.serve import Dashboard, serve_dashboard
 
 EPOCHS, PAUSE = 6, 0.2
 """Of a trial, and seconds that each of an epoch's five batches sleeps: cores that are shared with

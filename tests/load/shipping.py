@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tests.reconcile import reconcile
 from topotune.records import EpochReport, Outcome
-from topotune.results.plots import plot_trace
+from topotune.results.trace import plot_trace
 from topotune.tracking.entries import Epoch, Metrics
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.outbox import Outbox

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 from topotune.errors import ConfigError, ResourceError
 from topotune.records import EpochReport, TrainOptions, TrialSpec, TrialSummary
-from topotune.results.export import ExportPaths, Provenance, export_config, verify
+from topotune.results.card import Provenance
+from topotune.results.export import ExportPaths, export_config
+from topotune.results.verify import verify
 
 SPEC = TrialSpec(
     task="digits",

@@ -20,15 +20,8 @@ from topotune.cli.boards import print_board
 from topotune.errors import ConfigError
 from topotune.records import TrialSummary
 from topotune.results.description import describe
-from topotune.results.leaderboard import (
-    Leaderboard,
-    counts,
-    legend,
-    rank,
-    standing,
-    top,
-)
-from topotune.results.ranking import STATES, is_eligible, pareto_fronts
+from topotune.results.leaderboard import Leaderboard, legend, standing
+from topotune.results.ranking import STATES, counts, is_eligible, pareto_fronts, rank
 from topotune.results.text import clean
 
 UP, DOWN = "maximize", "minimize"
@@ -87,6 +80,13 @@ def searches(draw: st.DrawFn) -> tuple[list[TrialSummary], list[str]]:
         for n in numbers
     ]
     return trials, directions
+
+
+def top(
+    trials: Sequence[TrialSummary], directions: Sequence[str], count: int
+) -> tuple[TrialSummary, ...]:
+    objectives = {f"m{index}": direction for index, direction in enumerate(directions)}
+    return Leaderboard.of(trials, "", objectives).top(count)
 
 
 @given(searches(), st.randoms(use_true_random=False))
@@ -165,7 +165,7 @@ def test_the_groups_follow_each_other() -> None:
 
 def test_no_best_where_none_may_be_called_so() -> None:
     trials = [trial(0, math.nan), trial(1, 3.0, violated=("x",)), trial(2, 9.0, state="DIVERGED")]
-    assert top(trials, [UP], 1) == []
+    assert top(trials, [UP], 1) == ()
     board = Leaderboard.of(trials, "s", {"m": UP})
     assert board.best is None
     assert board.to_dict()["best"] is None

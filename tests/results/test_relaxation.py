@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from topotune.errors import ResourceError, RunError
 from topotune.results import figure as fig
-from topotune.results.plots import plot_relaxation
-from topotune.results.relaxation import LINES, read_relaxations, shown
+from topotune.results.relaxation import LINES, plot_relaxation, read_relaxations, spread_out
 
 Array = NDArray[np.float64]
 
@@ -48,7 +47,7 @@ def colours_of(path: Path) -> list[set[tuple[int, int, int]]]:
 
 @pytest.mark.parametrize(("epochs", "lines"), [(1, 1), (5, 5), (12, 12), (13, 12), (500, 12)])
 def test_the_epochs_shown_are_spread_from_first_to_last(epochs: int, lines: int) -> None:
-    found = shown(epochs)
+    found = spread_out(epochs)
     assert len(found) == lines <= LINES
     assert (found[0], found[-1]) == (0, epochs - 1)
     gaps = np.diff(found)

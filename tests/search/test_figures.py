@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,11 @@ def recorded(results: Path, outcome: str = "COMPLETE", **changes: Any) -> Desk:
     recorder.recover(rows)
     for row in rows:
         recorder.ended(row)
+    deadline = time.monotonic() + 60
+    while not all((desk.folder.trial(row.number) / TRACE_FILE).exists() for row in rows):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # a stop leaves what is not joined by then to the resume
+    desk.ledger.save()
     recorder.close(leaderboard(desk.folder, desk.config), outcome, "")
     return desk
 
@@ -164,3 +173,27 @@ def test_diverged_trials_are_among_them(tmp_path: Path, monkeypatch: pytest.Monk
     assert said == ["demo: 2 figures drawn and stored with its runs"]  # its own are recorded
     (run,) = store.runs(desk.folder.search_id, lost.number)
     assert "trace.png" in store.artifact_names(run.run_id)
+
+
+@pytest.mark.heavy
+def test_the_dashboard_stores_them_while_it_serves(tmp_path: Path) -> None:
+    desk = recorded(tmp_path, "INTERRUPTED")
+    assert sync(tmp_path, "demo", 60.0)[1]
+    command = ["-m", "topotune", "dashboard", "demo", "--port", "0", "--results-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = []
+            while (line := process.stdout.readline()) and "drawn" not in line:
+                said.append(line)
+        finally:
+            process.send_signal(signal.SIGINT)
+            after, errors = process.communicate(timeout=200)
+    assert (process.returncode, after, errors) == (0, "", "")
+    assert line == "demo: 4 figures drawn and stored with its runs\n"
+    assert said[-1] == "Ctrl-C ends it\n"
+    names = [Path(name).name for name in pictures(tmp_path / "mlflow" / "artifacts")]
+    assert sorted(names) == ["curves.png", "history.png", "trace.png", "trace.png"]
+    assert not list(desk.folder.root.rglob("*.png"))

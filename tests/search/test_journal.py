@@ -177,6 +177,23 @@ def test_every_flipped_bit_is_found_by_its_line(tmp_path: Path) -> None:
             JournalReader((path, copy)).read_logs(0)
 
 
+@pytest.mark.parametrize("hurt", [0, 1], ids=["the file", "its copy"])
+def test_any_flipped_bit_of_the_last_line_is_mended(hurt: int, tmp_path: Path) -> None:
+    """Also that of its newline, after which the file is as long as before."""
+    paths = tmp_path / "study.jsonl", tmp_path / "study.copy.jsonl"
+    journal = Journal(paths)
+    for number in range(3):
+        journal.append_logs([{"op_code": 0, "study_name": f"study {number}"}])
+        journal.commit(force=True)
+    content = paths[0].read_bytes()
+    for place in range(content[:-1].rindex(b"\n") + 1, len(content)):
+        flawed = bytearray(content)
+        flawed[place] ^= 4
+        paths[hurt].write_bytes(flawed)
+        Journal(paths)
+        assert [path.read_bytes() for path in paths] == [content] * 2
+
+
 def test_stock_optuna_reads_the_file_and_goes_on_reading(tmp_path: Path) -> None:
     desk = half_done(tmp_path)
     path = study_files(desk.folder)[0]
@@ -323,25 +340,57 @@ def test_what_a_power_loss_leaves_of_the_copy_is_completed(
     assert copy.read_bytes() == path.read_bytes()
 
 
-def test_both_files_damaged_in_their_midst_is_an_error_that_names_the_lines(
-    tmp_path: Path,
-) -> None:
+def hurt_line(path: Path, line: int) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line - 1] = lines[line - 1].replace(b"op_code", b"op_cote")
+    path.write_bytes(b"".join(lines))
+
+
+def test_files_that_are_damaged_at_different_places_make_each_other_whole(tmp_path: Path) -> None:
     desk = half_done(tmp_path)
     desk.store.close()
     paths = study_files(desk.folder)
     content = paths[0].read_bytes()
-    for path, line in zip(paths, (7, 12), strict=True):
-        lines = content.splitlines(keepends=True)
-        lines[line - 1] = lines[line - 1].replace(b"op_code", b"op_cote")
-        path.write_bytes(b"".join(lines))
+    for damages in (((7, 30), (12, 51)), ((12,), (7, 30, 70)), ((30,), ())):
+        for path, lines in zip(paths, damages, strict=True):
+            path.write_bytes(content)
+            for line in lines:
+                hurt_line(path, line)
+        assert len(desk.rows()) == 9
+        _, notes = reopened_quietly(desk)
+        assert len(notes) == sum(map(bool, damages))
+        assert [path.read_bytes() for path in paths] == [content] * 2
+
+
+def test_a_damage_is_mended_though_a_kill_kept_the_last_turn_from_the_copy(tmp_path: Path) -> None:
+    desk = half_done(tmp_path)
+    paths = study_files(desk.folder)
+    copy = paths[1].read_bytes()
+    handed(desk)
+    content = paths[0].read_bytes()
+    paths[1].write_bytes(copy)
+    hurt_line(paths[0], 30)
+    assert len(desk.rows()) == 10
+    _, notes = reopened_quietly(desk)
+    assert notes[0].startswith("warning: study.jsonl is damaged at line 30; moved to ")
+    assert [path.read_bytes() for path in paths] == [content] * 2
+
+
+def test_one_line_damaged_in_both_files_is_an_error_that_names_it(tmp_path: Path) -> None:
+    desk = half_done(tmp_path)
+    desk.store.close()
+    paths = study_files(desk.folder)
+    content = paths[0].read_bytes()
+    for path in paths:
+        hurt_line(path, 30)
+    hurt_line(paths[0], 7)
     hurt = [path.read_bytes() for path in paths]
     fault = r"study\.jsonl: the study is damaged \(study\.jsonl at line 7 and study\.copy\.jsonl "
     for look in (desk.rows, lambda: reopened_quietly(desk)):
-        with pytest.raises(SearchFolderError, match=fault + "at line 12"):
+        with pytest.raises(SearchFolderError, match=fault + "at line 30"):
             look()
     assert not is_finished(desk.folder)
     assert [path.read_bytes() for path in paths] == hurt  # nothing is touched
-    shutil.copy(paths[1], paths[0])
     paths[1].write_bytes(content)  # brought back from a backup, as it says
     reopened_quietly(desk)[0].close()
     assert paths[0].read_bytes() == content

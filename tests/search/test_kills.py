@@ -3,10 +3,13 @@ undisturbed one."""
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,19 @@ from tests.postgres import Postgres, installed
 from tests.search_cases import Desk, accuracy, make_config
 from topotune import files
 from topotune.config.models import SearchConfig
+from topotune.errors import TopotuneError
 from topotune.records import EpochReport, Outcome, TrialSpec, TrialSummary
+from topotune.search.drive import recorder as recorder_module
 from topotune.search.drive.book import Progress, Turn
+from topotune.search.drive.recorder import Recorder
 from topotune.search.place.addresses import remembered
 from topotune.search.place.folder import STUDY_COPY, STUDY_FILE, SearchFolder
 from topotune.search.study.database import PatientStorage
 from topotune.search.study.rows import summaries
 from topotune.search.study.store import Handout
 from topotune.seeding import derive_seed
+from topotune.tracking.entries import End, Epoch, Metrics, begun
+from topotune.tracking.outbox import OUTBOX_FILE, read_all
 
 PRUNERS: dict[str, Any] = {
     "asha": {"name": "asha", "reduction_factor": 2},
@@ -75,11 +83,11 @@ def seam(before: Before) -> Iterator[None]:
 
 
 def torn(path: Path | None, content: bytes) -> Iterator[bytes]:
-    """What of a write may be there after a kill: nothing, and of a turn of the study's any number
-    of its records, the next one half."""
+    """What of a write may be there after a kill: nothing, and of a turn of the study's, or of what
+    is recorded at once, any number of its records, the next one half."""
     yield b""
     lines = content.splitlines(keepends=True)
-    if path is not None and path.name == STUDY_FILE:
+    if path is not None and path.name in (STUDY_FILE, OUTBOX_FILE):
         for count in range(len(lines)):
             yield b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2]
 
@@ -293,6 +301,62 @@ def test_a_kill_changes_nothing(
     check_every_kill(pruner, sampler, concurrency, tmp_path, every)
 
 
+class RecordingDesk(Desk):
+    """A driver that records for MLflow, too."""
+
+    def __init__(self, results: Path, config: SearchConfig, concurrency: int = 1) -> None:
+        super().__init__(results, config, concurrency)
+        recorder = Recorder(self.folder, config)
+        recorder.recover(self.rows())
+        self.book.record = recorder.progress
+        self.book._ended = recorder.ended
+
+
+def recorded(folder: SearchFolder) -> dict[int, list[object]]:
+    """What is recorded of each trial that must not depend on where a driver was killed."""
+    trials: dict[int, list[object]] = {}
+    for _, entry in read_all(folder.root):
+        if entry.trial is not None:
+            kept = trials.setdefault(entry.trial, [])
+            match entry.body:
+                case Epoch(report):
+                    kept.append(report)
+                case End(outcome, reason):
+                    kept.append((outcome, reason))
+                case other:
+                    kept.append(type(other))
+    return trials
+
+
+@pytest.mark.parametrize(("pruner", "concurrency"), [("asha", 3), ("none", 1)])
+def test_a_kill_leaves_no_record_twice_and_none_out(
+    pruner: str, concurrency: int, tmp_path: Path
+) -> None:
+    """Before each write of the study and of the outbox, and in the midst of one."""
+    config = search(pruner, "random")
+    whole, site, images = tmp_path / "whole", Site(), list[Path]()
+    trained: list[dict[int, int]] = []
+    keep = images_of(whole, images)
+
+    def photograph(path: Path | None, content: bytes) -> None:
+        keep(path, content)
+        trained.extend(dict(site.trained) for _ in images[len(trained) :])
+
+    whole.mkdir()
+    with seam(photograph):
+        desk = RecordingDesk(whole, config, concurrency)
+        site.drive(desk)
+    rows, expected = found(desk.rows()), recorded(desk.folder)
+    desk.store.close()
+    assert sum(isinstance(one, EpochReport) for one in expected[0]) == rows[0][2]
+    for index in range(0, len(images), 13):
+        again = RecordingDesk(images[index], config, concurrency)
+        Site(trained[index]).drive(again)
+        assert found(again.rows()) == rows, index
+        assert recorded(again.folder) == expected, index
+        again.store.close()
+
+
 def handed(turn: Handout | Turn) -> Handout:
     assert isinstance(turn, Handout)
     return turn
@@ -446,3 +510,103 @@ def test_a_kill_before_any_write_to_postgres_changes_nothing(pruner: str, tmp_pa
 @pytest.mark.heavy
 def test_a_kill_with_a_study_in_postgres_changes_nothing(tmp_path: Path) -> None:
     check_kills_on_postgres("asha", "random", tmp_path, 29)
+
+
+class Recording(Site):
+    """As :class:`Site`, with the records for MLflow that the driver writes."""
+
+    def worked(self, spec: TrialSpec, number: int, first: int = 1) -> Progress:
+        """What a worker sends, or its checkpoint holds."""
+        reports = self.reports(spec, number, first)
+        loads = [Metrics({"system/cpu": 0.5}, r.epoch, r.timestamp_ms) for r in reports]
+        start = begun(spec.table(), {"seed": str(spec.seed)}, 10**12)
+        return Progress(reports, COST, entries=(start, *loads))
+
+    def session(self, results: Path, config: SearchConfig) -> list[TrialSummary]:
+        """Drive to the end; what stops it is raised."""
+        desk = Desk(results, config, 3)
+        recorder = Recorder(desk.folder, config, rows=list)
+        specs = {number: TrialSpec.from_dict(spec) for number, spec in _specs(desk).items()}
+        desk.book.record, desk.book._ended = recorder.progress, recorder.ended
+
+        def checkpoint(folder: Path, spec: TrialSpec) -> Progress:
+            return self.worked(spec, int(folder.name))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recorder_module, "recorded", checkpoint)
+            recorder.start({})
+            try:
+                recorder.recover(desk.store.rows({}))
+                desk.book.take_over(lambda number: self.worked(specs[number], number))
+                self.work(desk)
+                desk.store.close()
+            finally:
+                recorder.drop()
+        return desk.rows()
+
+    def work(self, desk: Desk) -> None:
+        live: dict[int, Handout] = {}
+        while True:
+            while isinstance(turn := desk.book.next(), Handout):
+                live[turn.number] = turn
+                desk.book.progress(turn.number, self.worked(turn.spec, turn.number))
+            if not live:
+                return
+            number = min(live, key=lambda n: chance(n, self.trained.get(n, 0), 2))
+            epoch = self.trained[number] = self.trained.get(number, 0) + 1
+            spec = live[number].spec
+            outcome = Outcome.COMPLETE if epoch == spec.epochs else None
+            if not desk.book.progress(
+                number, replace(self.worked(spec, number, epoch), outcome=outcome)
+            ):
+                desk.book.end(number)
+                del live[number]
+
+
+def points_of(search: Path) -> list[tuple[object, ...]]:
+    """All metrics and ends in an outbox, but for times."""
+    points: list[tuple[object, ...]] = []
+    for _, entry in read_all(search):
+        match entry.body:
+            case Epoch(report):
+                points.append((entry.trial, report.epoch, str(report.metrics)))
+            case Metrics(values, step):
+                points += [
+                    (entry.trial, name, step, "" if name == "device_seconds" else str(value))
+                    for name, value in values.items()
+                ]
+            case End(outcome, reason):
+                points.append((entry.trial, outcome, reason))
+    return sorted(points, key=str)
+
+
+@pytest.mark.parametrize("fault", [None, errno.ENOSPC, errno.EIO], ids=["kill", "full", "broken"])
+def test_a_fault_at_a_write_loses_and_repeats_no_record(fault: int | None, tmp_path: Path) -> None:
+    """Of the study, its copy or the outbox: what is recorded for MLflow is the undisturbed
+    search's, each point once."""
+    config, site, writes, at = search("asha", "random", 6, 3), Recording(), 0, -1
+    put = files.put
+
+    def watch(handle: int, content: bytes, force: bool = True) -> None:
+        nonlocal writes
+        if threading.current_thread() is threading.main_thread():  # the other one makes pages
+            writes += 1
+            if writes == at:
+                if fault is None:
+                    raise Killed
+                put(handle, content[: len(content) // 2], False)
+                raise OSError(fault, "No luck")
+        put(handle, content, force)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "put", watch)
+        expected = found(site.session(tmp_path / "whole", config))
+        points = points_of(tmp_path / "whole" / config.name)
+        assert len(points) == len(set(points))
+        for number in range(1, writes, 5):
+            site, writes, at, results = Recording(), 0, number, tmp_path / str(number)
+            with pytest.raises((Killed, TopotuneError)):
+                site.session(results, config)
+            at = -1
+            assert found(site.session(results, config)) == expected
+            assert points_of(results / config.name) == points

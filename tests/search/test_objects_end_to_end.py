@@ -26,8 +26,8 @@ from tests.reconcile import reconcile
 from topotune.search.place.objects.address import SCRATCH, StoreAddress
 from topotune.search.place.objects.store import ObjectStore
 from topotune.settings import STUDY_URI, TRACKING_URI
-from topotune.tracking.dashboard import serve_dashboard
 from topotune.tracking.mlflow import MlflowStore
+from topotune.tracking.serve import serve_dashboard
 
 pytestmark = [
     pytest.mark.timeout(580),

@@ -22,6 +22,7 @@ from topotune.records import EpochReport, Outcome
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.outbox import OUTBOX_FILE
 from topotune.tracking.places import is_inside
+from topotune.tracking.progress import PROGRESS_FILE
 from topotune.tracking.registry import register_model
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import NewRun, StoredRun
@@ -146,11 +147,9 @@ def test_the_data_of_a_trial_are_a_dataset_input_however_often_they_are_sent(
         tags = {"data.digest": digest, "data.rows": "60 train, 20 validation"}
         search.trial(number).start({}, tags)
     search.trial(3).start({}, {"device": "cpu"})
-    shipper = search.shipper()
-    for _ in range(2):
-        assert shipper.ship_once()
-        shipper.rewind()
-    assert shipper.close().complete
+    for _ in range(3):
+        assert search.shipper().close().complete
+        (search.folder / PROGRESS_FILE).unlink()
 
     def inputs(run: StoredRun) -> list[tuple[str, ...]]:
         found = search.store.client().get_run(run.run_id).inputs
@@ -435,8 +434,7 @@ def test_an_artifact_address_outside_is_told_from_one_inside(tail: str, tmp_path
 
 def test_a_missing_point_is_found_by_reconciliation(search: Search, results_dir: Path) -> None:
     small_search(search)
-    shipper = search.shipper()
-    assert shipper.ship_once()
+    assert search.shipper().ship_once()
     with closing(sqlite3.connect(results_dir / "mlflow/mlflow.db")) as database, database:
         database.execute(
             "DELETE FROM metrics WHERE run_uuid = ? AND key = 'val_loss' AND step = 2",
@@ -446,8 +444,8 @@ def test_a_missing_point_is_found_by_reconciliation(search: Search, results_dir:
     check = search.check()
     assert not check.complete
     assert (check.recorded - check.stored, check.missing) == (1, (1,))
-    shipper.rewind()
-    assert shipper.ship_once()
+    (search.folder / PROGRESS_FILE).unlink()
+    assert search.shipper().ship_once()
     assert search.check().complete
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.tracking.memory import MemoryStore
-from topotune.errors import ConfigError, LeaseLostError, SpoolError
+from topotune.errors import ConfigError, LeaseLostError, OutboxError
 from topotune.records import EpochReport, Outcome, Value
 from topotune.redaction import redact
+from topotune.tracking import outbox as outbox_module
 from topotune.tracking.entries import (
     Artifact,
     Body,
     End,
     Entry,
     Epoch,
+    Item,
     Metrics,
     Series,
     Start,
@@ -44,9 +46,18 @@ from topotune.tracking.entries import (
 )
 from topotune.tracking.lines import MAX_LINE, decode, encode, read_chunk
 from topotune.tracking.naming import MAX_TAG, clean_name, clean_tag, clean_text
-from topotune.tracking.outbox import OUTBOX_FILE, Outbox, bodies_of, read_all, read_piece
+from topotune.tracking.outbox import (
+    OUTBOX_FILE,
+    Outbox,
+    Piece,
+    bodies_of,
+    outbox_size,
+    read_all,
+    read_piece,
+)
+from topotune.tracking.progress import PROGRESS_FILE, REFUSED_FILE
 from topotune.tracking.shipper import Shipper, ShipStatus
-from topotune.tracking.store import check_tracking_uri, embedded_store_uri
+from topotune.tracking.store import StoreRefusedError, check_tracking_uri, embedded_store_uri
 
 FUZZ = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -158,6 +169,28 @@ def test_a_torn_last_line_is_left_by_readers_and_cut_by_the_next_writer(tmp_path
         assert file.read_bytes() == whole
 
 
+def test_a_torn_last_line_is_read_over_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume offers all that is known first: that must not read the file anew each time."""
+    outbox, file = Outbox(tmp_path), tmp_path / OUTBOX_FILE
+    for number in range(1, 6):
+        outbox.put(7, epoch(number))
+    file.write_bytes(file.read_bytes() + b"0123")
+    reads, read = [], outbox_module.read_pieces
+
+    def watched(folder: Path) -> Iterator[Piece]:
+        reads.append(folder)
+        return read(folder)
+
+    monkeypatch.setattr(outbox_module, "read_pieces", watched)
+    resumed = Outbox(tmp_path)
+    for number in range(1, 7):
+        resumed.put(7, epoch(number))
+    assert len(reads) == 1
+    assert epochs(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_damaged_line_in_the_middle_is_counted_and_recorded_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -180,6 +213,58 @@ def test_a_damaged_line_in_the_middle_is_counted_and_recorded_again(
 def counted(search: Path) -> ShipStatus:
     """What a shipper counts that has no time to send anything."""
     return Shipper(search, MemoryStore(), "s", "demo").close(0.0)
+
+
+def test_what_is_recorded_while_much_is_sent_counts_once(tmp_path: Path) -> None:
+    outbox, wide = Outbox(tmp_path), {f"m{index}": 0.5 for index in range(5000)}
+    for number in range(1, 41):
+        outbox.put(7, Metrics(wide, number, number))
+    assert outbox_size(tmp_path) > 2 * (1 << 20)  # more pieces than one
+
+    class Busy(MemoryStore):
+        def log(self, run_id: str, batch: Sequence[Item]) -> None:
+            super().log(run_id, batch)
+            at = outbox_size(tmp_path)
+            outbox.metrics(7, {"late": 1.0}, at, at)
+
+    shipper = Shipper(tmp_path, Busy(), "s", "demo")
+    for _ in range(2):
+        assert shipper.ship_once()
+        assert (status := shipper.status()).shipped == status.recorded
+    assert status.recorded > 40 * len(wide)
+
+
+@pytest.mark.parametrize("name", [PROGRESS_FILE, REFUSED_FILE])
+def test_a_flipped_bit_in_what_a_shipper_remembers_moves_and_hides_nothing(
+    name: str, tmp_path: Path
+) -> None:
+    class Picky(MemoryStore):
+        def log(self, run_id: str, batch: Sequence[Item]) -> None:
+            if any(item.key == "bad" for item in batch):
+                raise StoreRefusedError("no")
+            super().log(run_id, batch)
+
+    folder, store = tmp_path / "search", Picky()
+    outbox = Outbox(folder)
+    for trial in (1, 3):
+        outbox.put(trial, epoch(1), Metrics({"bad": 1.0}, 1, 5))
+    assert Shipper(folder, store, "s", "demo").ship_once()
+    content = (folder / name).read_bytes()
+    one, three = store.points
+    first = set(store.points[one])
+    outbox.put(1, epoch(2))
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    for place in range(len(content)):
+        for path, before in kept.items():
+            path.write_bytes(before)
+        flawed = bytearray(content)
+        flawed[place] ^= 2
+        (folder / name).write_bytes(flawed)
+        shipper = Shipper(folder, store, "s", "demo")
+        assert shipper.ship_once()
+        assert (shipper.status().refused, shipper.status().pending) == (2, 0)
+        assert {run: len(points) for run, points in store.points.items()} == {one: 6, three: 3}
+        store.points[one] = set(first)
 
 
 def test_what_another_writer_left_is_seen(tmp_path: Path) -> None:
@@ -274,7 +359,7 @@ def test_a_full_disk_leaves_whole_lines_and_the_call_can_be_repeated(tmp_path: P
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 50, hard))
     try:
-        with pytest.raises(SpoolError, match=r"outbox\.jsonl: the record cannot be written.*spa"):
+        with pytest.raises(OutboxError, match=r"outbox\.jsonl: the record cannot be written.*spa"):
             outbox.put(7, epoch(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -299,7 +384,7 @@ def test_a_record_that_is_not_forced_to_disk_is_not_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        with pytest.raises(SpoolError, match="the record cannot be written: Input/output error"):
+        with pytest.raises(OutboxError, match="the record cannot be written: Input/output error"):
             outbox.put(7, epoch(2))
     assert epochs(tmp_path) == ([1] if broken == "the line" else [])
     outbox.put(7, epoch(2))
@@ -330,18 +415,18 @@ def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
     outside.write_text("x")
     (tmp_path / "s/link.txt").symlink_to(outside)
     for path in (outside, tmp_path / "s/../outside.txt", tmp_path / "s/link.txt"):
-        with pytest.raises(SpoolError, match="outside the search folder"):
+        with pytest.raises(OutboxError, match="outside the search folder"):
             outbox.artifact(7, path)
-    with pytest.raises(SpoolError, match=r"gone\.txt: cannot be read"):
+    with pytest.raises(OutboxError, match=r"gone\.txt: cannot be read"):
         outbox.artifact(7, tmp_path / "s/gone.txt")
-    with pytest.raises(SpoolError, match="epoch: expected an integer"):
+    with pytest.raises(OutboxError, match="epoch: expected an integer"):
         outbox.put(7, epoch(-1))
-    with pytest.raises(SpoolError, match="at most"):
+    with pytest.raises(OutboxError, match="at most"):
         encode({"x": "y" * MAX_LINE})
-    with pytest.raises(SpoolError, match="COMPLETE, FAILED or INTERRUPTED"):
+    with pytest.raises(OutboxError, match="COMPLETE, FAILED or INTERRUPTED"):
         outbox.end(None, "PRUNED")
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(SpoolError):
+    with pytest.raises(OutboxError):
         Outbox(tmp_path / "file").put(1, epoch(1))
     assert not (tmp_path / "s" / OUTBOX_FILE).exists()
 
@@ -418,7 +503,7 @@ def test_a_payload_of_any_shape_raises_only_our_error(
             payload[field] = data.draw(strategy)
     try:
         entry = from_payload({**payload, "kind": kind})
-    except SpoolError:
+    except OutboxError:
         return
     for item in items(entry):
         assert clean_name(item.key) == item.key
@@ -430,9 +515,9 @@ def test_a_payload_of_any_shape_raises_only_our_error(
 
 def test_lines_that_pass_the_checksum_but_are_no_strict_json() -> None:
     for body in (b"[" * 100_000, b'{"a":NaN}', b"[]", b'{"a":', b"\xff"):
-        with pytest.raises(SpoolError):
+        with pytest.raises(OutboxError):
             decode(b"%08x %08x %b" % (zlib.crc32(body), len(body), body))
-    with pytest.raises(SpoolError, match="strict JSON"):
+    with pytest.raises(OutboxError, match="strict JSON"):
         encode({"a": math.nan})
 
 

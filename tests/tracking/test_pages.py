@@ -29,7 +29,6 @@ from topotune.search.drive.recorder import Recorder, budget_text, leaderboard, s
 from topotune.search.place.folder import SearchFolder
 from topotune.search.status import serve
 from topotune.settings import TRACKING_URI
-from topotune.tracking.dashboard import serve_dashboard, server_address
 from topotune.tracking.entries import Metrics, Start, begun
 from topotune.tracking.labels import Labels, trial_name
 from topotune.tracking.mlflow import MlflowStore
@@ -45,6 +44,8 @@ from topotune.tracking.pages import (
     page_tags,
     search_view,
 )
+from topotune.tracking.progress import PROGRESS_FILE
+from topotune.tracking.serve import serve_dashboard, server_address
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import StoreOfflineError
 
@@ -371,8 +372,8 @@ def test_what_people_write_on_an_experiment_stays(
     store, folder = MlflowStore(server), two_searches[1]
     store.tag_experiment({NOTE_TAG: "Ours"})
     try:
+        (folder.root / PROGRESS_FILE).unlink()
         again = Shipper(folder.root, store, folder.search_id, folder.name)
-        again.rewind()
         assert again.ship_once()
         assert store.experiment_tags()[NOTE_TAG] == "Ours"
         parent = store.parent(folder.search_id)

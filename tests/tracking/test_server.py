@@ -24,12 +24,11 @@ from tests.reconcile import reconcile
 from tests.tracking.memory import Run
 from topotune.errors import RunError
 from topotune.records import EpochReport, Outcome
-from topotune.tracking.dashboard import Dashboard, serve_dashboard
 from topotune.tracking.entries import Item
-from topotune.tracking.loopback import free_port
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.pages import run_page, trials_page
 from topotune.tracking.progress import Progress
+from topotune.tracking.serve import Dashboard, free_port, serve_dashboard
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import RunMissingError, StoreOfflineError, StoreRefusedError
 
@@ -294,7 +293,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     )
     process.wait()
     dashboard = Dashboard("http://127.0.0.1:9", process, log)
-    from topotune.tracking.dashboard import _wait_for_health
+    from topotune.tracking.serve import _wait_for_health
 
     with pytest.raises(RunError, match=r"ended at its start: no such revision at db://\*\*\*@h"):
         _wait_for_health(dashboard, log, 5.0)

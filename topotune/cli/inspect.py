@@ -84,8 +84,8 @@ def best(
     if cluster := elsewhere(context, address):
         forward(context, cluster, [], name, as_json)
         return
-    from topotune.results.export import dump_yaml
     from topotune.results.leaderboard import valued
+    from topotune.results.yamltext import dump_yaml
     from topotune.search import status as reading
 
     report = reading.status(results_dir, name)
@@ -182,7 +182,7 @@ def dashboard(
         optuna_pages.serve(results_dir, name, optuna_pages.PORT if port is None else port, say)
         return
     from topotune.search import status as reading
-    from topotune.tracking.dashboard import DEFAULT_PORT
+    from topotune.tracking.serve import DEFAULT_PORT
 
     if on_cluster(context) and not os.environ.get(VARIABLES["tracking_uri"]):
         raise ConfigError(

@@ -2,7 +2,7 @@
 of a trial (how it ended, its parameters, curve and config).
 
 MLflow folds a description after some lines, so that what most people look for comes first. Links
-are written as ``(topotune:KIND/NUMBER)``: only whoever sends the text knows the runs' addresses.
+are written as ``(topotune:KIND/NUMBER)``: only the sender of the text knows the runs' addresses.
 """
 
 from __future__ import annotations

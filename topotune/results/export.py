@@ -21,13 +21,10 @@ from topotune.records import EpochReport, TrialSpec, TrialSummary
 from topotune.results.card import CardFacts, Provenance, model_card
 from topotune.results.ranking import check_directions, is_finished
 from topotune.results.text import clean, strict_json
-from topotune.results.verify import Verification, verify
 from topotune.results.yamltext import dump_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["ExportPaths", "Provenance", "Verification", "dump_yaml", "export_config", "verify"]
 
 _CONFIG, _METRICS, _PROVENANCE = "config.yaml", "metrics.json", "provenance.json"
 _WEIGHTS, _CARD = "model.safetensors", "README.md"

@@ -5,13 +5,14 @@ Only matplotlib's object interface is used: no global state, no window, safe in 
 
 from __future__ import annotations
 
+import io
 import math
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 from topotune.errors import ResourceError
+from topotune.files import write_atomically
 from topotune.results.text import figure_text
 
 if TYPE_CHECKING:
@@ -120,23 +121,19 @@ def note(axis: Axes, text: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG beside its place and move it there when it is complete.
+    """Write a PNG; an old one is replaced only when the new one is complete.
 
     Raises:
         ResourceError: the folder or the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    picture = io.BytesIO()
+    # without the library's version in the metadata, equal input gives equal bytes
+    figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # without the library's version in the metadata, equal input gives equal bytes
-        figure.savefig(part, format="png", dpi=DPI, metadata={"Software": None})
-        part.replace(path)
+        write_atomically(path, picture.getvalue())
     except OSError as error:
         raise ResourceError(
             f"{path}: the figure cannot be written: {error.strerror or error}. "
             "Free space or choose a folder that can be written"
         ) from error
-    finally:
-        # only there if something above failed; its folder may be missing or be no folder
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)

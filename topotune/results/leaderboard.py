@@ -17,11 +17,8 @@ from topotune.results.ranking import (
     last_value,
     pareto_fronts,
     rank,
-    top,
 )
 from topotune.results.text import clean, markdown, number, parameter, spread, strict_json
-
-__all__ = ["Column", "Leaderboard", "counts", "legend", "rank", "standing", "top", "valued"]
 
 _TRACEBACK = re.compile(r" \(traceback: (.+?)\)(?=\)?$)")
 _OVERHEADS = {
@@ -140,6 +137,10 @@ class Leaderboard:
         several = len(self.objectives) > 1
         front = tuple(t for t in self.trials if self.fronts.get(t.number) == 1)
         return front if several else front[:1]
+
+    def top(self, count: int) -> tuple[TrialSummary, ...]:
+        """The best ``count`` trials that may be called best; fewer if there are fewer."""
+        return tuple(t for t in self.trials if t.number in self.fronts)[:count]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -281,7 +282,7 @@ class Leaderboard:
         Args:
             max_chars: leave out the last rows so that the text stays within this length; a
                 line says how many. The head alone may exceed a very small limit.
-            cell: told a row's place from 0 and its trial's number as text; gives that cell's
+            cell: from a row's place (0 the first) and its trial's number as text, that cell's
                 Markdown.
         """
         columns = self.columns()

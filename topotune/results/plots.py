@@ -7,19 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topotune.records import Outcome, TrialSummary
+from topotune.records import Outcome
 from topotune.results import figure as fig
 from topotune.results.leaderboard import Leaderboard
-from topotune.results.ranking import check_directions, is_eligible, is_finished, last_value
-from topotune.results.relaxation import plot_relaxation
+from topotune.results.ranking import is_finished, last_value
 from topotune.results.text import figure_text
-from topotune.results.trace import plot_trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["plot_curves", "plot_front", "plot_history", "plot_relaxation", "plot_trace"]
 
 _NUMBERED = 20
 """Trials of a front that have their numbers beside them; of more they would cover each other."""
@@ -33,41 +29,32 @@ _STYLE = {
 }
 
 
-def plot_history(
-    trials: Sequence[TrialSummary],
-    png_path: Path,
-    objectives: Mapping[str, str],
-    title: str = "",
-) -> None:
+def plot_history(board: Leaderboard, png_path: Path, title: str = "") -> None:
     """Draw each objective against the trial number, with the best so far.
 
     Trials that did not finish stand at their last value; those that diverged or failed have no
     comparable one and are marked on the lower edge; one that breaks a constraint is hollow.
 
     Args:
-        trials: in any order.
+        board: the search's trials and objectives.
         png_path: where to write; replaced only by a finished picture.
-        objectives: metric name to "maximize" or "minimize", the first objective first.
         title: shown above; any text.
 
     Raises:
-        ConfigError: no objective, or a direction that is neither of the two words.
         ResourceError: the picture cannot be written.
     """
-    figure, axes = _panels(len(_checked(objectives)), title)
+    figure, axes = _panels(len(board.objectives), title)
     for index, axis in enumerate(axes):
-        _draw_history(axis, trials, objectives, index)
-    _finish(figure, axes, "trial", "no trials yet" if not trials else "")
+        _draw_history(axis, board, index)
+    _finish(figure, axes, "trial", "" if board.trials else "no trials yet")
     fig.save(figure, png_path)
 
 
-def _draw_history(
-    axis: Axes, trials: Sequence[TrialSummary], objectives: Mapping[str, str], index: int
-) -> None:
-    values = {t.number: v for t in trials if fig.drawable(v := last_value(t, index))}
+def _draw_history(axis: Axes, board: Leaderboard, index: int) -> None:
+    values = {t.number: v for t in board.trials if fig.drawable(v := last_value(t, index))}
     shown: list[float] = []
     for state, (colour, label, marker) in _STYLE.items():
-        chosen = [t for t in trials if t.state == state]
+        chosen = [t for t in board.trials if t.state == state]
         if state in _LOST:
             _mark_lost(axis, [t.number for t in chosen], colour, label, marker)
             continue
@@ -87,49 +74,40 @@ def _draw_history(
                     zorder=3,
                 )
                 shown += y
-    steps = _best_so_far(trials, list(objectives.values()), index)
-    if steps:
-        last = max(t.number for t in trials)
+    if steps := _best_so_far(board, index):
+        last = max(t.number for t in board.trials)
         x, best_y = [n for n, _ in steps] + [last], [v for _, v in steps] + [steps[-1][1]]
         axis.step(x, best_y, where="post", color=fig.INK, linewidth=1.2, label="best so far")
-    _label_y(axis, list(objectives)[index], shown)
+    _label_y(axis, list(board.objectives)[index], shown)
 
 
-def plot_curves(
-    trials: Sequence[TrialSummary],
-    png_path: Path,
-    objectives: Mapping[str, str],
-    title: str = "",
-) -> None:
+def plot_curves(board: Leaderboard, png_path: Path, title: str = "") -> None:
     """Draw every trial's objectives over its epochs, the best trial or the front highlighted.
 
     A dot ends each curve, so that trials of one epoch are seen too. An objective that no epoch
     reports, such as an overhead, has no panel.
 
     Args:
-        trials: in any order.
+        board: the search's trials and objectives.
         png_path: where to write; replaced only by a finished picture.
-        objectives: metric name to "maximize" or "minimize", the first objective first.
         title: shown above; any text.
 
     Raises:
-        ConfigError: no objective, or a direction that is neither of the two words.
         ResourceError: the picture cannot be written.
     """
-    front = Leaderboard.of(trials, "", objectives).front
     lines = [
         {
             t.number: [(float(e), v) for e, v in sorted(t.curves[index].items()) if fig.drawable(v)]
-            for t in trials
+            for t in board.trials
             if index < len(t.curves)
         }
-        for index in range(len(objectives))
+        for index in range(len(board.objectives))
     ]
     drawn = [i for i, curves in enumerate(lines) if any(curves.values())]
     figure, axes = _panels(len(drawn) or 1, title)
     for index, axis in zip(drawn or [0], axes, strict=True):
-        shown = _draw_curves(axis, trials, lines[index], front)
-        _label_y(axis, list(objectives)[index], shown)
+        shown = _draw_curves(axis, board, lines[index])
+        _label_y(axis, list(board.objectives)[index], shown)
     longest = max((x for curves in lines for line in curves.values() for x, _ in line), default=1.0)
     axes[0].set_xlim(0.5, longest + 0.5)
     _finish(figure, axes, "epoch", "" if drawn else "no epochs yet")
@@ -137,16 +115,14 @@ def plot_curves(
 
 
 def _draw_curves(
-    axis: Axes,
-    trials: Sequence[TrialSummary],
-    curves: Mapping[int, list[tuple[float, float]]],
-    front: Sequence[TrialSummary],
+    axis: Axes, board: Leaderboard, curves: Mapping[int, list[tuple[float, float]]]
 ) -> list[float]:
     """The curves of one objective; all values in them."""
     from matplotlib.collections import LineCollection
 
+    front = board.front
     for state, (colour, label, _) in _STYLE.items():
-        others = [t for t in trials if t.state == state and t not in front]
+        others = [t for t in board.trials if t.state == state and t not in front]
         lines = [line for t in others if (line := curves.get(t.number))]
         if lines:
             axis.add_collection(
@@ -163,37 +139,29 @@ def _draw_curves(
     return [v for line in curves.values() for _, v in line]
 
 
-def plot_front(
-    trials: Sequence[TrialSummary],
-    png_path: Path,
-    objectives: Mapping[str, str],
-    title: str = "",
-) -> None:
+def plot_front(board: Leaderboard, png_path: Path, title: str = "") -> None:
     """Draw the finished trials in the plane of every two objectives, the Pareto front highlighted.
 
     Of more than four objectives each is drawn over the first alone, to keep the picture legible.
     The trials of the front have their numbers beside them; one that breaks a constraint is hollow.
 
     Args:
-        trials: in any order.
+        board: the search's trials, of two objectives or more.
         png_path: where to write; replaced only by a finished picture.
-        objectives: metric name to "maximize" or "minimize", two or more.
         title: shown above; any text.
 
     Raises:
-        ConfigError: no objective, or a direction that is neither of the two words.
         ResourceError: the picture cannot be written.
     """
-    directions = _checked(objectives)
-    front = Leaderboard.of(trials, "", objectives).front
+    front, order = board.front, list(board.objectives)
+    directions = list(board.objectives.values())
     finished = [
-        t for t in trials if is_finished(t, directions) and all(map(fig.drawable, t.values))
+        t for t in board.trials if is_finished(t, directions) and all(map(fig.drawable, t.values))
     ]
-    pairs = list(itertools.combinations(objectives, 2))
-    pairs = pairs if len(objectives) <= 4 else pairs[: len(objectives) - 1]
+    pairs = list(itertools.combinations(order, 2))
+    pairs = pairs if len(order) <= 4 else pairs[: len(order) - 1]
     figure = fig.new_figure(3.6 * len(pairs), title)
     axes = list(figure.subplots(len(pairs), 1, squeeze=False)[:, 0])
-    order = list(objectives)
     for axis, pair in zip(axes, pairs, strict=True):
         i, j = (order.index(name) for name in pair)
         groups = {
@@ -210,20 +178,13 @@ def plot_front(
                 place = (trial.values[i], trial.values[j])
                 look = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
                 axis.annotate(str(trial.number), place, **look)
-        ways = {name: f"{name} ({objectives[name]})" for name in pair}
+        ways = {name: f"{name} ({board.objectives[name]})" for name in pair}
         axis.set_xlabel(figure_text(ways[pair[0]], 60), fontsize=9, parse_math=False)
         _label_y(axis, ways[pair[1]], [t.values[j] for t in finished])
         if not finished:
             fig.note(axis, "no trial has finished")
     _legend(figure, axes)
     fig.save(figure, png_path)
-
-
-def _checked(objectives: Mapping[str, str]) -> list[str]:
-    """All directions."""
-    directions = list(objectives.values())
-    check_directions(directions)
-    return directions
 
 
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -249,17 +210,15 @@ def _mark_lost(axis: Axes, numbers: list[int], colour: str, label: str, marker: 
         )
 
 
-def _best_so_far(
-    trials: Sequence[TrialSummary], directions: Sequence[str], index: int
-) -> list[tuple[int, float]]:
+def _best_so_far(board: Leaderboard, index: int) -> list[tuple[int, float]]:
     """(trial number, an objective) wherever the best of the eligible trials improved."""
-    better = max if directions[index] == "maximize" else min
+    better = max if list(board.objectives.values())[index] == "maximize" else min
     steps: list[tuple[int, float]] = []
-    for trial in sorted(trials, key=lambda t: t.number):
-        if is_eligible(trial, directions) and fig.drawable(trial.values[index]):
-            value = trial.values[index]
-            if not steps or better(value, steps[-1][1]) != steps[-1][1]:
-                steps.append((trial.number, value))
+    for trial in sorted(board.trials, key=lambda t: t.number):
+        if trial.number not in board.fronts or not fig.drawable(value := trial.values[index]):
+            continue
+        if not steps or better(value, steps[-1][1]) != steps[-1][1]:
+            steps.append((trial.number, value))
     return steps
 
 

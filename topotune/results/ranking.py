@@ -124,11 +124,6 @@ def rank(trials: Iterable[TrialSummary], directions: Sequence[str]) -> list[Tria
     return sorted(given, key=key)
 
 
-def top(trials: Iterable[TrialSummary], directions: Sequence[str], n: int) -> list[TrialSummary]:
-    """The best ``n`` trials that finished and break no constraint; fewer if there are fewer."""
-    return [t for t in rank(trials, directions) if is_eligible(t, directions)][:n]
-
-
 def counts(trials: Iterable[TrialSummary]) -> dict[str, int]:
     """How many trials each state has; every known state is listed, zeros included."""
     found = dict.fromkeys(STATES, 0)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from topotune.errors import RunError
 from topotune.results import figure as fig
+from topotune.results.trace import Array, read_archive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Array: TypeAlias = NDArray[np.float64]
 
 LINES = 12
 """Epochs that a figure shows at most: more lines cover each other."""
@@ -50,16 +46,7 @@ def read_relaxations(path: Path) -> Relaxations:
         RunError: the file is missing or no archive, ``epoch`` or ``time`` is missing, or an array
             is not a row of real numbers an epoch.
     """
-    known = ("epoch", "time", *_LABELS)
-    try:
-        # opened here: numpy leaves a file of its own open when the archive is damaged
-        with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise RunError(f"{path}: a single array, expected an .npz archive of several")
-            raw = {name: archive[name] for name in known if name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RunError(f"{path}: not a readable .npz of relaxations: {error}") from error
+    raw = read_archive(path, ("epoch", "time", *_LABELS), "of relaxations")
     for name in ("epoch", "time"):
         if name not in raw:
             raise RunError(f"{path}: no array {name!r}; a relaxation needs one")
@@ -74,7 +61,7 @@ def read_relaxations(path: Path) -> Relaxations:
     return Relaxations(arrays.pop("epoch"), arrays.pop("time"), arrays)
 
 
-def shown(epochs: int, limit: int = LINES) -> list[int]:
+def spread_out(epochs: int, limit: int = LINES) -> list[int]:
     """Indices of at most ``limit`` of so many epochs: the first, the last, even steps between."""
     if epochs <= limit:
         return list(range(epochs))
@@ -98,7 +85,7 @@ def plot_relaxation(npz_path: Path, png_path: Path, title: str = "") -> None:
         ResourceError: the picture cannot be written.
     """
     found = read_relaxations(npz_path)
-    rows = shown(len(found.epoch))
+    rows = spread_out(len(found.epoch))
     panels = [name for name in _LABELS if np.isfinite(found.series.get(name, np.nan)).any()]
     figure = fig.new_figure(1.0 + 2.0 * max(len(panels), 1), title)
     axes = list(figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False)[:, 0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from topotune.errors import ConfigError
@@ -105,14 +105,37 @@ def strict_json(value: Any, place: str) -> Any:
     Raises:
         ConfigError: a value of another type, with the place where it stands.
     """
-    if value is None or isinstance(value, bool | int | str):
+    return plain(value, place, "JSON", pack_number)
+
+
+def plain(value: Any, place: str, form: str, of_float: Callable[[float], Any] = float) -> Any:
+    """The value in built-in types alone, tuples as lists; subclasses such as NumPy's floats are
+    converted.
+
+    Args:
+        value: any.
+        place: where it stands, for the message.
+        form: what is written, for the message.
+        of_float: what stands for a float.
+
+    Raises:
+        ConfigError: a value of a type that has no such form, with the place where it stands.
+    """
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, str):
+        if isinstance(value, kind):
+            return kind(value)
     if isinstance(value, float):
-        return pack_number(value)
+        return of_float(value)
     if isinstance(value, Mapping):
-        return {str(key): strict_json(item, f"{place}.{key}") for key, item in value.items()}
+        return {
+            str(key): plain(item, f"{place}.{key}", form, of_float) for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [strict_json(item, f"{place}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{place}[{i}]", form, of_float) for i, item in enumerate(value)]
     raise ConfigError(
-        place, f"a {type(value).__name__} has no JSON form", "Use numbers, text, lists and mappings"
+        place,
+        f"a {type(value).__name__} has no {form} form",
+        "Use numbers, text, lists and mappings",
     )

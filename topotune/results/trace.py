@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,12 +79,16 @@ class Trace:
         return int(self.step[bad].min()) if bad.any() else None
 
 
-def read_trace(path: Path) -> Trace:
-    """Read an ``.npz`` archive with ``step`` and any of the known series; other arrays are left.
+def read_archive(path: Path, names: Collection[str], what: str) -> dict[str, Any]:
+    """Those of the named arrays that an ``.npz`` archive has.
+
+    Args:
+        path: the archive.
+        names: of arrays; others are left.
+        what: the archive in a word, for the message.
 
     Raises:
-        RunError: the file is missing or no archive, ``step`` is missing, or an array is not a
-            row of real numbers as long as ``step``.
+        RunError: the file is missing or no archive.
     """
     try:
         # opened here: numpy leaves a file of its own open when the archive is damaged
@@ -92,9 +96,19 @@ def read_trace(path: Path) -> Trace:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise RunError(f"{path}: a single array, expected an .npz archive of several")
-            raw = {name: archive[name] for name in ("step", *_KNOWN) if name in archive.files}
+            return {name: archive[name] for name in names if name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise RunError(f"{path}: not a readable .npz trace: {error}") from error
+        raise RunError(f"{path}: not a readable .npz {what}: {error}") from error
+
+
+def read_trace(path: Path) -> Trace:
+    """Read an ``.npz`` archive with ``step`` and any of the known series; other arrays are left.
+
+    Raises:
+        RunError: the file is missing or no archive, ``step`` is missing, or an array is not a
+            row of real numbers as long as ``step``.
+    """
+    raw = read_archive(path, ("step", *_KNOWN), "trace")
     if "step" not in raw:
         raise RunError(f"{path}: no array 'step'; a trace needs one step number a value")
     arrays: dict[str, Array] = {}
@@ -156,14 +170,7 @@ def medians(x: Array, y: Array, bins: int = MEDIANS) -> tuple[Array, Array]:
     return x[(edges[:-1] + edges[1:]) // 2], middle
 
 
-def plot_trace(
-    npz_path: Path,
-    png_path: Path,
-    title: str = "",
-    *,
-    epoch_steps: Sequence[int] = (),
-    target_energy: float | None = None,
-) -> None:
+def plot_trace(npz_path: Path, png_path: Path, title: str = "") -> None:
     """Draw loss, gradient norm with coupling current, and energies over shared steps.
 
     Of networks that relax also the residuals and the evaluations of the flow. A panel whose
@@ -177,8 +184,6 @@ def plot_trace(
             with ``_free`` or ``_nudged`` behind, each of one value a step.
         png_path: where to write; replaced only by a finished picture.
         title: shown above; any text.
-        epoch_steps: last step of each epoch, marked by thin lines.
-        target_energy: the control's target, drawn as a dashed line among the energies.
 
     Raises:
         RunError: the file is no such archive, or its arrays do not match.
@@ -193,15 +198,12 @@ def plot_trace(
     figure, axes = fig.new_stack(max(len(panels), 1), title)
     broken = trace.first_nonfinite
     for axis, (label, series) in zip(axes, panels, strict=False):
-        target = target_energy if label == _ENERGY and fig.drawable(target_energy) else None
         single = len(series) == 1 and label != _ENERGY
         axis.set_ylabel(series[0][1] if single else label, fontsize=9)
-        _draw(axis, trace, series, target)
-        for step in epoch_steps[:: 1 + len(epoch_steps) // 50]:  # no more lines than legible
-            axis.axvline(step, color=fig.GREY, linewidth=0.6, alpha=0.6, zorder=0)
+        _draw(axis, trace, series)
         if broken is not None:
             axis.axvline(broken, color=fig.RED, linewidth=1.2, linestyle=":")
-        if len(series) > 1 or target is not None:
+        if len(series) > 1:
             axis.legend(
                 loc="lower right",
                 bbox_to_anchor=(1.0, 0.98),
@@ -216,14 +218,11 @@ def plot_trace(
         axes[0].set_title(
             f"not finite from step {broken} (dotted)", loc="left", fontsize=8, color=fig.RED
         )
-    ends = " (thin lines: ends of epochs)" if epoch_steps else ""
-    axes[-1].set_xlabel(f"optimizer step{ends}", fontsize=9)
+    axes[-1].set_xlabel("optimizer step", fontsize=9)
     fig.save(figure, png_path)
 
 
-def _draw(
-    axis: Axes, trace: Trace, series: Sequence[tuple[str, str, str]], target: float | None
-) -> None:
+def _draw(axis: Axes, trace: Trace, series: Sequence[tuple[str, str, str]]) -> None:
     """The lines of one panel and its scale."""
     seen: list[float] = []
     for key, label, colour in series:
@@ -247,7 +246,4 @@ def _draw(
             line = medians(trace.step, kept)
             axis.plot(*line, color=colour, linewidth=1.3, linestyle=style, label=label)
         seen += y[np.isfinite(y)].tolist()
-    if target is not None:
-        axis.axhline(target, color=fig.INK, linewidth=0.9, linestyle="--", label="target")
-        seen.append(target)
     fig.set_y_scale(axis, seen, decades=0.5)

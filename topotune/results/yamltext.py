@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from topotune.errors import ConfigError
+from topotune.results.text import plain
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]+")
 
@@ -49,21 +49,10 @@ def dump_yaml(data: Mapping[str, Any]) -> str:
     Dumper.add_representer(float, float_node)
     Dumper.add_representer(str, text_node)
     Dumper.add_representer(dict, map_node)
-    plain = _plain(data, "config")
-    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, width=2**31, allow_unicode=False)
-
-
-def _plain(value: Any, place: str) -> Any:
-    """The same in the built-in types alone; subclasses such as NumPy's floats are converted."""
-    if value is None or isinstance(value, bool):
-        return value
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{place}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
-    raise ConfigError(
-        place, f"a {type(value).__name__} has no YAML form", "Use numbers, text, lists and mappings"
+    return yaml.dump(
+        plain(data, "config", "YAML"),
+        Dumper=Dumper,
+        sort_keys=False,
+        width=2**31,
+        allow_unicode=False,
     )

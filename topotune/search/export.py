@@ -20,8 +20,9 @@ from topotune.records import (
     TrialSpec,
 )
 from topotune.repository import COMMIT_TAG, own_version
-from topotune.results.export import ExportPaths, Provenance, Verification, export_config, verify
-from topotune.results.leaderboard import top
+from topotune.results.card import Provenance
+from topotune.results.export import ExportPaths, export_config
+from topotune.results.verify import Verification, verify
 from topotune.search.code.source import (
     CODE_TAG,
     GIT_TAGS,
@@ -87,7 +88,7 @@ def export_top(
         register: name in MLflow's model registry for the best one.
         alias: alias of that version.
         force: replace earlier, different exports.
-        note: told what happens, one line at a time.
+        note: gets what happens, one line at a time.
 
     Raises:
         RunError: no trial has finished within the constraints.
@@ -96,8 +97,7 @@ def export_top(
     """
     config = folder.config()
     board = leaderboard(folder, config)
-    directions = [objective.direction for objective in config.objective]
-    best = board.front if count is None else top(board.trials, directions, count)
+    best = board.front if count is None else board.top(count)
     if not best:
         raise RunError(
             f"{folder.root}: no trial finished within the constraints, so there is nothing to "
@@ -148,7 +148,7 @@ def _weights(
     spec: TrialSpec, folder: Path, note: Callable[[str], None]
 ) -> tuple[dict[str, Any], tuple[EpochReport, ...]]:
     """Weights and history of a trial: from its checkpoint, or trained again where that does not
-    hold the whole training. The search's own folder stays as it is, whoever drives the search."""
+    hold the whole training. The search's own folder stays as it is: it may be driven meanwhile."""
     from topotune.train.trial import open_trial
 
     plain = _without_overhead(spec)
@@ -180,7 +180,7 @@ def _fault(spec: TrialSpec, folder: Path) -> str:
 
 
 def _in_short(error: CheckpointError) -> str:
-    """Without the fix, which is for whoever trains on."""
+    """Without the fix, which is for those who train on."""
     return str(error).partition(". ")[0]
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from topotune.errors import RunError, TrackingError
 from topotune.records import Outcome, TrialSummary
 from topotune.results.leaderboard import Leaderboard
-from topotune.results.ranking import top
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.pull import fetch
 from topotune.train.trace import RELAXATION_FILE, TRACE_FILE
@@ -48,7 +47,7 @@ def draw_search(board: Leaderboard, out: Path) -> list[Path]:
     plots = {"front.png": plot_front} if len(board.objectives) > 1 else {}
     plots |= {"curves.png": plot_curves, HISTORY: plot_history}
     for name, plot in plots.items():
-        plot(board.trials, out / name, board.objectives)
+        plot(board, out / name)
     return [out / name for name in plots]
 
 
@@ -64,7 +63,8 @@ def draw_trial(folder: SearchFolder, row: TrialSummary, out: Path) -> list[Path]
         RunError: a record is damaged.
         ResourceError: a picture cannot be written, or the search's store cannot be asked.
     """
-    from topotune.results.plots import plot_relaxation, plot_trace
+    from topotune.results.relaxation import plot_relaxation
+    from topotune.results.trace import plot_trace
 
     fetch(folder.root.parent, folder.name, TRACE_FILE, RELAXATION_FILE, trial=row.number)
     drawn = []
@@ -99,12 +99,11 @@ def send_figures(
         parent: the search's own run.
         say: gets a line on what was drawn, or why something was not.
     """
-    keep, directions = folder.config().keep_checkpoints, list(board.objectives.values())
+    best = board.top(folder.config().keep_checkpoints)
     diverged = [row for row in board.trials if row.state == Outcome.DIVERGED]
     diverged.sort(key=lambda row: row.number)
-    rows = [*top(board.trials, directions, keep), *diverged[-DIVERGED_SENT:]]
     count = _send(store, parent, partial(draw_search, board), "" if not finished else HISTORY)
-    for row in rows:
+    for row in (*best, *diverged[-DIVERGED_SENT:]):
         runs = [run for run in store.runs(folder.search_id, row.number) if not run.deleted]
         try:
             count += _send(store, next(iter(runs), None), partial(draw_trial, folder, row), TRACE)

@@ -32,10 +32,9 @@ from topotune.search.place.search_lease import holder as holder_of
 from topotune.search.place.shipping import default_server, open_store
 from topotune.search.study.rows import read_study, summaries
 from topotune.search.view import SilentListener
-from topotune.tracking.dashboard import Dashboard, serve_dashboard
-from topotune.tracking.loopback import check_port
 from topotune.tracking.mlflow import MlflowStore
 from topotune.tracking.pages import VIEW_TAG, experiment_page, run_page, trials_page
+from topotune.tracking.serve import Dashboard, check_port, serve_dashboard
 from topotune.tracking.shipper import Shipper
 from topotune.tracking.store import DATABASE_FILE, embedded_artifacts
 
@@ -48,9 +47,9 @@ class SearchStatus:
         folder: where it lies.
         config: what it searches.
         board: its trials.
-        holder: who drives it ("pid 12 on host"), None if nobody.
+        holder: the process that drives it ("pid 12 on host"), None without one.
         wall_seconds: time spent, all sessions together.
-        live: what its driver last said it was at; None if nobody drives it.
+        live: what its driver last said it was at; None without a driver.
     """
 
     folder: SearchFolder
@@ -109,7 +108,7 @@ def status(results_dir: Path, name: str) -> SearchStatus:
     """One search.
 
     Raises:
-        SearchFolderError: there is none of that name, or its files are damaged.
+        SearchFolderError: no search has that name, or its files are damaged.
     """
     return _status(SearchFolder.open(results_dir, name))
 
@@ -119,7 +118,7 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
 
     Args:
         results_dir: where they lie.
-        damaged: told, in a line, of each that cannot be read.
+        damaged: gets a line on each that cannot be read.
     """
     found = []
     for folder in searches(results_dir):
@@ -133,7 +132,7 @@ def all_status(results_dir: Path, damaged: Callable[[str], None]) -> list[Search
 def is_finished(folder: SearchFolder) -> bool:
     """Whether a search is known to have nothing left to do.
 
-    Not where its study cannot be read: the driver that opens it waits for it, or rebuilds it.
+    Not where its study cannot be read: the driver that opens it waits for it, or mends it.
     """
     try:
         return _status(folder).finished
@@ -188,7 +187,7 @@ def printed(results_dir: Path, name: str, number: int) -> str:
 def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], None]) -> None:
     """Say where MLflow's pages of searches are, and serve those of the embedded store.
 
-    What is recorded on a tracking server has its pages there: only their addresses are told.
+    What is recorded on a tracking server has its pages there: only their addresses are said.
     Otherwise this returns when it is interrupted. Figures that MLflow lacks are drawn meanwhile:
     those of the search that is named, and of all whose pages are served here.
 
@@ -196,7 +195,7 @@ def serve(results_dir: Path, name: str | None, port: int, say: Callable[[str], N
         results_dir: where searches lie.
         name: the search whose pages are named; None for all.
         port: preferred port; another one is taken if it is in use. 0 for any free one.
-        say: told where to look.
+        say: gets lines on where to look.
 
     Raises:
         UserError: no such search, no folder that holds any, or no port.
@@ -324,9 +323,9 @@ def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
     """Ship what is left of a search; what happened in words, and whether all is stored.
 
     Raises:
-        SearchFolderError: there is none of that name.
+        SearchFolderError: no search has that name.
         ConfigError: the tracking address is of a form that MLflow does not serve, or lacks its
-            password, or the time is none.
+            password, or the time cannot be waited for.
     """
     if not 0 <= timeout < threading.TIMEOUT_MAX:
         raise ConfigError("--timeout", f"must be a number of seconds from 0 on (got {timeout:g})")
@@ -337,7 +336,7 @@ def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
 
 
 def _sync_store(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
-    """As :func:`sync`, of a search in an object store: nobody may drive it meanwhile."""
+    """As :func:`sync`, of a search in an object store, which no driver may have meanwhile."""
     with SearchLease(folder, folder.config(), SilentListener()) as lease:
         lease.begin()
         text, complete = _ship(folder, timeout)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from topotune.errors import RunError, SpoolError, TrackingError
+from topotune.errors import OutboxError, RunError, TrackingError
 from topotune.records import DATA_TAG, ROWS_TAG, Outcome
 from topotune.tracking.entries import (
     INTERRUPTED,
@@ -91,7 +91,7 @@ class Delivery:
         Raises:
             StoreOfflineError, RunMissingError: nothing may be assumed about what has arrived;
                 sending all of it again is harmless.
-            SpoolError: what was refused cannot be written down.
+            OutboxError: what was refused cannot be written down.
         """
         newest = {
             (entry.body.path, entry.body.folder): offset
@@ -161,7 +161,7 @@ class Delivery:
             if tags:
                 self._store.tag_experiment(tags)
             self._page_tries = 0
-        except (RunError, TrackingError, SpoolError) as error:
+        except (RunError, TrackingError, OutboxError) as error:
             _log.info("the page of the experiment is not renewed: %s", error)
 
     def run(self, trial: int | None, at: int) -> str:

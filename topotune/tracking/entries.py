@@ -2,7 +2,7 @@
 stand for. Workers send them to the driver, and the outbox holds them.
 
 Reading is strict: an outbox may come from another machine or from other people, so every field is
-checked and a record that breaks a rule raises SpoolError, never anything else.
+checked and a record that breaks a rule raises OutboxError, never anything else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeAlias
 
-from topotune.errors import SpoolError
+from topotune.errors import OutboxError
 from topotune.records import (
     EpochReport,
     Outcome,
@@ -250,7 +250,7 @@ def from_payload(payload: Mapping[str, Any]) -> Entry:
     """The inverse of :func:`to_payload`.
 
     Raises:
-        SpoolError: a field is missing or breaks its rule.
+        OutboxError: a field is missing or breaks its rule.
     """
     kind = payload.get("kind")
     trial = None if payload.get("trial") is None else _int(payload, "trial")
@@ -273,47 +273,49 @@ def from_payload(payload: Mapping[str, Any]) -> Entry:
         case "end":
             outcome = _text(payload, "outcome")
             if outcome not in OUTCOMES:
-                raise SpoolError(f"outcome: {outcome!r} is none of {', '.join(OUTCOMES)}")
+                raise OutboxError(
+                    f"outcome: expected one of {', '.join(OUTCOMES)}, got {outcome!r}"
+                )
             body = End(outcome, _text(payload, "reason"), _int(payload, "at"))
         case _:
-            raise SpoolError(f"kind: {kind!r} is unknown")
+            raise OutboxError(f"kind: {kind!r} is unknown")
     return Entry(trial, body)
 
 
 def _int(data: Mapping[str, Any], name: str) -> int:
     value = data.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _INT64:
-        raise SpoolError(f"{name}: expected an integer from 0 to 2^63, got {value!r:.80}")
+        raise OutboxError(f"{name}: expected an integer from 0 to 2^63, got {value!r:.80}")
     return value
 
 
 def _text(data: Mapping[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str):
-        raise SpoolError(f"{name}: expected text, got {value!r:.80}")
+        raise OutboxError(f"{name}: expected text, got {value!r:.80}")
     return value
 
 
 def _texts(data: Mapping[str, Any], name: str) -> dict[str, str]:
     value = data.get(name)
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise SpoolError(f"{name}: expected an object of texts, got {value!r:.80}")
+        raise OutboxError(f"{name}: expected an object of texts, got {value!r:.80}")
     return value
 
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise SpoolError(f"{name}: expected a number, got {value!r:.80}")
+        raise OutboxError(f"{name}: expected a number, got {value!r:.80}")
     try:
         return unpack_number(value)
     except (KeyError, OverflowError):
-        raise SpoolError(f"{name}: expected a number, got {value!r:.80}") from None
+        raise OutboxError(f"{name}: expected a number, got {value!r:.80}") from None
 
 
 def _numbers(data: Mapping[str, Any], name: str) -> dict[str, float]:
     value = data.get(name)
     if not isinstance(value, dict):
-        raise SpoolError(f"{name}: expected an object of numbers, got {value!r:.80}")
+        raise OutboxError(f"{name}: expected an object of numbers, got {value!r:.80}")
     return {key: _number(number, f"{name}.{key:.80}") for key, number in value.items()}
 
 
@@ -324,7 +326,7 @@ def _curves(data: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
             raise ValueError
         found = {name: [_point(*pair) for pair in curve] for name, curve in value.items()}
     except (TypeError, ValueError):
-        raise SpoolError(f"points: expected an object of points, got {value!r:.80}") from None
+        raise OutboxError(f"points: expected an object of points, got {value!r:.80}") from None
     return found
 
 
@@ -334,7 +336,7 @@ def _point(step: object, value: object) -> tuple[int, float]:
 
 def _report(value: object) -> EpochReport:
     if not isinstance(value, dict):
-        raise SpoolError(f"report: expected an object, got {value!r:.80}")
+        raise OutboxError(f"report: expected an object, got {value!r:.80}")
     return EpochReport(
         epoch=_int(value, "epoch"),
         step=_int(value, "step"),
@@ -350,5 +352,5 @@ def _inside(data: Mapping[str, Any], name: str, empty: bool = False) -> str:
     path = PurePosixPath(text)
     bad = path.is_absolute() or ".." in path.parts or re.search(r"[\x00-\x1f\\]", text)
     if bad or not (text or empty):
-        raise SpoolError(f"{name}: {text!r:.80} is not a path inside the search folder")
+        raise OutboxError(f"{name}: {text!r:.80} is not a path inside the search folder")
     return text

@@ -40,7 +40,7 @@ class Labels:
         """Those of a search's folder; empty ones where it has no record of its own yet.
 
         Raises:
-            SpoolError: the outbox cannot be read.
+            OutboxError: the outbox cannot be read.
         """
         for _, entry in read_all(folder):
             if entry.trial is None and isinstance(entry.body, Start):

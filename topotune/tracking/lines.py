@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from topotune.errors import SpoolError
+from topotune.errors import OutboxError
 
 MAX_LINE = 1 << 23
 """Bytes of the longest line that is written or believed."""
@@ -52,15 +52,15 @@ def encode(payload: Mapping[str, Any]) -> bytes:
     """A payload as one line.
 
     Raises:
-        SpoolError: it is not strict JSON, or longer than ``MAX_LINE``.
+        OutboxError: it is not strict JSON, or longer than ``MAX_LINE``.
     """
     try:
         body = json.dumps(payload, allow_nan=False, separators=(",", ":")).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
-        raise SpoolError(f"record is not strict JSON: {error}") from None
+        raise OutboxError(f"record is not strict JSON: {error}") from None
     line = b"%08x %08x %b\n" % (zlib.crc32(body), len(body), body)
     if len(line) > MAX_LINE:
-        raise SpoolError(
+        raise OutboxError(
             f"record of {len(line)} bytes: at most {MAX_LINE} are allowed. "
             "Write large data to a file and record it as an artifact"
         )
@@ -75,22 +75,22 @@ def decode(line: bytes) -> dict[str, Any]:
     """The payload of a line, newline excluded.
 
     Raises:
-        SpoolError: length, checksum or JSON do not hold.
+        OutboxError: length, checksum or JSON do not hold.
     """
     head = _HEAD.match(line)
     if head is None:
-        raise SpoolError("no checksum and length at the start of the line")
+        raise OutboxError("no checksum and length at the start of the line")
     body = line[head.end() :]
     if len(body) != int(head[2], 16):
-        raise SpoolError(f"length {len(body)}, recorded {int(head[2], 16)}")
+        raise OutboxError(f"length {len(body)}, recorded {int(head[2], 16)}")
     if zlib.crc32(body) != int(head[1], 16):
-        raise SpoolError("checksum does not match")
+        raise OutboxError("checksum does not match")
     try:
         payload = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise SpoolError(f"not strict JSON: {error}") from None
+        raise OutboxError(f"not strict JSON: {error}") from None
     if not isinstance(payload, dict):
-        raise SpoolError(f"expected a JSON object, got {type(payload).__name__}")
+        raise OutboxError(f"expected a JSON object, got {type(payload).__name__}")
     return payload
 
 
@@ -101,7 +101,7 @@ def read_chunk(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> Chunk:
     because its writer may still be writing it.
 
     Raises:
-        SpoolError: the operating system cannot read the file.
+        OutboxError: the operating system cannot read the file.
     """
     try:
         with path.open("rb") as file:
@@ -112,7 +112,7 @@ def read_chunk(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> Chunk:
     except FileNotFoundError:
         return Chunk((), (), offset)
     except OSError as error:
-        raise SpoolError(f"{path}: cannot be read: {error.strerror}") from error
+        raise OutboxError(f"{path}: cannot be read: {error.strerror}") from error
     whole = data.rfind(b"\n") + 1
     if whole == 0 and len(data) >= MAX_LINE:
         reason = f"no newline in {len(data)} bytes"
@@ -122,7 +122,7 @@ def read_chunk(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> Chunk:
         end = start + len(raw) + 1
         try:
             lines.append(Line(start, end, decode(raw)))
-        except SpoolError as error:
+        except OutboxError as error:
             damaged.append((start, str(error)))
         start = end
     return Chunk(tuple(lines), tuple(damaged), offset + whole)

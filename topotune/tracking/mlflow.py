@@ -12,15 +12,15 @@ import json
 import logging
 import os
 import re
+import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from topotune.errors import ResourceError, TopotuneError
+from topotune.errors import ResourceError, RunError, TopotuneError
 from topotune.redaction import redact
-from topotune.tracking.answers import classified, one_line, turned_down
 from topotune.tracking.entries import Item
 from topotune.tracking.places import is_inside, own_files
 from topotune.tracking.store import (
@@ -40,7 +40,7 @@ from topotune.tracking.store import (
 )
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment
+    from mlflow.entities import Experiment, RunInfo
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
     from mlflow.tracking import MlflowClient
 
@@ -53,6 +53,11 @@ _SETTINGS = {
 }
 _SEARCH_ID = re.compile(r"[0-9A-Za-z-]{1,64}")
 _PAGE = 1000
+_FOREIGN = re.compile(r"API request to \S+ \S+ failed with error code (\d{3})\b")
+"""How MLflow says that an answer was not its own server's JSON."""
+_NETWORK = re.compile(
+    r"\[Errno -?\d+\] [^'\")]+|\w+ timed out[^'\")]*|too many \d+ error responses", re.IGNORECASE
+)
 _import_lock = threading.Lock()
 
 
@@ -89,6 +94,7 @@ class MlflowStore:
         self._results_dir = results_dir
         self._connected: tuple[MlflowClient, str] | None = None
         self._connecting = threading.Lock()
+        self._open_runs: dict[str, RunInfo] = {}  # those made here that have not ended
 
     @classmethod
     def embedded(cls, results_dir: Path, experiment: str = DEFAULT_EXPERIMENT) -> MlflowStore:
@@ -245,6 +251,7 @@ class MlflowStore:
             tags[PARENT_TAG] = run.parent_id
         with translated():
             made = client.create_run(experiment_id, run.start_ms, tags, run.name)
+            self._open_runs[str(made.info.run_id)] = made.info
             return str(made.info.run_id)
 
     def log(self, run_id: str, batch: Sequence[Item]) -> None:
@@ -289,17 +296,17 @@ class MlflowStore:
 
         Not through the client, which remembers the place of a run of any store by its id.
         """
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
         client, _ = self._connect()
-        place = str(client.get_run(run_id).info.artifact_uri)
+        place = str(self._info(run_id).artifact_uri)
         if not is_inside(place, artifacts):
             # Another process re-based them, which sees this folder under another path.
             with own_files(self._results_dir, self.experiment, _make_whole):
                 place = str(client.get_run(run_id).info.artifact_uri)
         if not is_inside(place, artifacts):
             raise StoreRefusedError(f"its run keeps files in {place}, not in this folder")
-        return get_artifact_repository(place)
+        return LocalArtifactRepository(place)
 
     def log_data(self, run_id: str, name: str, digest: str, rows: str) -> None:
         """A dataset input: by its name and digest it is one and the same in the experiment."""
@@ -316,8 +323,15 @@ class MlflowStore:
         """Set a final status; a run never ends before it began, whatever the clocks say."""
         client, _ = self._connect()
         with translated():
-            began = client.get_run(run_id).info.start_time
+            began = self._info(run_id).start_time
             client.set_terminated(run_id, status, max(end_ms, began))
+        self._open_runs.pop(run_id, None)
+
+    def _info(self, run_id: str) -> RunInfo:
+        """What never changes of a run. Asked of the store only for runs that this one did not make:
+        the store reads all metrics of a run for it."""
+        known = self._open_runs.get(run_id)
+        return known or self._connect()[0].get_run(run_id).info
 
     def reopen(self, run_id: str) -> None:
         """Set a run back to RUNNING."""
@@ -342,6 +356,10 @@ def _make_whole(database: Path) -> None:
         left.unlink(missing_ok=True)
     address = f"sqlite:///{partial}"
     MlflowClient(address, registry_uri=address).search_experiments(max_results=1)
+    # Kept in the file: a commit costs one forced write instead of three, and pages that are read
+    # meanwhile do not hold up the shipper.
+    with closing(sqlite3.connect(partial)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
     partial.replace(database)
 
 
@@ -353,12 +371,65 @@ def translated() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise classified(error) from None
+        raise _classified(error) from None
     except ResourceError as error:  # of the embedded store's own folder
         raise StoreOfflineError(str(error)) from None
     except TopotuneError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever its libraries raise, it comes out as ours
-        if turned_down(getattr(error, "response", None)):
-            raise StoreRefusedError(one_line(error)) from None
-        raise StoreOfflineError(f"{type(error).__name__}: {one_line(error)}") from None
+        if _turned_down(getattr(error, "response", None)):
+            raise StoreRefusedError(_one_line(error)) from None
+        raise StoreOfflineError(f"{type(error).__name__}: {_one_line(error)}") from None
+
+
+def _permanent(status: int, own: bool) -> bool:
+    """Whether an HTTP status means that this content will never be taken.
+
+    A wrong password (401, 403) or address (404 without a record) concerns every record alike:
+    setting them all aside would lose a search, so that these wait like an outage.
+
+    Args:
+        status: of the answer.
+        own: whether MLflow itself answered, in its JSON. A page of something in between (a
+            reverse proxy, a sign-in) judges no record, except for its size.
+    """
+    if not own:
+        return status == 413
+    return 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 429, 499)
+
+
+def _classified(error: Any) -> RunError:
+    """An MlflowException as refused for good, missing, or to be tried again."""
+    text = _one_line(error)
+    foreign = _FOREIGN.match(str(error))
+    if foreign is not None:
+        final = _permanent(int(foreign[1]), own=False)
+    elif error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        return RunMissingError(text)
+    else:
+        final = _permanent(int(error.get_http_status_code()), own=True)
+    return StoreRefusedError(text) if final else StoreOfflineError(text)
+
+
+def _turned_down(response: Any) -> bool:
+    """Whether an answer to an upload means that this file will never be taken.
+
+    Args:
+        response: of the library ``requests``, or what another library keeps in its place.
+    """
+    try:
+        body = response.json()
+        own = isinstance(body, dict) and isinstance(body.get("error_code"), str)
+        return _permanent(int(response.status_code), own)
+    except AttributeError:  # of another library: nothing is known
+        return False
+    except ValueError:  # no JSON
+        return _permanent(int(response.status_code), own=False)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, in a line, without secrets."""
+    text = " ".join(str(error).split())
+    if text.startswith("API request to") and (cause := _NETWORK.search(text)) is not None:
+        return f"no answer from the server: {cause[0].strip()}"
+    return redact(text)[:300] or type(error).__name__

@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from topotune.errors import ResourceError, SpoolError
-from topotune.files import make_folder, sync_folder
+from topotune.errors import OutboxError, ResourceError
+from topotune.files import append, make_folder
 from topotune.records import Outcome, Value
 from topotune.redaction import redact
 from topotune.tracking.entries import (
@@ -71,28 +71,28 @@ def outbox_size(folder: Path) -> int:
     """Bytes of a search's outbox; 0 where there is none yet.
 
     Raises:
-        SpoolError: the file cannot be looked at.
+        OutboxError: the file cannot be looked at.
     """
     try:
         return os.stat(f"{folder}/{OUTBOX_FILE}").st_size  # noqa: PTH116 - a Path costs more
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except OSError as error:
-        raise SpoolError(f"{folder / OUTBOX_FILE}: cannot be read: {error.strerror}") from error
+        raise OutboxError(f"{folder / OUTBOX_FILE}: cannot be read: {error.strerror}") from error
 
 
 def read_piece(folder: Path, offset: int) -> Piece:
     """About a megabyte of the records of a search's folder, from an offset where a line starts.
 
     Raises:
-        SpoolError: the file cannot be read.
+        OutboxError: the file cannot be read.
     """
     chunk = read_chunk(folder / OUTBOX_FILE, offset)
     entries, damaged = [], list(chunk.damaged)
     for line in chunk.lines:
         try:
             entries.append((line.start, from_payload(line.payload)))
-        except SpoolError as error:
+        except OutboxError as error:
             damaged.append((line.start, str(error)))
     whole = bool(chunk.lines) and chunk.lines[-1].end == chunk.end
     last = chunk.lines[-1].start if whole else chunk.end
@@ -195,7 +195,7 @@ class Outbox:
         fence: called before each append; raises if another driver has taken the search over.
 
     Raises:
-        SpoolError: from every method: the file cannot be read or written (full, read-only or
+        OutboxError: from every method: the file cannot be read or written (full, read-only or
             missing disk), a path lies outside the search folder, or a value breaks a record's
             rule (a negative step, say). The file then ends as it did before, and the call can be
             repeated.
@@ -207,7 +207,7 @@ class Outbox:
         self._writing = threading.RLock()
         self._runs: dict[int | None, _Known] = {}
         self._ended: dict[int, int] = {}
-        self._end = 0
+        self._end = self._size = 0  # of its whole lines; of the file
         self._forced = -math.inf
         self._read()
 
@@ -215,22 +215,25 @@ class Outbox:
         """Learn what the file holds. Of trials that have ended little is kept: there are many."""
         self._runs.clear()
         self._ended.clear()
-        self._end = 0
+        self._end, self._size = 0, outbox_size(self._folder)
         for piece in read_pieces(self._folder):
             for offset, reason in piece.damaged:
                 _log.warning("%s: damaged line at byte %d skipped: %s", self._path, offset, reason)
             for _, entry in piece.entries:
                 self._runs.setdefault(entry.trial, _Known()).add(entry.body)
             self._end = piece.end
+        if torn := self._size - self._end:
+            _log.warning("%s: %d bytes of an unfinished line are cut off", self._path, torn)
         for trial in list(self._runs):
             self.forget(trial)
 
     def forget(self, trial: int | None) -> None:
         """Keep only how a trial has ended, if it has: what is left to record of it is little."""
-        known = self._runs.get(trial)
-        if trial is not None and known is not None and known.end is not None:
-            self._ended[trial] = hash(known.end)
-            del self._runs[trial]
+        with self._writing:
+            known = self._runs.get(trial)
+            if trial is not None and known is not None and known.end is not None:
+                self._ended[trial] = hash(known.end)
+                del self._runs[trial]
 
     def _known(self, trial: int | None) -> _Known:
         known = self._runs.get(trial)
@@ -250,10 +253,8 @@ class Outbox:
             force: whether they must be on disk at once.
         """
         with self._writing:
-            if (
-                outbox_size(self._folder) != self._end
-            ):  # cut or replaced: what it holds now is what counts
-                self._read()
+            if outbox_size(self._folder) != self._size:
+                self._read()  # cut or replaced: what it holds now is what counts
             known, lines = self._known(trial), b""
             added = []
             for body in bodies:
@@ -270,37 +271,22 @@ class Outbox:
 
     def _append(self, lines: bytes, force: bool) -> None:
         self._fence()
+        force = force or time.monotonic() - self._forced >= FORCE_SECONDS
         try:
             if self._end == 0:
                 make_folder(self._folder)
-            with self._path.open("ab", buffering=0) as file:
-                if self._end == 0:  # a name that is not on disk would lose all of it
-                    sync_folder(self._folder)
-                self._cut(file.fileno())
-                try:
-                    if file.write(lines) != len(lines):
-                        raise OSError("only a part of the record was written")
-                    if force or time.monotonic() - self._forced >= FORCE_SECONDS:
-                        os.fsync(file.fileno())
-                        self._forced = time.monotonic()
-                except OSError:
-                    file.truncate(self._end)
-                    raise
+            append(self._path, lines, self._end, force)
         except ResourceError as error:
-            raise SpoolError(f"{self._path}: the record cannot be written: {error}") from error
+            raise OutboxError(f"{self._path}: the record cannot be written: {error}") from error
         except OSError as error:
-            raise SpoolError(
+            raise OutboxError(
                 f"{self._path}: the record cannot be written: {error.strerror or error}. "
                 "Make space or make the folder writable, then resume"
             ) from error
+        if force:
+            self._forced = time.monotonic()
         self._end += len(lines)
-
-    def _cut(self, file: int) -> None:
-        """Cut off what a crash in mid-write has left at the end."""
-        torn = os.fstat(file).st_size - self._end
-        if torn > 0:
-            _log.warning("%s: %d bytes of an unfinished line cut off", self._path, torn)
-            os.ftruncate(file, self._end)
+        self._size = self._end
 
     def _now(self, trial: int | None) -> int:
         """Unix milliseconds, after every stamp of the run: a clock may be set back."""
@@ -340,14 +326,14 @@ class Outbox:
         """A finished file inside the search folder; recorded again when its content changed."""
         real, root = path.resolve(), self._folder.resolve()
         if not real.is_relative_to(root):
-            raise SpoolError(
+            raise OutboxError(
                 f"artifact {path}: lies outside the search folder {root}. Write it there first"
             )
         try:
             with real.open("rb") as file:
                 whole = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
-            raise SpoolError(f"artifact {path}: cannot be read: {error.strerror}") from error
+            raise OutboxError(f"artifact {path}: cannot be read: {error.strerror}") from error
         name = real.relative_to(root).as_posix()
         with self._writing:
             self.put(trial, Artifact(name, folder, whole.hexdigest(), self._now(trial)))
@@ -358,7 +344,7 @@ class Outbox:
         A search is over (COMPLETE, FAILED) or was stopped to be resumed (INTERRUPTED).
         """
         if trial is None and outcome not in (Outcome.COMPLETE, Outcome.FAILED, INTERRUPTED):
-            raise SpoolError(f"a search ends COMPLETE, FAILED or INTERRUPTED, not {outcome!r}")
+            raise OutboxError(f"a search ends COMPLETE, FAILED or INTERRUPTED, not {outcome!r}")
         with self._writing:
             last = End(str(outcome), _reason(reason), self._now(trial))
             self.put(trial, *before, last)

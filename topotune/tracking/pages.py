@@ -106,7 +106,7 @@ def linked(text: str, address: Callable[[str, int], str | None]) -> str:
 
     Args:
         text: Markdown as it was recorded, when no run had an id yet.
-        address: told kind and number (0 where there is none); gives the address.
+        address: gives the address of a kind and number (0 without one).
     """
 
     def link(match: re.Match[str]) -> str:

@@ -127,7 +127,7 @@ def rebase(database: Path, artifacts: Path, experiment: str) -> int:
         sqlite3.Error: the file is damaged, or locked for too long.
     """
     changed, example = 0, ""
-    # Looked at first: there is rarely anything to do, and then nobody who writes is waited for.
+    # Looked at first: there is rarely anything to do, and then no writer is waited for.
     with closing(sqlite3.connect(database, _BUSY_SECONDS, isolation_level=None)) as connection:
         if next(_strays(connection, artifacts, experiment), None) is None:
             return 0

@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from topotune.errors import SpoolError
+from topotune.errors import OutboxError
 from topotune.redaction import redact
 from topotune.tracking.entries import Item
 from topotune.tracking.outbox import OUTBOX_FILE
@@ -39,13 +40,14 @@ class Progress:
         offset: all records before it are dealt with.
         runs: MLflow's run id by trial number; "search" for the parent.
         ended: when the runs that are ended did so, Unix milliseconds, by the same keys.
+        refused: how many items were refused of them.
     """
 
     def __init__(self, folder: Path, store: str) -> None:
         self._outbox, self._path = folder / OUTBOX_FILE, folder / PROGRESS_FILE
         self._store = store
         self._seen: tuple[int, int] | None = None
-        self.offset = 0
+        self.offset = self.refused = 0
         self.runs: dict[str, str] = {}
         self.ended: dict[str, int] = {}
         self.refresh()
@@ -58,7 +60,10 @@ class Progress:
                 return False
             self._seen = (stat.st_ino, stat.st_mtime_ns)
             data: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            if data.pop("check") != _check(data):
+                raise ValueError("checksum does not match")
             store, offset, crc = str(data["store"]), int(data["offset"]), int(data["crc"])
+            refused = int(data["refused"])
             runs = {str(k): str(v) for k, v in data["runs"].items()}
             ended = {str(k): int(v) for k, v in data["ended"].items()}
             if offset < 0:
@@ -71,7 +76,7 @@ class Progress:
         if store != self._store:
             _log.warning("%s: is about %s; %s gets everything", self._path, store, self._store)
             return False
-        self.runs, self.ended, self.offset = runs, ended, offset
+        self.runs, self.ended, self.offset, self.refused = runs, ended, offset, refused
         if self._crc() != crc:
             _log.warning("%s: is not what was sent of it; it is sent again", self._outbox)
             self.offset = 0
@@ -93,7 +98,7 @@ class Progress:
 
     def clear(self) -> None:
         """Forget everything, so that everything is sent again."""
-        self.offset = 0
+        self.offset = self.refused = 0
         self.runs.clear()
         self.ended.clear()
         self._path.unlink(missing_ok=True)
@@ -102,23 +107,30 @@ class Progress:
         """Replace the saved state as a whole. It is not forced to disk: losing it is harmless.
 
         Raises:
-            SpoolError: the folder cannot be written.
+            OutboxError: the folder cannot be written.
         """
-        data = {
+        data: dict[str, Any] = {
             "store": self._store,
             "offset": self.offset,
             "crc": self._crc(),
             "runs": self.runs,
             "ended": self.ended,
+            "refused": self.refused,
         }
+        data["check"] = _check(data)
         partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
             partial.write_text(json.dumps(data), encoding="utf-8")
             stat = partial.stat()
             partial.replace(self._path)
         except OSError as error:
-            raise SpoolError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise OutboxError(f"{self._path}: cannot be written: {error.strerror}") from error
         self._seen = (stat.st_ino, stat.st_mtime_ns)
+
+
+def _check(data: Mapping[str, Any]) -> int:
+    """The CRC-32 of what is saved: a run's id under another key would send to another's run."""
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
 
 
 class Refused:
@@ -131,12 +143,21 @@ class Refused:
     def __init__(self, folder: Path) -> None:
         self._path = folder / REFUSED_FILE
         self._known: set[tuple[int, str, str]] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what another shipper added.
+
+        Raises:
+            OutboxError: the file cannot be read.
+        """
+        self._known.clear()
         try:
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             lines = []
         except OSError as error:
-            raise SpoolError(f"{self._path}: cannot be read: {error.strerror}") from error
+            raise OutboxError(f"{self._path}: cannot be read: {error.strerror}") from error
         for line in lines:
             try:
                 old = json.loads(line)
@@ -154,7 +175,7 @@ class Refused:
         """Set an item aside.
 
         Raises:
-            SpoolError: the folder cannot be written.
+            OutboxError: the folder cannot be written.
         """
         identity = (offset, item.kind, item.key)
         if identity in self._known:
@@ -171,7 +192,7 @@ class Refused:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise SpoolError(f"{self._path}: cannot be written: {error.strerror}") from error
+            raise OutboxError(f"{self._path}: cannot be written: {error.strerror}") from error
         self._known.add(identity)
         _log.warning("%s %r was refused: %s", item.kind, item.key, line["reason"])
 

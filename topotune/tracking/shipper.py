@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from topotune.errors import SpoolError, TopotuneError
+from topotune.errors import OutboxError, TopotuneError
 from topotune.redaction import redact
 from topotune.tracking.delivery import Delivery
 from topotune.tracking.entries import Entry, size
 from topotune.tracking.outbox import Piece, outbox_size, read_piece
-from topotune.tracking.progress import Progress, Refused
+from topotune.tracking.progress import REFUSED_FILE, Progress, Refused
 from topotune.tracking.store import RunMissingError, Store, StoreOfflineError, StoreRefusedError
 
 _FIRST_DELAY = 1.0
@@ -83,7 +83,7 @@ class Shipper:
         longest_delay: seconds between two tries, at most, while the store cannot be reached.
 
     Raises:
-        SpoolError: ``refused.jsonl`` cannot be read.
+        OutboxError: ``refused.jsonl`` cannot be read.
     """
 
     def __init__(
@@ -116,6 +116,9 @@ class Shipper:
 
     def _begin(self) -> None:
         """Go on from what is saved as sent; the outbox is counted anew."""
+        if len(self._refused) < self._progress.refused:
+            _log.warning("%s: lacks refused items; all is sent again", self._folder / REFUSED_FILE)
+            self._progress.offset = self._progress.refused = 0
         self._counted = self._recorded = self._damaged = 0
         self._ahead = self._progress.offset  # what lies before is sent, but for what is held back
         self._passed = 0  # items before that
@@ -159,7 +162,7 @@ class Shipper:
             self._thread.join(timeout)
         try:
             self._look()
-        except SpoolError as error:
+        except OutboxError as error:
             self._failed(str(error))
         return self.status()
 
@@ -192,7 +195,7 @@ class Shipper:
                     if self._ahead == 0:  # what another store refused is offered anew
                         self._refused.clear()
                     self._send()
-            except (StoreOfflineError, SpoolError, OSError) as error:
+            except (StoreOfflineError, OutboxError, OSError) as error:
                 self._failed(str(error))
                 return False
             except Exception as error:  # noqa: BLE001 - a thread that died would send nothing more
@@ -203,16 +206,13 @@ class Shipper:
             self._last_error, self._offline_since = "", None
             return True
 
-    def rewind(self) -> None:
-        """Forget what was sent, so that everything is sent again (which stores it once)."""
-        with self._working:
-            self._forget()
-
     def _forget(self) -> None:
+        """Forget what was sent, so that everything is sent again, which stores it once."""
         self._progress.clear()
         self._refused.clear()
         with self._counting:
             self._begin()
+            self._look()
 
     def _failed(self, reason: str) -> None:
         reason = " ".join(redact(reason).split())[:300]
@@ -225,6 +225,7 @@ class Shipper:
         """Count what the outbox holds, and see what another shipper sent meanwhile."""
         with self._counting:
             if self._progress.refresh():
+                self._refused.refresh()
                 self._begin()
             if outbox_size(self._folder) < max(self._counted, self._ahead):
                 _log.warning("%s: the outbox was cut; it is sent again", self._folder)
@@ -263,6 +264,7 @@ class Shipper:
             offset = min((held.offset for held in self._held.values()), default=self._ahead)
             if offset != self._progress.offset:
                 self._progress.offset = offset
+                self._progress.refused = len(self._refused)
                 self._progress.save()
         if failures:
             raise failures[0]
@@ -270,7 +272,8 @@ class Shipper:
     def _pass_on(self, failures: list[StoreOfflineError]) -> None:
         """Send the next piece, or hold it back where the store has failed too often."""
         piece = self._read(self._ahead)
-        for trial, entries in self._groups(piece, None).items():
+        end = min(piece.end, self._counted)  # what came since the count is counted and sent later
+        for trial, entries in self._groups(piece, end).items():
             items = sum(size(entry) for _, entry in entries)
             sent = trial not in self._held and self._try(entries, failures)
             with self._counting:
@@ -278,7 +281,7 @@ class Shipper:
                 if not sent:
                     held = self._held.setdefault(trial, _Held(entries[0][0], 0))
                     held.items += items
-        self._ahead = piece.end
+        self._ahead = end
 
     def _retry(self, failures: list[StoreOfflineError]) -> None:
         """Offer again what is held back, from where the last round broke off."""
@@ -289,7 +292,7 @@ class Shipper:
             offset, known = start, {t: h.offset for t, h in self._held.items() if h.offset >= start}
             while offset < self._ahead and len(failures) < _MOST_FAILURES:
                 piece = self._read(offset)
-                for trial, entries in self._groups(piece, known).items():
+                for trial, entries in self._groups(piece, self._ahead, known).items():
                     if not self._try(entries, failures):
                         known.pop(trial)
                         continue
@@ -302,18 +305,19 @@ class Shipper:
             self._held = {trial: held for trial, held in self._held.items() if held.items > 0}
 
     def _groups(
-        self, piece: Piece, known: Mapping[int | None, int] | None
+        self, piece: Piece, end: int, known: Mapping[int | None, int] | None = None
     ) -> dict[int | None, list[tuple[int, Entry]]]:
         """A piece's records by their runs: those that the store fails on come last, and before
         them the search itself, whose page links to the trials' runs.
 
         Args:
             piece: the piece.
-            known: only runs that are held back, and from where on; None for all of the piece.
+            end: where to stop.
+            known: only runs that are held back, and from where on; None for all.
         """
         groups: dict[int | None, list[tuple[int, Entry]]] = {}
         for offset, entry in piece.entries:
-            if known is None or known.get(entry.trial, self._ahead) <= offset < self._ahead:
+            if offset < end and (known is None or known.get(entry.trial, end) <= offset):
                 groups.setdefault(entry.trial, []).append((offset, entry))
         order = sorted(groups, key=lambda trial: (self._failures[trial], trial is None))
         return {trial: groups[trial] for trial in order}

@@ -61,7 +61,7 @@ class TrialRecord:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            SpoolError, ValueError, KeyError, TypeError, AttributeError: the data are another's.
+            OutboxError, ValueError, KeyError, TypeError, AttributeError: the data are another's.
         """
         start = from_payload(data["start"]).body
         if not isinstance(start, Start):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from topotune.data.splits import data_tags
-from topotune.errors import CheckpointError, DivergedError, SpoolError, StoppedError
+from topotune.errors import CheckpointError, DivergedError, OutboxError, StoppedError
 from topotune.files import make_folder
 from topotune.records import (
     EpochReport,
@@ -222,7 +222,14 @@ class TrialRun:
             known = TrialRecord.from_dict(state)
             self._history, self._overhead = list(known.history), known.overhead
             restore_generators(state["generators"], self._device)
-        except (RuntimeError, SpoolError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            RuntimeError,
+            OutboxError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise CheckpointError(
                 f"checkpoint in {self._folder}: does not fit the model, optimizer or learner that "
                 f"this spec builds now: {error}. Their code has changed since: use another folder"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from topotune.config.models import SearchConfig
-from topotune.errors import ConfigError, SpoolError
+from topotune.errors import ConfigError, OutboxError
 from topotune.files import make_folder
 from topotune.records import DATA_TAG, ROWS_TAG
 from topotune.redaction import redact
@@ -226,7 +226,7 @@ def trial_starts(folder: SearchFolder, number: int) -> list[dict[str, str]]:
     these cannot be read."""
     try:
         found = bodies_of(folder.root, number)
-    except (SpoolError, OSError):
+    except (OutboxError, OSError):
         return []
     # What the driver records when it hands a trial out says nothing of its code.
     return [dict(b.tags) for b in found if isinstance(b, Start) and CODE_TAG in b.tags]

@@ -1,7 +1,7 @@
 """The decisions of a search, without Ray: what runs next, what stops, how each trial ended.
 
 The Ray adapters and the driver call this object from one thread. It holds only what can be
-rebuilt from the study, the ledger and the trials' folders.
+rebuilt from the study and the trials' folders.
 """
 
 from __future__ import annotations
@@ -239,8 +239,8 @@ class Book:
     def _progress(self, live: _Live, number: int, progress: Progress) -> bool:
         for report in progress.reports:
             if report.epoch > live.epoch and live.verdict is None:
-                # A restarted worker gives all its epochs at once, and a study that was rebuilt
-                # knows none of them: the trials that came since must not judge the old ones.
+                # A restarted worker gives all its epochs at once, and a study whose driver was
+                # killed lacks some of them: the trials that came since must not judge the old ones.
                 judged = report is progress.reports[-1]
                 self._take(number, live, report, progress.metrics, judged)
         live.metrics.update(progress.metrics)

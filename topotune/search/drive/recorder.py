@@ -177,25 +177,33 @@ class Recorder:
         Args:
             finished: rows of the trials.
         """
-        for row in finished:
-            if row.state in {outcome.value for outcome in Outcome}:
-                self._record_best(row)
-                if not self._outbox.has_end(row.number, row.state, row.reason):
-                    if row.spec:
-                        folder = self._files.checkpoint(row.number)
-                        self.progress(row.number, recorded(folder, TrialSpec.from_dict(row.spec)))
-                    self._record_end(row)
-                if self._files.has_chunks(row.number):
-                    self._work.put(row)
+        ended = [row for row in finished if row.state in {outcome.value for outcome in Outcome}]
+
+        def known(row: TrialSummary) -> bool:
+            return self._outbox.has_end(row.number, row.state, row.reason)
+
+        # Trials whose end is recorded ended before the others, in whichever order.
+        for row in sorted(ended, key=known, reverse=True):
+            if known(row):
+                self._count(row)
+            else:
+                if row.spec:
+                    folder = self._files.checkpoint(row.number)
+                    self.progress(row.number, recorded(folder, TrialSpec.from_dict(row.spec)))
+                self._record_end(row)
+            if self._files.has_chunks(row.number):
+                self._work.put(row)
         self._describe(board_of(finished, self._config), RUNNING)
 
     def ended(self, row: TrialSummary) -> None:
         """Record a trial's end; its files follow in the background."""
-        self._record_best(row)
         self._record_end(row)
         self._work.put(row)
 
     def _record_end(self, row: TrialSummary) -> None:
+        self._count(row)
+        # The best so far, with the number of trials that have ended as its step.
+        self._outbox.metrics(None, self._best, self._ended, now_ms(), force=False)
         at, config = now_ms(), self._config
         costs = {"device_seconds": row.device_seconds, "epochs_trained": float(row.epochs)}
         tags = {
@@ -206,16 +214,14 @@ class Recorder:
         last = (Metrics(costs, 0, at), Tags(safe_tags(tags), at))
         self._outbox.end(row.number, row.state, row.reason, *last)
 
-    def _record_best(self, row: TrialSummary) -> None:
-        """The best so far in each objective, with the number of trials that have ended, this one
-        among them, as its step. Forced to disk with the trial's end, which follows."""
+    def _count(self, row: TrialSummary) -> None:
+        """A trial that has ended, which may be the best so far."""
         self._ended += 1
         if row.state == Outcome.COMPLETE and not row.violated:
             for objective, value in zip(self._config.objective, row.values, strict=False):
                 name = f"best_{objective.metric}"
                 better = max if objective.direction == "maximize" else min
                 self._best[name] = better(self._best.get(name, value), value)
-        self._outbox.metrics(None, self._best, self._ended, now_ms(), force=False)
 
     def drop(self) -> None:
         """Finish what the thread is at and leave the rest: another driver records from here on."""

@@ -138,7 +138,7 @@ class StudyScheduler(NotStored, FIFOScheduler):
         book: the search's books.
         folder: a trial's folder, where its guard has left why it died.
         recorded: what a trial's checkpoint holds.
-        note: told, in a line, of a worker that died.
+        note: gets a line about each worker that died.
         request: what a trial with this config holds of the cluster.
     """
 
@@ -225,7 +225,7 @@ class Clock(NotStored, Callback):
     Args:
         book: the search's books.
         pulse: called on every turn.
-        stalls: told which trials work, to find those whose process is frozen.
+        stalls: finds those of the trials at work whose process is frozen.
     """
 
     def __init__(self, book: Book, pulse: Pulse, stalls: Stalls) -> None:

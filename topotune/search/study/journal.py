@@ -9,7 +9,7 @@ to disk as one turn by :meth:`Journal.commit`, before anything is done on the st
 mark ``+`` says that a line's turn goes on after it: a turn that a crash tore is as none. The copy
 is written in the same turn, and forced where a trial ends.
 
-Both files hold the same bytes, one perhaps fewer of them. The one that is whole for longer counts.
+Both files hold the same bytes, one perhaps fewer of them; so each turn counts that is whole in one.
 """
 
 from __future__ import annotations
@@ -95,24 +95,30 @@ def _read(path: Path, start: int = 0) -> bytes:
         ) from error
 
 
-def _choose(paths: Sequence[Path]) -> tuple[Path, dict[Path, _Found]]:
-    """The file that is whole for longest, and what each holds.
+def _join(
+    paths: Sequence[Path], start: int = 0, crc: int = 0
+) -> tuple[bytes, int, dict[Path, _Found]]:
+    """The turns that come after so many bytes, each from a file in which it is whole; their CRC;
+    and what each file holds by itself.
 
     Raises:
         SearchFolderError: something is lost that none of them holds.
         ResourceError: one cannot be read.
     """
-    found = {path: _examine(_read(path)) for path in paths}
-    best = max(paths, key=lambda path: len(found[path].whole))
-    end, crc = len(found[best].whole), found[best].crc
-    if any(one.reach > end and one.last != crc for one in found.values()):
+    contents = {path: _read(path, start) for path in paths}
+    found = left = {path: _examine(content, crc) for path, content in contents.items()}
+    whole = b""
+    while (best := max(left.values(), key=lambda one: len(one.whole))).whole:
+        whole, crc = whole + best.whole, best.crc
+        # A file that is damaged before this place can go on after it: all hold the same bytes.
+        left = {path: _examine(content[len(whole) :], crc) for path, content in contents.items()}
+    if any(one.reach and one.last != crc for one in left.values()):
         hurt = " and ".join(f"{p.name} at line {f.fault}" for p, f in found.items() if f.fault)
         raise SearchFolderError(
-            f"{paths[0]}: the study is damaged ({hurt}), and no copy of it holds what came after "
-            "that. Bring one back from a backup, then resume; leaderboard.json holds the last "
-            "known results"
+            f"{paths[0]}: the study is damaged ({hurt}), so that none of its files is whole. Bring "
+            "one back from a backup, then resume; leaderboard.json holds the last known results"
         )
-    return best, found
+    return whole, crc, found
 
 
 class JournalReader(BaseJournalBackend):
@@ -128,18 +134,15 @@ class JournalReader(BaseJournalBackend):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = paths
-        self._path: Path | None = None
         self._end = self._crc = 0
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """The records that have come since the last call; from 0 on, all."""
-        if log_number_from == 0 or self._path is None:
-            self._path, found = _choose(self._paths)
-            new, self._end = found[self._path], 0
-        else:
-            new = _examine(_read(self._path, self._end), self._crc)
-        self._end, self._crc = self._end + len(new.whole), new.crc
-        return _records(new.whole)
+        if log_number_from == 0:
+            self._end = self._crc = 0
+        whole, self._crc, _ = _join(self._paths, self._end, self._crc)
+        self._end += len(whole)
+        return _records(whole)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Refuse.
@@ -228,7 +231,6 @@ class Journal(BaseJournalBackend):
         """
         if not (self._turn or force or any(copy.new for copy in self._copies)):
             return
-        self._fence()
         for left, body in enumerate(self._turn, start=1 - len(self._turn)):
             self._crc = zlib.crc32(body, self._crc)
             line = b'%b,"crc":"%08x%b"}\n' % (body, self._crc, b"+" if left else b"")
@@ -236,6 +238,7 @@ class Journal(BaseJournalBackend):
                 copy.new += line
         self._turn = []
         for copy in self._copies:
+            self._fence()  # for each: the write before it may have hung for long
             if self._anew:
                 write_bytes(copy.path, bytes(copy.new))
                 copy.end = copy.forced = len(copy.new)
@@ -245,21 +248,22 @@ class Journal(BaseJournalBackend):
 
 
 def _made_whole(paths: Sequence[Path], note: Callable[[str], None]) -> tuple[bytes, int]:
-    """Bring all files to what the best of them holds; that, and its CRC."""
-    best, found = _choose(paths)
-    whole = found[best].whole
+    """Bring all files to what they hold together; that, and its CRC."""
+    whole, crc, found = _join(paths)
     for path, one in found.items():
         there = path.exists()
         if one.fault or (whole and (not there or (path == paths[0] and one.whole != whole))):
             state = f"is damaged at line {one.fault}" if one.fault else "lacks its newest records"
             aside = _unused(path) if one.fault and there else None
             moved = f"moved to {aside.name}, " if aside else ""
-            mended = "what follows is cut off" if path == best else f"made whole from {best.name}"
+            others = " and ".join(other.name for other in paths if other != path)
+            cut = one.whole == whole
+            mended = "what follows is cut off" if cut else f"made whole from {others}"
             note(f"warning: {path.name} {state if there else 'is missing'}; {moved}{mended}")
             write_bytes(path, whole, aside)
-        elif there and path.stat().st_size != len(whole):
+        elif there and (one.whole != whole or path.stat().st_size != len(whole)):
             write_bytes(path, whole)  # a turn that a crash tore, or kept from the copy
-    return whole, found[best].crc
+    return whole, crc
 
 
 def _unused(path: Path) -> Path:

@@ -24,7 +24,7 @@ from topotune.search.place.addresses import study_place
 from topotune.search.place.folder import STUDY_FILE, SearchFolder, searches
 from topotune.search.study.address import study_name
 from topotune.search.study.storage import reading
-from topotune.tracking.loopback import HOST, StopRequest, check_port, free_port, stop_signals
+from topotune.tracking.serve import HOST, StopRequest, check_port, free_port, stop_signals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,24 +1,28 @@
-"""Runs MLflow's web interface over a store, on this machine only."""
+"""Runs MLflow's web interface over a store, on a port of this machine alone."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import IO, Self
 
-from topotune.errors import RunError
+from topotune.errors import ConfigError, ResourceError, RunError
 from topotune.redaction import redact
-from topotune.tracking.loopback import HOST, StopRequest, free_port, stop_signals
 from topotune.tracking.mlflow import MlflowStore
 
+HOST = "127.0.0.1"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULT_PORT = 5000
 
 
@@ -97,7 +101,7 @@ def serve_dashboard(
 
     Raises:
         ResourceError: no port can be bound.
-        KeyboardInterrupt: this process was told to end (SIGINT, SIGTERM, SIGHUP) meanwhile.
+        KeyboardInterrupt: this process got SIGINT, SIGTERM or SIGHUP meanwhile.
         RunError: the server ended, or did not answer in time; with the end of its log.
         StoreOfflineError: the store cannot be opened.
     """
@@ -169,3 +173,52 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
         os.killpg(process.pid, number)
     except (ProcessLookupError, PermissionError):
         return
+
+
+class StopRequest(BaseException):
+    """A signal asks this process to end."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Turn the signals that end a process into StopRequest; the old handlers are put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise StopRequest
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_port(port: int) -> None:
+    """Refuse what is no port.
+
+    Raises:
+        ConfigError: it is not from 0 to 65535.
+    """
+    if not 0 <= port < 2**16:
+        raise ConfigError("--port", f"must be from 0 (any free one) to 65535 (got {port})")
+
+
+def free_port(preferred: int) -> int:
+    """The preferred port of 127.0.0.1 if it is free, else any free one.
+
+    Raises:
+        ResourceError: none can be bound.
+    """
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except (OSError, OverflowError):
+                continue
+            return int(probe.getsockname()[1])
+    raise ResourceError(f"port {preferred} of {HOST}: neither it nor any other port can be bound")
