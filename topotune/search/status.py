@@ -336,7 +336,7 @@ def sync(results_dir: Path, name: str, timeout: float) -> tuple[str, bool]:
 
 
 def _sync_store(folder: SearchFolder, timeout: float) -> tuple[str, bool]:
-    """As :func:`sync`, of a search in an object store, which no driver may have meanwhile."""
+    """As :func:`sync`, of a search in an object store: which no driver may have meanwhile."""
     with SearchLease(folder, folder.config(), SilentListener()) as lease:
         lease.begin()
         text, complete = _ship(folder, timeout)
