@@ -386,7 +386,10 @@ def _run(
         untidy |= {note.parent for note in folder.root.glob(f"trials/*/{GUARD_FILE}")}
         tidy_killed(untidy)
         unsaved = lease.finish(hurry)
-        store.close()
+        try:
+            store.close()
+        except TopotuneError as error:
+            failure = failure or error
     if unsaved:
         failure = failure or RunError(unsaved)
     if failure:
