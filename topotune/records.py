@@ -1,4 +1,4 @@
-"""What one trial is told and what it reports: plain frozen records with a JSON round trip.
+"""What one trial is given and what it reports: plain frozen records with a JSON round trip.
 
 Nothing here imports torch, ray, optuna, mlflow or pydantic: every part of the house, and every
 machine, can read these.
@@ -206,7 +206,7 @@ class TrialResult(_JsonRecord):
     """How a trial ended, with its whole history.
 
     Attributes:
-        outcome: COMPLETE, PRUNED (stopped by whoever consumed its reports), DIVERGED or FAILED.
+        outcome: COMPLETE, PRUNED (stopped by the reader of its reports), DIVERGED or FAILED.
         reason: one sentence; empty for COMPLETE.
         history: one report an epoch.
         metrics: the last epoch's metrics and the trial-level ones (``overhead_vs_adam``, ...).

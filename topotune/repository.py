@@ -33,7 +33,7 @@ class Repository:
     Attributes:
         commit: of HEAD, in full.
         branch: empty on none.
-        url: of the remote ``origin``, without secrets; empty where there is none.
+        url: of the remote ``origin``, without secrets; empty without one.
         diff: of all tracked files against HEAD, without secrets, cut at :data:`MAX_DIFF`.
     """
 
@@ -49,7 +49,7 @@ class Repository:
 
     @classmethod
     def of(cls, folder: Path) -> Self | None:
-        """The repository that a folder lies in; None where there is none."""
+        """The repository that a folder lies in; None outside of any."""
         commit = _line(folder, "rev-parse", "--verify", "HEAD")
         if not commit:
             return None

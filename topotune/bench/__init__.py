@@ -1,1 +1,1 @@
-"""Benchmarks that print the figures of the README."""
+"""Benchmarks that print the figures of the docs."""

@@ -1,6 +1,6 @@
 """What an optimizer costs: the time of a full training step, against torch's Adam.
 
-``topotune bench optimizer`` prints the table of the README.
+``topotune bench optimizer`` prints the table of ``docs/optimizer.md``.
 
 Every contender trains its own copy of the same network on the same batches. They take turns in
 blocks of a few steps in one process, in an order that rotates, so that a busy machine slows all of
@@ -187,7 +187,7 @@ def _measure(name: str, rounds: int, steps: int, device: torch.device) -> list[S
 
 
 def step_table(costs: Sequence[StepCost]) -> Table:
-    """The costs as the README has them."""
+    """The costs as ``docs/optimizer.md`` has them."""
     first = costs[0]
     return table(
         f"Full training step, batch {BATCH}, {first.device}, {first.threads} thread(s)",

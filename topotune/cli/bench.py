@@ -1,4 +1,4 @@
-"""``bench``: measure what the README claims, on this machine."""
+"""``bench``: measure what the docs claim, on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from topotune.cli.options import AsJson, console, print_json
 from topotune.errors import ConfigError
 
 app = typer.Typer(
-    help="Measure what the README claims, on this machine.",
+    help="Measure what the docs claim, on this machine.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

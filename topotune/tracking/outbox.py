@@ -57,7 +57,7 @@ class Piece:
     Attributes:
         entries: (byte offset, record) pairs, in order.
         damaged: (byte offset, reason) of lines that are no records; they are skipped.
-        last: where the last line starts; ``end`` if there is none or it is damaged.
+        last: where the last line starts; ``end`` where it is missing or damaged.
         end: where to read on.
     """
 
@@ -68,7 +68,7 @@ class Piece:
 
 
 def outbox_size(folder: Path) -> int:
-    """Bytes of a search's outbox; 0 where there is none yet.
+    """Bytes of a search's outbox; 0 while it does not exist.
 
     Raises:
         OutboxError: the file cannot be looked at.
@@ -308,7 +308,7 @@ class Outbox:
             self.put(trial, Tags(safe_tags(tags), self._now(trial)))
 
     def tag(self, name: str) -> str | None:
-        """The newest recorded value of a tag of the search; None where there is none."""
+        """The newest recorded value of a tag of the search; None without one."""
         return self._known(None).tags.get(name)
 
     def metrics(

@@ -91,7 +91,7 @@ def own_files(
     Args:
         results_dir: the folder; None for any other store, which is left alone.
         experiment: name of the experiment that is used now.
-        make: makes the database where there is none.
+        make: makes the database where it is missing.
 
     Raises:
         ResourceError: it holds links, or cannot be written.
@@ -112,7 +112,7 @@ def own_files(
 def rebase(database: Path, artifacts: Path, experiment: str) -> int:
     """Re-base what an embedded database keeps outside of its results folder onto it.
 
-    The part after ``mlflow/artifacts`` is kept. Where there is none that can be trusted, what
+    The part after ``mlflow/artifacts`` is kept. Without one that can be trusted, what
     topotune writes to moves to ``EXPERIMENT_ID[/RUN_ID/artifacts]``, and the rest stays.
 
     Args:

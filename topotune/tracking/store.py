@@ -174,7 +174,7 @@ def check_tracking_uri(uri: str) -> str:
     """The address of a tracking store as it was given, if its form is one that works.
 
     Raises:
-        ConfigError: a file store, a bare path, an unknown scheme or a port that is none. The
+        ConfigError: a file store, a bare path, an unknown scheme or a wrong port. The
             address is quoted without its secrets.
     """
     try:

@@ -112,7 +112,7 @@ class CheckpointStore:
         return state
 
     def load_record(self) -> dict[str, Any] | None:
-        """The record of the newest readable checkpoint; None where there is none.
+        """The record of the newest readable checkpoint; None without a checkpoint.
 
         Raises:
             CheckpointError: as :meth:`load_or_restart`.

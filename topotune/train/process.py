@@ -44,7 +44,7 @@ def resolve_device(name: str) -> torch.device:
         name: "auto" (the first GPU if torch sees one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ConfigError: the name is none of these.
+        ConfigError: the name has another form.
         ResourceError: a GPU is asked for that torch does not see.
     """
     if name == "auto":

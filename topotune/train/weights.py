@@ -21,7 +21,7 @@ def load_weights(spec: TrialSpec, folder: Path) -> dict[str, Tensor]:
     """The weights of the newest checkpoint in a trial's folder, on the CPU.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it belongs to another spec.
+        CheckpointError: it is missing or damaged, or it belongs to another spec.
     """
     state = CheckpointStore(folder, spec).load()
     if state is None:
@@ -39,7 +39,7 @@ def evaluate_test(spec: TrialSpec, weights: Mapping[str, Tensor]) -> dict[str, f
         weights: the model's ``state_dict``.
 
     Raises:
-        UserError: as :func:`open_trial`.
+        UserError: as :func:`topotune.train.trial.open_trial`.
         CheckpointError: the weights do not fit the spec's model.
     """
     check_spec(spec)

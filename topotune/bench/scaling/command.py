@@ -147,7 +147,7 @@ def run(options: Options, say: Callable[[str], None]) -> Report:
 
     Args:
         options: what is run.
-        say: told, in a line, of each search.
+        say: called with a line about each search.
 
     Raises:
         RunError: a search did not end as it must.

@@ -102,7 +102,7 @@ def run(
         epochs: None: the task's own of :data:`EPOCHS`.
         network: options of the TCEP model; None: the task's own of :data:`NETWORK`.
         threads, device: as in :class:`TrialSpec`.
-        progress: told what is being trained.
+        progress: called with what is being trained.
 
     Raises:
         UnknownNameError: the task or a row is not there.

@@ -142,7 +142,7 @@ def run(
         data: what the gradients are taken on, and trained on.
         cases, betas, precisions, nudges: the combinations.
         train_steps: length of the training.
-        progress: told what is being measured.
+        progress: called with what is being measured.
     """
     found: list[GradientError] = []
     trainings: list[Training] = []

@@ -1,7 +1,8 @@
 """What TCEP is worth: exactness of its gradients, memory, solvers, accuracy.
 
-``topotune bench tcep`` prints the tables of the README. All parts but ``accuracy`` need torch,
-torchdiffeq, numpy, typer and rich only; with ``--data random`` they need no data set either.
+``topotune bench tcep`` prints the tables of ``topotune/tcep/README.md``. All parts but ``accuracy``
+need torch, torchdiffeq, numpy, typer and rich only; with ``--data random`` they need no data set
+either.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def look_first(folder: SearchFolder, config: SearchConfig, note: Callable[[str],
 
     Args:
         folder: the search's folder, which need not exist yet.
-        config: the search, as :func:`remembered` gives it.
+        config: the search, as :func:`topotune.search.place.addresses.remembered` gives it.
         note: gets a line about a tracking server that does not answer, and about variables of
             MLflow that do not count.
     """

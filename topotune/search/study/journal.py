@@ -80,7 +80,7 @@ def _records(whole: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _read(path: Path, start: int = 0) -> bytes:
-    """A file's content, empty if there is none.
+    """A file's content, empty if it does not exist.
 
     Raises:
         ResourceError: it cannot be read.
