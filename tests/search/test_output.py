@@ -215,6 +215,7 @@ def test_logs_show_what_a_trial_has_printed(
         return done.stdout if code == 0 else str(done.exception)
 
     assert logs("--trial", "0") == "trial 0 of demo has printed nothing\n"
+    home.mkdir(parents=True)  # as the trial's worker does
     (home / OUTPUT_FILE).write_text(f"one {SECRET}\n  two\x1b[2J\nhalf")
     assert logs("--trial", "0") == "one ***\n  two\\x1b[2J\nhalf\n"
     (home / ERROR_FILE).write_text("Traceback\n  File\n")
