@@ -400,11 +400,11 @@ def test_a_report_is_one_write_with_its_verdict_and_reads_no_other_trial(tmp_pat
         patch.delattr(JournalStorage, "get_all_trials")
         better = EpochReport(2, 20, {"val_accuracy": 0.95}, 0.1, 10**12)
         assert desk.book.progress(0, Progress((better,), COST))
-        assert writes == [(STUDY_FILE, 1), (STUDY_COPY, 1)]
+        assert writes == [(STUDY_COPY, 1), (STUDY_FILE, 1)]
         assert not desk.book.progress(bad.number, progress)
         desk.store.commit()
         # One turn: the verdict with the report's value, then the curve.
-        assert writes[2:] == [(STUDY_FILE, 2), (STUDY_COPY, 2)]
+        assert writes[2:] == [(STUDY_COPY, 2), (STUDY_FILE, 2)]
     desk.store.close()
 
 

@@ -246,7 +246,8 @@ class Journal(BaseJournalBackend):
             for copy in self._copies:
                 copy.new += line
         self._turn = []
-        for copy in self._copies:
+        # The forced file comes last: a kill while it is forced then finds the turn in all of them.
+        for copy in reversed(self._copies):
             self._fence()  # for each: the write before it may have hung for long
             if self._anew:
                 write_bytes(copy.path, bytes(copy.new))
