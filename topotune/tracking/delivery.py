@@ -152,17 +152,19 @@ class Delivery:
     def _renew_page(self) -> None:
         """Bring the experiment's page up to date; a store that will not have it keeps its own."""
         self._page_tries -= 1
-        try:
-            known = self._store.experiment_tags()
-            tags = page_tags(known, time.time_ns() // 1_000_000)
-            view = search_view(self._known_labels(), self.run(None, 0))
-            if known.get(VIEW_TAG + self._search_id) != view:
-                tags[VIEW_TAG + self._search_id] = view
-            if tags:
-                self._store.tag_experiment(tags)
-            self._page_tries = 0
-        except (RunError, TrackingError, OutboxError) as error:
-            _log.info("the page of the experiment is not renewed: %s", error)
+        key = VIEW_TAG + self._search_id
+        for _ in range(2):  # the shipper of another search may write the same tags at this moment
+            try:
+                known = self._store.experiment_tags()
+                view = search_view(self._known_labels(), self.run(None, 0))
+                own = {} if known.get(key) == view else {key: view}
+                tags = own | page_tags(known, time.time_ns() // 1_000_000)
+                if tags:
+                    self._store.tag_experiment(tags)
+                self._page_tries = 0
+                return
+            except (RunError, TrackingError, OutboxError) as error:
+                _log.info("the page of the experiment is not renewed: %s", error)
 
     def run(self, trial: int | None, at: int) -> str:
         """The run of a trial or of the search: remembered, else found by its tags, else made."""
