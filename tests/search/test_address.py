@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from tests.postgres import Postgres, installed
+from tests.postgres import Postgres
 from tests.search_cases import Desk, make_config
 from topotune.errors import ConfigError, ResourceError
 from topotune.search.place.addresses import public_study, remembered, study_place, study_uri
@@ -71,14 +70,6 @@ def test_an_address_of_another_form_is_refused_without_being_shown(
     with pytest.raises(ConfigError, match=STUDY_URI) as caught:
         remembered(make_config())
     assert "s3cret" not in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Postgres]:
-    if not installed():
-        pytest.skip("PostgreSQL's server (initdb, postgres) is not installed")
-    with Postgres() as running:
-        yield running
 
 
 def test_searches_of_one_name_share_a_database(

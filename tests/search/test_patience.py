@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
 
-from tests.postgres import Postgres, installed
+from tests.postgres import Postgres
 from tests.search_cases import Desk, make_config
 from topotune.errors import ResourceError
 from topotune.search.place.addresses import remembered
@@ -21,22 +20,6 @@ from topotune.search.study.patience import Patience, StudyAwayError, absence
 from topotune.search.study.rows import Spent
 from topotune.search.study.store import Handout
 from topotune.settings import STUDY_URI
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Postgres]:
-    if not installed():
-        pytest.skip("PostgreSQL's server (initdb, postgres) is not installed")
-    with Postgres() as running:
-        yield running
-
-
-@pytest.fixture
-def desk(server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    monkeypatch.setenv(STUDY_URI, server.uri)
-    opened = Desk(tmp_path, remembered(make_config()))
-    yield opened
-    opened.store.close()
 
 
 def patience_of(desk: Desk) -> Patience:

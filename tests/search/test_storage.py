@@ -44,22 +44,6 @@ PARAMS: tuple[tuple[str, float, BaseDistribution], ...] = (
 )
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Postgres]:
-    if not installed():
-        pytest.skip("PostgreSQL's server (initdb, postgres) is not installed")
-    with Postgres() as running:
-        yield running
-
-
-@pytest.fixture
-def desk(server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
-    monkeypatch.setenv(STUDY_URI, server.uri)
-    opened = Desk(tmp_path, remembered(make_config()))
-    yield opened
-    opened.store.close()
-
-
 @pytest.fixture
 def storage(desk: Desk, tmp_path: Path) -> Iterator[ReplicatedStorage]:
     database = open_database(desk.folder, desk.config, Patience("here", limit=0.0))

@@ -16,7 +16,7 @@ from optuna.testing.pytest_samplers import (
 )
 from optuna.testing.pytest_storages import StorageTestCase
 
-from tests.postgres import Postgres, installed
+from tests.postgres import Postgres
 from tests.search_cases import make_config
 from topotune.search.place.addresses import remembered
 from topotune.search.place.folder import SearchFolder
@@ -38,14 +38,6 @@ class TestJournal(_Suite):
     @pytest.fixture
     def storage(self, tmp_path: Path) -> JournalStorage:
         return JournalStorage(Journal((tmp_path / "study", tmp_path / "copy")))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Postgres]:
-    if not installed():
-        pytest.skip("PostgreSQL's server (initdb, postgres) is not installed")
-    with Postgres() as running:
-        yield running
 
 
 @pytest.fixture
