@@ -290,6 +290,11 @@ class SearchConfig(Frozen):
                 return {**data, "pruner": "none"}
         return data
 
+    @property
+    def directions(self) -> dict[str, str]:
+        """Each objective's metric and direction, the first objective first."""
+        return {objective.metric: objective.direction for objective in self.objective}
+
     def with_budget(self, **changes: object) -> SearchConfig:
         """A copy whose budget differs, validated again."""
         data = self.model_dump()

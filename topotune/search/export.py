@@ -31,7 +31,7 @@ from topotune.search.code.source import (
     other_differences,
     trial_starts,
 )
-from topotune.search.drive.recorder import leaderboard, objectives
+from topotune.search.drive.recorder import leaderboard
 from topotune.search.place.addresses import experiment
 from topotune.search.place.folder import SearchFolder
 from topotune.search.place.objects.pull import fetch
@@ -120,7 +120,7 @@ def export_top(
         paths = export_config(
             row,
             rank,
-            objectives=objectives(config),
+            objectives=config.directions,
             out=out,
             weights=weights,
             provenance=_provenance(folder, spec, len(board.trials), starts),

@@ -25,7 +25,7 @@ class Outlook:
     """
 
     def __init__(self, config: SearchConfig, finished: Iterable[TrialSummary]) -> None:
-        self.objectives = {o.metric: o.direction for o in config.objective}
+        self.objectives = config.directions
         self.counts: Counter[str] = Counter()
         self.front: list[TrialSummary] = []
         for row in finished:

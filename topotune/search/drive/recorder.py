@@ -50,11 +50,6 @@ LEADERBOARD_SHARE = 0.05
 """The largest part of the time that renewals may take: each reads all trials."""
 
 
-def objectives(config: SearchConfig) -> dict[str, str]:
-    """Metric to direction, the first objective first."""
-    return {objective.metric: objective.direction for objective in config.objective}
-
-
 def submitter() -> str:
     """Who started this search: TOPOTUNE_USER, which a submitted job carries, else the account."""
     try:
@@ -82,7 +77,7 @@ def leaderboard(folder: SearchFolder, config: SearchConfig) -> Leaderboard:
 
 def board_of(rows: Sequence[TrialSummary], config: SearchConfig) -> Leaderboard:
     """The leaderboard of a search's trials."""
-    return Leaderboard.of(rows, config.name, objectives(config))
+    return Leaderboard.of(rows, config.name, config.directions)
 
 
 def recorded(folder: Path, spec: TrialSpec) -> Progress:
@@ -209,7 +204,7 @@ class Recorder:
         tags = {
             "topotune.method": config.method,
             "mlflow.runName": trial_name(row.number, row.state, figures(row)),
-            NOTE_TAG: describe_trial(row, objectives(config)),
+            NOTE_TAG: describe_trial(row, config.directions),
         }
         last = (Metrics(costs, 0, at), Tags(safe_tags(tags), at))
         self._outbox.end(row.number, row.state, row.reason, *last)
